@@ -125,8 +125,8 @@ def kinds(messages: list[Any]) -> list[str]:
     return [type(message).__name__ for message in messages]
 
 
-def closure(messages: list[Any]) -> float:
-    """Of all ledger entries together."""
-    entries = [message.ledger for message in messages if isinstance(message, StepTrained | Exported)]
+def closure(messages: list[Any], rank: int = 0) -> float:
+    """Of all ledger entries of one rank together."""
+    entries = [message.ledgers[rank] for message in messages if isinstance(message, StepTrained | Exported)]
     wall = sum(entry.wall_s for entry in entries)
     return abs(sum(sum(entry.parts_s.values()) for entry in entries) - wall) / wall

@@ -67,7 +67,7 @@ async def test_a_run_and_its_continuation(tmp_path, model, sources):
     assert kinds(heard) == [*["WarmedUp"] * 3, "WeightsStaged", "TrainerReady", *steps, "Exported"]
     assert [message.step for message in heard if isinstance(message, WarmedUp | StepTrained)] == [0, 1, 2, 0, 1, 2, 3]
     assert closure(heard) < 0.01
-    parts = heard[5].ledger.parts_s
+    parts = heard[5].ledgers[0].parts_s
     assert {"start", "load", "warmup", "stage", "probe", "wait_for_batch", "read_batch"} <= parts.keys()
     assert {"plan", "forward_backward", "optimizer"} <= parts.keys()
     _check_probes([message.staged.probe for message in heard if isinstance(message, WeightsStaged)])
@@ -99,6 +99,9 @@ async def test_two_ranks_say_what_one_says(tmp_path, model, sources):
     assert (code, reported) == (0, [Done(process="trainer")])
     assert kinds(heard) == ["WeightsStaged", "TrainerReady", *["StepTrained", "WeightsStaged"] * 2, "Exported"]
     assert isinstance(heard[-1], Exported)
+    for rank, name in enumerate(("trainer", "trainer-1")):
+        assert closure(heard, rank) < 0.01
+        assert {message.ledgers[rank].process for message in heard if isinstance(message, StepTrained)} == {name}
     AutoModelForCausalLM.from_pretrained(heard[-1].directory)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(directory: Path) -> Run:
     """A strictly synchronous run, watched while it ran."""
     run = Run(directory, "uninterrupted", max_age=0)
-    process = run.start()
+    process = run.start("log.keep_weights=true")
     wait_until(lambda: 1 in run.rows, deadline_s=240, what="step 1", while_alive=process)
     light = {pid: command for pid, command in run.processes().items() if _is_light(command)}
     assert len(light) >= 3, "supervisor, orchestrator and an environment worker"
@@ -148,3 +149,22 @@ def test_replies_replay_to_the_same_rewards_and_a_changed_reward_is_seen(finishe
         config.write_text(kept)
     assert changed.returncode == 1
     assert json.loads(changed.stdout)["other_reward"] > 0
+
+
+def test_weights_replay_to_the_same_engine_and_a_swapped_version_is_seen(finished: Run):
+    command = [sys.executable, "-m", "palestra.launch.cli", "replay", str(finished.path), "--from", "weights", "--json"]
+    same = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert same.returncode == 0, same.stderr
+    rows = json.loads(same.stdout)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert all(row["publish/max_abs_logprob_gap"] <= 1e-4 for row in rows)
+    assert all(row["replay/largest_difference"] <= 1e-4 for row in rows[:6])  # version 6 sampled nothing that trained
+    shutil.rmtree(finished.path.with_name("uninterrupted-replay"))
+
+    published = finished.path / "published"
+    other = json.loads((published / "000006" / "staged.json").read_text())
+    early = json.loads((published / "000002" / "staged.json").read_text())
+    (published / "000006" / "staged.json").write_text(json.dumps(other | {"probe": early["probe"]}))  # planted fault
+    changed = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert changed.returncode == 1
+    assert "version 6 reached none of 1 engines" in changed.stderr

@@ -21,6 +21,7 @@ class Log(Section):
     outputs: Path = Path("outputs")
     keep_batches: bool = True  # every batch stays, for `palestra replay`; otherwise only those a kept checkpoint needs
     keep_rollouts: bool = True
+    keep_weights: bool = False  # every staged version stays, for `palestra replay --from weights`: a model each
 
 
 class Build(Section):

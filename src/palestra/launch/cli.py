@@ -56,9 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     replay = _add(commands, "replay", _replay, "run one room of a finished run again on what was recorded, and compare")
     replay.add_argument("run")
     replay.add_argument(
-        "--from", dest="boundary", choices=["batches", "replies"], default="batches", help="where the record begins"
+        "--from",
+        dest="boundary",
+        choices=["batches", "replies", "weights"],
+        default="batches",
+        help="where the record begins",
     )
-    replay.add_argument("--only", choices=["train", "env"], help="what runs live")
+    replay.add_argument("--only", choices=["train", "env", "infer"], help="what runs live")
     _add_json(replay)
     _add_json(_add(commands, "doctor", _doctor, "check this machine and the installation"))
     return parser
@@ -183,12 +187,12 @@ def _serve_engine(arguments: argparse.Namespace) -> None:
 
 def _replay(arguments: argparse.Namespace) -> int | None:
     from palestra.core.errors import UserError
-    from palestra.launch import replay, replay_env, runs
+    from palestra.launch import replay, replay_env, replay_weights, runs
 
-    pair = {"batches": "train", "replies": "env"}
+    pair = {"batches": "train", "replies": "env", "weights": "infer"}
     if arguments.only not in (None, pair[arguments.boundary]):
         raise UserError(f"--from {arguments.boundary} feeds --only {pair[arguments.boundary]}, not {arguments.only}")
-    show = {"batches": replay.show, "replies": replay_env.show}[arguments.boundary]
+    show = {"batches": replay.show, "replies": replay_env.show, "weights": replay_weights.show}[arguments.boundary]
     return show(runs.find(arguments.run), as_json=arguments.json)
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from palestra.config import read_resolved
 from palestra.core.deadline import within
+from palestra.core.ledger import LedgerEntry
 from palestra.core.process import die_with_parent
 from palestra.wire.channel import Caller, Listener
 from palestra.wire.messages import (
@@ -60,11 +61,11 @@ class Feed:
             await self._trainer.send(TRAINER, TrainBatch(step=step, publish=False, save=False))
             trained = await self._hear(StepTrained, waiting_for=f"step {step} of the trainer")
             self._log.metrics(step, trained.metrics)
-            self._log.ledger(trained.ledger)
+            self._book(trained.ledgers)
             await self._say("replay", step + 1, steps[-1] + 1)
         await self._trainer.send(TRAINER, Finish())
         exported = await self._hear(Exported, waiting_for="the trainer to export")
-        self._log.ledger(exported.ledger)
+        self._book(exported.ledgers)
         await self._supervisor.send(Done(process=NAME))
 
     async def _hear(self, kind: type[M], *, waiting_for: str) -> M:
@@ -77,6 +78,10 @@ class Feed:
                 self._log.ledger(message.entry)
             if isinstance(message, WarmedUp):
                 await self._say("replay: warm-up", message.step + 1, self._warmup_steps)
+
+    def _book(self, entries: list[LedgerEntry]) -> None:
+        for entry in entries:
+            self._log.ledger(entry)
 
     async def _say(self, stage: str, step: int, steps: int) -> None:
         await self._supervisor.send(Progress(process=NAME, stage=stage, step=step, steps=steps))

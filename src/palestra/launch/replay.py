@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from palestra.launch import run as training
 from palestra.launch.machine import this_machine
 from palestra.launch.plan import Plan, Program, Role, config_path, make_plan
 from palestra.launch.start import Origin
-from palestra.wire.rundir import RunDir, checkpoint_dir, read_manifests
+from palestra.wire.rundir import RunDir, checkpoint_dir, link_or_copy, read_manifests
 from palestra.wire.runlog import read_metrics
 
 _CLOCK_SUFFIXES = ("_s", "_ms", "per_s", "mfu")  # what depends on the machine's speed is not compared
@@ -66,16 +66,22 @@ def replay(run: RunDir) -> RunDir:
     Errors: UserError, if there are no batches to start from, or RUN-replay exists.
     """
     origin = origin_of(run)
+    config, copy = copy_of(run)
+    link_record(run, copy, origin)
+    plan = make_plan(config, this_machine(), is_model_built=copy.model.exists())
+    training.carry_out(config, led_by("palestra.launch.feed", config, plan, names=("model", "trainer")), origin)
+    return copy
+
+
+def copy_of(run: RunDir) -> tuple[RunConfig, RunDir]:
+    """Where a run is replayed: RUN-replay, beside it. Errors: UserError, if that exists."""
     before = read_resolved(run.config)
     log = before.log.model_copy(update={"name": f"{run.name}-replay", "outputs": run.path.parent})
     config = before.model_copy(update={"log": log})
     copy = RunDir(config.run_dir)
     if copy.path.exists():
         raise UserError(f"{copy.path} exists; delete it, or keep it under another name")
-    link_record(run, copy, origin)
-    plan = make_plan(config, this_machine(), is_model_built=copy.model.exists())
-    training.carry_out(config, trainer_only(config, plan), origin)
-    return copy
+    return config, copy
 
 
 def origin_of(run: RunDir) -> Origin:
@@ -97,27 +103,22 @@ def origin_of(run: RunDir) -> Origin:
 
 def link_record(run: RunDir, copy: RunDir, origin: Origin) -> None:
     """Batches, a built model and the checkpoint to start from; nothing in `run` can be changed through `copy`."""
-    folders = [(run.batches.directory, copy.batches.directory)]
-    if run.model.exists():
-        folders.append((run.model, copy.model))
+    link(run.batches.directory, copy.batches.directory)
+    link(run.model, copy.model)
     if origin.version is not None:
-        folders.append((checkpoint_dir(run, origin.version), checkpoint_dir(copy, origin.version)))
-    for source, target in folders:
-        shutil.copytree(source, target, copy_function=_link)
+        link(checkpoint_dir(run, origin.version), checkpoint_dir(copy, origin.version))
 
 
-def _link(source: str, target: str) -> None:
-    """Files of a run are replaced, never written into, so a second name for one costs nothing and risks nothing."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
+def link(source: Path, target: Path) -> None:
+    """A directory of the run under a second name, if there is one."""
+    if source.exists():
+        shutil.copytree(source, target, copy_function=link_or_copy)
 
 
-def trainer_only(config: RunConfig, plan: Plan) -> Plan:
-    """The plan's trainer, led by the feed instead of the orchestrator."""
-    kept = tuple(program for program in plan.programs if program.name in ("model", "trainer"))
-    lead = replace(plan.lead, argv=(sys.executable, "-m", "palestra.launch.feed", config_path(config)), role=Role.LEAD)
+def led_by(module: str, config: RunConfig, plan: Plan, *, names: Sequence[str]) -> Plan:
+    """The plan's programs `names`, led by a feed instead of the orchestrator."""
+    kept = tuple(program for program in plan.programs if program.name in names)
+    lead = replace(plan.lead, argv=(sys.executable, "-m", module, config_path(config)), role=Role.LEAD)
     programs: tuple[Program, ...] = (*kept, lead)
     return replace(plan, programs=programs)
 

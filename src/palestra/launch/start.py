@@ -20,6 +20,7 @@ _HARMLESS = (
     "log.outputs",
     "log.keep_batches",
     "log.keep_rollouts",
+    "log.keep_weights",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.batch_deadline_s",

@@ -167,15 +167,17 @@ class Loop:
                 with teller.ledger.spend("checkpoint"), teller.spans.span("checkpoint", version=message.version):
                     write_checkpoint(desk.run, desk.journal, message, desk.attempt.number, desk.config)
             case Exported():
-                teller.note_ledger(message.ledger)
+                teller.note_ledger(*message.ledgers)
                 self._exported.set()
         desk.changed.tell()
 
     async def _step_trained(self, message: StepTrained) -> None:
         desk, teller = self.desk, self.desk.teller
         desk.trainer.trained = message.step + 1
-        teller.totals.note_step(message.ledger)
-        teller.note_ledger(message.ledger, *(link.ledger.close() for link in desk.gateway.links), teller.ledger.close())
+        teller.totals.note_step(message.ledgers[0])
+        teller.note_ledger(
+            *message.ledgers, *(link.ledger.close() for link in desk.gateway.links), teller.ledger.close()
+        )
         in_flight: Metrics = {"engine/in_flight": Last(sum(link.in_flight for link in desk.gateway.links))}
         batch = desk.state.batch_metrics.get(message.step, {})
         row = teller.step_row(message, batch, teller.totals.metrics(desk.state), in_flight)

@@ -15,7 +15,7 @@ from palestra.wire.rundir import Attempt, RunDir
 
 def main(config_path: str) -> int:
     process.die_with_parent(os.getppid())
-    ledger = Ledger("trainer", since=process.started_at())
+    ledger = Ledger(_name_of_rank(), since=process.started_at())
     config = read_resolved(config_path)
     run = RunDir(config.run_dir)
     attempt = run.read_attempt()
@@ -36,6 +36,12 @@ def main(config_path: str) -> int:
     finally:
         supervisor.close()
     return 0
+
+
+def _name_of_rank() -> str:
+    """In the ledger: the first rank is the trainer that the others speak of."""
+    rank = os.environ.get("RANK", "0")
+    return "trainer" if rank == "0" else f"trainer-{rank}"
 
 
 def _run(

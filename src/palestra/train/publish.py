@@ -9,7 +9,7 @@ from palestra.model.export import iterate_weights
 from palestra.model.policy import Policy
 from palestra.train.ranks import Ranks
 from palestra.wire.weights import files
-from palestra.wire.weights.manifest import Probe, Staged
+from palestra.wire.weights.manifest import Probe, Staged, record
 
 KEPT_VERSIONS = 3
 
@@ -30,9 +30,11 @@ class Publisher:
         dtype: torch.dtype,
         probe_tokens: int,
         seed: int,
+        recorded_in: Path | None = None,
     ):
+        """`recorded_in`: where every version is kept beside being staged."""
         self._policy, self._ranks, self._directory = policy, ranks, directory
-        self._attempt, self._dtype = attempt, dtype
+        self._attempt, self._dtype, self._recorded_in = attempt, dtype, recorded_in
         generator = torch.Generator().manual_seed(seed)
         self._probe_ids = torch.randint(policy.vocab_size, (probe_tokens,), generator=generator).to(ranks.device)
         self._previous: list[float] | None = None
@@ -58,7 +60,11 @@ class Publisher:
             logprobs = self._policy.score(self._probe_ids).tolist()
         probe = Probe(token_ids=self._probe_ids.tolist(), logprobs=logprobs, previous_logprobs=self._previous)
         self._previous = logprobs
-        return Staged(version=version, directory=str(directory), probe=probe)
+        staged = Staged(version=version, directory=str(directory), probe=probe)
+        if self._recorded_in is not None and self._ranks.is_first:
+            with ledger.spend("record"):
+                record(staged, self._recorded_in)
+        return staged
 
     def loaded(self, version: int) -> None:
         """Engines hold `version`: what is older is not needed again."""

@@ -45,6 +45,14 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def to_first(self, thing: T) -> list[T]:
+        """What every rank has, in the order of ranks, on the first one; what this rank has on the others."""
+        if self.num == 1:
+            return [thing]
+        things: list[Any] | None = [None] * self.num if self.is_first else None
+        dist.gather_object(thing, things, dst=0)
+        return [thing] if things is None else things
+
     def barrier(self) -> None:
         dist.barrier()
 

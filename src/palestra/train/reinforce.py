@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palestra.config import RunConfig
-from palestra.core.ledger import Ledger
+from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.spans import SpanLog
 from palestra.train.publish import Publisher
 from palestra.train.ranks import Ranks
@@ -57,6 +57,7 @@ def _start(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledge
         dtype=DTYPES[config.engine_dtype],
         probe_tokens=min(config.sync.probe_tokens, config.engine.max_model_len - 1),
         seed=config.train.seed,
+        recorded_in=run.published if config.log.keep_weights else None,
     )
     loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)
     if attempt.resumed_from is not None:
@@ -89,18 +90,22 @@ class Loop:
                 self._train(message)
         with self.spans.span("export"):
             directory = self.trainer.export(self.ledger)
-        self.orchestrator.tell(Exported(directory=str(directory), ledger=self.ledger.close()))
+        self.orchestrator.tell(Exported(directory=str(directory), ledgers=self._close_ledgers()))
 
     def _train(self, message: TrainBatch) -> None:
         with self.spans.span("train", step=message.step):
             metrics = self.trainer.train(self._read(message.step), self.ledger)
-        self.orchestrator.tell(StepTrained(step=message.step, metrics=metrics, ledger=self.ledger.close()))
+        self.orchestrator.tell(StepTrained(step=message.step, metrics=metrics, ledgers=self._close_ledgers()))
         if message.publish:
             self.stage()
         if message.save:
             with self.spans.span("checkpoint", version=self.trainer.version):
                 directory = self.trainer.save(self.ledger)
             self.orchestrator.tell(TrainerSaved(version=self.trainer.version, directory=str(directory)))
+
+    def _close_ledgers(self) -> list[LedgerEntry]:
+        """Of all ranks, on the first one."""
+        return self.trainer.ranks.to_first(self.ledger.close())
 
     def _read(self, step: int) -> Batch:
         with self.ledger.spend("read_batch"):

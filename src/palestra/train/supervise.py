@@ -60,13 +60,15 @@ def supervise(
     report = Report(config, run, tell) if ranks.is_first else None
     ledger.switch("other")
     for metrics in _steps(trainer, stream, config, attempt, ledger):
+        entries = ranks.to_first(ledger.close())
         if report is not None:
-            report.step(trainer.version - 1, metrics, ledger.close())
+            report.step(trainer.version - 1, metrics, entries)
         if trainer.version % config.train.checkpoint_every == 0 or trainer.version == config.train.steps:
             _checkpoint(trainer, stream, config, run, attempt, ledger)
     directory = trainer.export(ledger)
+    entries = ranks.to_first(ledger.close())
     if report is not None:
-        report.end(str(directory), ledger.close())
+        report.end(str(directory), entries)
 
 
 def _steps(
@@ -112,15 +114,16 @@ class Report:
         self._entries: list[LedgerEntry] = []
         self._loss = float("nan")
 
-    def step(self, step: int, metrics: Metrics, entry: LedgerEntry) -> None:
+    def step(self, step: int, metrics: Metrics, entries: list[LedgerEntry]) -> None:
+        """`entries`: one of every rank, the first rank's first."""
         self._log.metrics(step, metrics)
-        self._record(entry)
+        self._record(entries)
         self._loss = metrics["train/ce/loss"].value
         numbers = {"loss": self._loss, "tokens/s": metrics["train/tokens_per_s"].value}
         self._tell(Progress(process="trainer", stage="training", step=step + 1, steps=self._steps, numbers=numbers))
 
-    def end(self, directory: str, entry: LedgerEntry) -> None:
-        self._record(entry)
+    def end(self, directory: str, entries: list[LedgerEntry]) -> None:
+        self._record(entries)
         whole = total(self._entries)
         self._log.summary(
             {
@@ -133,6 +136,7 @@ class Report:
         )
         self._log.close()
 
-    def _record(self, entry: LedgerEntry) -> None:
-        self._entries.append(entry)
-        self._log.ledger(entry)
+    def _record(self, entries: list[LedgerEntry]) -> None:
+        self._entries.append(entries[0])
+        for entry in entries:
+            self._log.ledger(entry)

@@ -148,11 +148,11 @@ class WarmedUp(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StepTrained(Struct, frozen=True, kw_only=True, tag=True):
-    """`step` turned version `step` into `step + 1`."""
+    """`step` turned version `step` into `step + 1`. `ledgers`: an entry of every rank, the first rank's first."""
 
     step: int
     metrics: dict[str, Metric]
-    ledger: LedgerEntry
+    ledgers: list[LedgerEntry]
 
 
 class WeightsStaged(Struct, frozen=True, kw_only=True, tag=True):
@@ -167,10 +167,10 @@ class TrainerSaved(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Exported(Struct, frozen=True, kw_only=True, tag=True):
-    """Weights in Hugging Face layout."""
+    """Weights in Hugging Face layout. `ledgers`: as in `StepTrained`."""
 
     directory: str
-    ledger: LedgerEntry
+    ledgers: list[LedgerEntry]
 
 
 FromTrainer = TrainerReady | WarmedUp | StepTrained | WeightsStaged | TrainerSaved | Exported | LedgerClosed

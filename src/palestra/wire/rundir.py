@@ -1,5 +1,6 @@
 """The run directory: where everything of a run lies, and the attempt that is running."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,11 @@ class RunDir:
         return self.path / "rollouts"
 
     @property
+    def published(self) -> Path:
+        """Every staged version, a directory each, where `log.keep_weights` is true."""
+        return self.path / "published"
+
+    @property
     def export(self) -> Path:
         """The final weights in Hugging Face layout."""
         return self.path / "weights"
@@ -94,6 +100,14 @@ class RunDir:
 
     def last_attempt_number(self) -> int:
         return self.read_attempt().number if self._attempt.exists() else 0
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Files of a run are replaced, never written into, so a second name for one costs nothing and risks nothing."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def require_run(path: Path | str) -> RunDir:

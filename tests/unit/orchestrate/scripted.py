@@ -183,7 +183,7 @@ class ScriptedTrainer:
                 case TrainBatch(step=step, publish=publish, save=save):
                     await self._train(step, publish, save)
                 case Finish():
-                    await self._channel.send(Exported(directory="", ledger=_entry()))
+                    await self._channel.send(Exported(directory="", ledgers=[_entry()]))
                     return
 
     async def _train(self, step: int, publish: bool, save: bool) -> None:
@@ -193,7 +193,7 @@ class ScriptedTrainer:
         self.trained.append((step, sorted(set(batch.rollout.tolist()))))
         self.batches.append(batch)
         self._version += 1
-        await self._channel.send(StepTrained(step=step, metrics={}, ledger=_entry()))
+        await self._channel.send(StepTrained(step=step, metrics={}, ledgers=[_entry()]))
         if publish:
             await self._stage()
         if save:

@@ -10,7 +10,7 @@ from palestra.core.ledger import Ledger
 from palestra.model.load import load_policy
 from palestra.train.publish import KEPT_VERSIONS, Publisher
 from palestra.wire.weights import files
-from palestra.wire.weights.manifest import read_manifest
+from palestra.wire.weights.manifest import read_manifest, record, recorded
 
 
 @pytest.fixture
@@ -89,3 +89,35 @@ def test_staging_leaves_the_policy_sharded(publisher, policy):
     before = {id(parameter) for parameter in policy.parameters()}
     publisher.stage(0, Ledger("test"))
     assert {id(parameter) for parameter in policy.parameters()} == before
+
+
+def test_recorded_versions_outlive_the_staged_ones(policy, ranks, tmp_path):
+    kept = tmp_path / "published"
+    publisher = Publisher(
+        policy,
+        ranks=ranks,
+        directory=tmp_path / "staging",
+        attempt=1,
+        dtype=torch.float32,
+        probe_tokens=20,
+        seed=0,
+        recorded_in=kept,
+    )
+    staged = [publisher.stage(version, Ledger("test")) for version in range(3)]
+    tensors = dict(files.read(staged[0].directory, read_manifest(Path(staged[0].directory))))
+    publisher.loaded(3)
+    assert not list((tmp_path / "staging").iterdir())
+    found = recorded(kept)
+    assert [one.version for one in found] == [0, 1, 2]
+    assert [one.probe for one in found] == [one.probe for one in staged]
+    again = dict(files.read(found[0].directory, read_manifest(Path(found[0].directory))))
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+def test_a_version_recorded_in_halves_does_not_exist(publisher, tmp_path):
+    kept = tmp_path / "published"
+    record(publisher.stage(0, Ledger("test")), kept)
+    record(publisher.stage(1, Ledger("test")), kept)
+    (kept / "000001" / "staged.json").unlink()  # killed before the last file
+    assert [one.version for one in recorded(kept)] == [0]

@@ -1,5 +1,6 @@
 """What a publish consists of: the tensors in a directory, and the probe that proves that they arrived."""
 
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -7,8 +8,9 @@ from msgspec import Struct
 
 from palestra.core.errors import InfrastructureError
 from palestra.wire.batches import write_atomically
+from palestra.wire.rundir import link_or_copy
 
-MANIFEST = "manifest.json"
+MANIFEST, STAGED = "manifest.json", "staged.json"
 
 
 class TensorEntry(Struct, frozen=True, kw_only=True):
@@ -65,6 +67,30 @@ def read_manifest(directory: Path) -> WeightsManifest:
         raise InfrastructureError(f"{path} is not a weights manifest: {error}; stage the version again") from error
     require_distinct([entry.name for entry in manifest.tensors], where=str(path))
     return manifest
+
+
+def record(staged: Staged, published: Path) -> None:
+    """Keep a second name for the files of a version under `published`, for `palestra replay`; its `Staged` is last.
+
+    Errors: InfrastructureError, if the disk is full.
+    """
+    target = published / f"{staged.version:06d}"
+    try:
+        shutil.rmtree(target, ignore_errors=True)  # of an attempt before, or half written
+        shutil.copytree(staged.directory, target, copy_function=link_or_copy)
+    except OSError as error:
+        raise InfrastructureError(
+            f"version {staged.version} could not be recorded in {target}: {error}; free space, or set "
+            "log.keep_weights=false"
+        ) from error
+    write_atomically(target / STAGED, msgspec.json.encode(msgspec.structs.replace(staged, directory=str(target))))
+
+
+def recorded(published: Path) -> list[Staged]:
+    """Every version that was recorded whole, oldest first, where it lies now."""
+    found = [(path, msgspec.json.decode(path.read_bytes(), type=Staged)) for path in published.glob(f"*/{STAGED}")]
+    placed = [msgspec.structs.replace(staged, directory=str(path.parent)) for path, staged in found]
+    return sorted(placed, key=lambda staged: staged.version)
 
 
 def require_distinct(names: list[str], *, where: str) -> None:
