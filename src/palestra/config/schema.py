@@ -173,7 +173,8 @@ class Engine(Section):
     threads: PositiveInt = 1  # CPU
     args: dict[str, Any] = {}
     healthy_s: PositiveFloat = 600  # from start to first answer
-    call_s: PositiveFloat = 600  # one engine call
+    call_s: PositiveFloat = 600  # an engine whose next token of a reply takes longer is started again
+    stream_tokens: PositiveInt = 16  # a reply is streamed in pieces of so many tokens
 
 
 class Sync(Section):

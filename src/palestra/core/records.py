@@ -38,6 +38,35 @@ class Reply(Struct, frozen=True, kw_only=True):
     spans: tuple[Span, ...]
     finish_reason: str
 
+    def after(self, start: int) -> "Reply":
+        """Without its first `start` tokens."""
+        return Reply(
+            token_ids=self.token_ids[start:],
+            logprobs=self.logprobs[start:],
+            spans=tuple(
+                Span(span.version, max(span.start - start, 0), span.end - start)
+                for span in self.spans
+                if span.end > start
+            ),
+            finish_reason=self.finish_reason,
+        )
+
+    def then(self, rest: "Reply") -> "Reply":
+        """This reply, which broke off, and what was sampled after it."""
+        shift = len(self.token_ids)
+        spans = [*self.spans]
+        for span in rest.spans:
+            start = shift + span.start
+            if spans and spans[-1].version == span.version:
+                start = spans.pop().start
+            spans.append(Span(span.version, start, shift + span.end))
+        return Reply(
+            token_ids=[*self.token_ids, *rest.token_ids],
+            logprobs=[*self.logprobs, *rest.logprobs],
+            spans=tuple(spans),
+            finish_reason=rest.finish_reason,
+        )
+
 
 class Ending(StrEnum):
     """How a rollout ended. `INVALID` is never scored: retried, then masked."""

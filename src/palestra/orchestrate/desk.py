@@ -7,7 +7,6 @@ import asyncio
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -17,6 +16,7 @@ from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
 from palestra.core.metrics import Last, Max, Metric, Metrics, add_to, merge
 from palestra.core.records import RolloutRecord, Sampling
 from palestra.core.spans import SpanLog
+from palestra.orchestrate.fleet import Fleet
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.report import Totals, percentile
@@ -24,9 +24,11 @@ from palestra.orchestrate.state import LoopState
 from palestra.orchestrate.trainer import TrainerLink
 from palestra.orchestrate.workers import WorkerPool
 from palestra.wire.channel import Caller
-from palestra.wire.messages import Progress, StepTrained, ToSupervisor
+from palestra.wire.messages import Progress, StepTrained, ToOrchestrator, ToSupervisor
 from palestra.wire.rundir import Attempt, RunDir
 from palestra.wire.runlog import RunLog
+
+_SILENCE_S = 30 * 86_400.0  # longer than any run: a supervisor that dies takes the run with it
 
 
 class Changes:
@@ -49,8 +51,8 @@ class Teller:
 
     def __init__(self, run: RunDir, attempt: Attempt, selector: LedgerSelector):
         self._run, self._selector = run, selector
-        self._supervisor: Caller[Any, ToSupervisor] = Caller(
-            attempt.supervisor, name="orchestrator", attempt=attempt.number, receives=ToSupervisor
+        self._supervisor: Caller[ToOrchestrator, ToSupervisor] = Caller(
+            attempt.supervisor, name="orchestrator", attempt=attempt.number, receives=ToOrchestrator
         )
         self.log, self.spans = RunLog(run), SpanLog(run.spans("orchestrator"), "orchestrator")
         self.totals = Totals(started_at=attempt.started_at)
@@ -95,6 +97,10 @@ class Teller:
     async def send(self, message: ToSupervisor) -> None:
         await self._supervisor.send(message)
 
+    async def hear(self) -> ToOrchestrator:
+        """What the supervisor says next: most runs never hear anything."""
+        return await self._supervisor.receive(deadline_s=_SILENCE_S, waiting_for="the supervisor's next word")
+
     async def progress(self, stage: str, step: int, steps: int, **numbers: float) -> None:
         await self.send(Progress(process="orchestrator", stage=stage, step=step, steps=steps, numbers=numbers))
 
@@ -107,6 +113,7 @@ class Desk:
     run: RunDir
     attempt: Attempt
     journal: Journal
+    fleet: Fleet
     gateway: Gateway
     pool: WorkerPool
     trainer: TrainerLink
@@ -125,7 +132,7 @@ class Desk:
     @property
     def capacity(self) -> int:
         """Rollouts that may be in flight at once."""
-        return self.config.engine.max_in_flight * len(self.gateway.links)
+        return self.config.engine.max_in_flight * len(self.fleet.serving)
 
     async def progress(self, stage: str, **numbers: float) -> None:
         await self.teller.progress(stage, self.state.next_step, self.config.train.steps, **numbers)

@@ -22,11 +22,13 @@ from palestra.orchestrate.state import (
     GroupOpened,
     GroupStatus,
     JournalledReply,
+    PartlyReplied,
     Replied,
     RolloutEnded,
     RolloutRetried,
 )
 from palestra.orchestrate.workers import PlayOrder
+from palestra.wire.draft import NOTHING
 from palestra.wire.messages import Call
 
 _INVALID_GROUPS = 4  # in a row, after which the environment is taken to be broken
@@ -133,15 +135,29 @@ class Dispatcher:
         )
 
     async def _answer(self, group: Group, rollout_id: int, call: Call, *, seed: int) -> Reply:
-        """From the journal, if this call was answered before a restart; from an engine otherwise."""
-        prompt_hash = seed_for(*call.token_ids)
-        for known in self._desk.state.replies.get(rollout_id, []):
-            if known.call == call.call and known.prompt_hash == prompt_hash:
-                return known.reply
-        reply = await self._desk.gateway.call(group.group_id, call.token_ids, call.sampling, seed=seed)
-        if rollout_id not in group.records:  # of a try that was given up, nobody would ever ask for it again
-            journalled = JournalledReply(call=call.call, prompt_hash=prompt_hash, reply=reply)
-            self._desk.journal.record(Replied(rollout_id=rollout_id, reply=journalled))
+        """From the journal, if this call was answered before a restart; from an engine otherwise, going on with what
+        the journal has of it."""
+        state, prompt_hash = self._desk.state, seed_for(*call.token_ids)
+        if (known := state.reply_to(rollout_id, call.call, prompt_hash)) is not None:
+            return known
+
+        def journalled(reply: Reply) -> JournalledReply:
+            return JournalledReply(call=call.call, prompt_hash=prompt_hash, reply=reply)
+
+        def note(piece: Reply) -> None:
+            if rollout_id not in group.records:  # of a try that was given up, nobody would ever ask for it again
+                self._desk.journal.record(PartlyReplied(rollout_id=rollout_id, piece=journalled(piece)))
+
+        reply = await self._desk.gateway.call(
+            group.group_id,
+            call.token_ids,
+            call.sampling,
+            seed=seed,
+            begun=state.reply_begun(rollout_id, call.call, prompt_hash) or NOTHING,
+            note=note,
+        )
+        if rollout_id not in group.records:
+            self._desk.journal.record(Replied(rollout_id=rollout_id, reply=journalled(reply)))
         return reply
 
     # --- one group
@@ -154,7 +170,7 @@ class Dispatcher:
         judged = msgspec.structs.replace(group, records=group.records | scored)
         result = outcome(judged, drop_zero_signal=self._desk.config.algo.drop_zero_signal)
         self._desk.journal.record(GroupClosed(group_id=group.group_id, outcome=result, records=records))
-        self._desk.gateway.forget(group.group_id)
+        self._desk.fleet.forget(group.group_id)
         self._desk.changed.tell()
         await self._watch_outcomes(judged, result)
 

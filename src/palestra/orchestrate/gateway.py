@@ -1,50 +1,34 @@
 """The gateway: the only caller of the engines.
 
-Consumes: engine calls of rollouts. Produces: replies. Waits for: engines, each call with a deadline.
-Woken by: callers. Ends when: closed.
+Consumes: engine calls of rollouts. Produces: replies, and pieces of long ones on their way.
+Waits for: engines; never longer than `engine.call_s` for the next token. Woken by: callers. Ends when: closed.
 
-A rollout stays on the engine that holds its prefix. Equal prompts of one group that arrive together are joined into one
-request of n replies; engines seed reply i of a joined request with seed + i, so joining changes no sampled token.
+A rollout stays on the engine that holds its prefix. A reply that breaks off because its engine dies, hangs or is taken
+out is gone on with, from its tokens, on another engine. Equal prompts of one group that arrive together are joined into
+one request of n replies, which is not streamed: it is short, and asked again as a whole. Engines seed reply i of a
+joined request with seed + i, so joining changes no sampled token.
 """
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from palestra.core.errors import InfrastructureError
-from palestra.core.ledger import Ledger
+import msgspec
+
+from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.records import Reply, Sampling
-from palestra.wire.policy import EngineClient
+from palestra.orchestrate.fleet import EngineLink, Fleet
+from palestra.orchestrate.sources import seed_for
+from palestra.wire.draft import NOTHING, Draft
+from palestra.wire.policy import EngineClient, EngineError, UnreachableError
 
 _JOIN_S = 0.003
+_PIECE_TOKENS = 256  # a reply on its way is told in pieces of at least so many tokens
+_BREAKS = 8  # of one reply, after which the reply itself is suspected
 
-
-class TakenOut(Exception):
-    """The engine was taken out while it had the call; another one can answer it."""
-
-
-@dataclass
-class EngineLink:
-    """One engine as the gateway sees it. Its ledger books what the engine process does."""
-
-    name: str
-    client: EngineClient
-    ledger: Ledger
-    in_flight: int = 0
-    taken_out: asyncio.Event = field(default_factory=asyncio.Event)
-
-    is_stopped: bool = False
-
-    def stop(self, is_stopped: bool) -> None:
-        """A publish stops it, or lets it go on."""
-        self.is_stopped = is_stopped
-        self.book(0)
-
-    def book(self, change: int) -> None:
-        self.in_flight += change
-        cause = "publish" if self.is_stopped else "generate" if self.in_flight else "idle"
-        if self.ledger.cause != cause:
-            self.ledger.switch(cause)
+Note = Callable[[Reply], None]
+"""Hears the next piece of a reply on its way."""
 
 
 @dataclass(frozen=True)
@@ -66,72 +50,75 @@ class _Joined:
 
 
 class Gateway:
-    """Routes calls to engines, joins equal prompts, keeps engines' ledgers."""
+    """Sends calls to engines, joins equal prompts, goes on with replies that broke off."""
 
-    def __init__(self, links: Sequence[EngineLink], *, join_max_tokens: int, call_s: float):
-        self.links = list(links)
-        self._all_clients = self.clients
-        self._join_max_tokens, self._call_s = join_max_tokens, call_s
-        self._home: dict[int, EngineLink] = {}
+    def __init__(self, fleet: Fleet, *, join_max_tokens: int, call_s: float, stream_tokens: int):
+        self.fleet = fleet
+        self._join_max_tokens, self._call_s, self._stream_tokens = join_max_tokens, call_s, stream_tokens
         self._joined: dict[_Joinable, _Joined] = {}
         self._requests: set[asyncio.Task[None]] = set()
 
-    @property
-    def clients(self) -> list[EngineClient]:
-        return [link.client for link in self.links]
-
-    def remove(self, link: EngineLink) -> None:
-        """Send nothing more to an engine; rollouts that lived there move, and calls it had are asked again."""
-        self.links.remove(link)
-        self._home = {home: known for home, known in self._home.items() if known is not link}
-        link.taken_out.set()
-
-    def forget(self, home: int) -> None:
-        """The rollouts that share `home` have all ended."""
-        self._home.pop(home, None)
-
-    async def call(self, home: int, token_ids: list[int], sampling: Sampling, *, seed: int) -> Reply:
+    async def call(
+        self,
+        home: int,
+        token_ids: list[int],
+        sampling: Sampling,
+        *,
+        seed: int,
+        begun: Reply = NOTHING,
+        note: Note = lambda piece: None,
+    ) -> Reply:
         """One reply. Calls of the same `home` (a group) go to the same engine.
 
-        Errors: InfrastructureError, if the engine could not answer in time.
+        `begun` is what is known of the reply from before; `note` hears what follows it, in pieces, while it is on its
+        way, and all of it when an engine breaks off.
+        Errors: InfrastructureError, if no engine could answer in time.
         """
-        while True:
-            link = self._route(home)
-            link.book(+1)
-            try:
-                return await self._call(link, token_ids, sampling, seed=seed)
-            except TakenOut:
-                continue
-            finally:
-                link.book(-1)
+        reply, breaks = as_ended(begun, sampling), 0
+        while not is_whole(reply):
+            if breaks == _BREAKS:
+                raise InfrastructureError(f"a reply broke off {breaks} times, after {len(reply.token_ids)} tokens")
+            link = await self.fleet.engine_for(home)
+            with link.busy():
+                rest = await self._go_on(link, token_ids, reply, sampling, seed=seed, note=note)
+            reply, breaks = as_ended(reply.then(rest), sampling), breaks + 1
+        return reply
 
-    async def _call(self, link: EngineLink, token_ids: list[int], sampling: Sampling, *, seed: int) -> Reply:
-        """Errors: TakenOut, InfrastructureError."""
+    async def _go_on(
+        self, link: EngineLink, token_ids: list[int], begun: Reply, sampling: Sampling, *, seed: int, note: Note
+    ) -> Reply:
+        """The rest of a reply, or as much of it as came before the engine broke off."""
+        prompt, left = [*token_ids, *begun.token_ids], sampling.max_tokens - len(begun.token_ids)
+        rest = msgspec.structs.replace(sampling, max_tokens=left)
+        seed = seed_for(seed, len(begun.token_ids)) if begun.token_ids else seed
+        pieces = _Pieces(link, note)
         salt = link.client.cache_salt  # prefixes computed under another version are never shared
-        if sampling.max_tokens <= self._join_max_tokens:
-            asking = self._join(_Joinable(link.name, tuple(token_ids), sampling, salt), link.client, seed)
+        if left <= self._join_max_tokens and not begun.token_ids:
+            asking = self._join(_Joinable(link.name, tuple(prompt), rest, salt), link.client, seed)
         else:
-            asking = self._ask(link.client, token_ids, sampling, salt, seed)
-        answer, gone = asyncio.ensure_future(asking), asyncio.ensure_future(link.taken_out.wait())
+            asking = link.client.stream(
+                prompt,
+                rest,
+                seed=seed,
+                silence_s=self._call_s,
+                draft=pieces.draft,
+                cache_salt=salt,
+                stream_tokens=self._stream_tokens,
+            )
+        began = time.monotonic()
         try:
-            await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise TakenOut
-            return answer.result()
-        finally:
-            answer.cancel()
-            gone.cancel()
-
-    async def _ask(self, client: EngineClient, token_ids: list[int], sampling: Sampling, salt: str, seed: int) -> Reply:
-        replies = await client.generate(token_ids, sampling, seed=seed, cache_salt=salt, deadline_s=self._call_s)
-        return replies[0]
-
-    def _route(self, home: int) -> EngineLink:
-        if not self.links:
-            raise InfrastructureError("no engine is left to answer; see logs/engine-*.log")
-        if home not in self._home:
-            self._home[home] = min(self.links, key=lambda link: link.in_flight)
-        return self._home[home]
+            reply = await _until_gone(asking, link)
+        except (UnreachableError, DeadlineError, EngineError) as failure:
+            if isinstance(failure, EngineError) and await link.client.is_healthy():
+                raise  # the request made it fail, and would again
+            self.fleet.take_out(link, str(failure))
+            reply = None
+        if reply is None:
+            pieces.tell_all()
+            return pieces.draft.partial
+        link.progressed()
+        link.note_speed(len(reply.token_ids), time.monotonic() - began)
+        return reply
 
     async def _join(self, key: _Joinable, client: EngineClient, seed: int) -> Reply:
         loop = asyncio.get_running_loop()
@@ -169,7 +156,7 @@ class Gateway:
         except Exception as error:  # every caller of the joined request must hear of it
             for _, future in calls:
                 if not future.done():
-                    future.set_exception(InfrastructureError(f"{key.engine} could not answer: {error}"))
+                    future.set_exception(_as_heard(error, key.engine))
             return
         for (_, future), reply in zip(calls, replies, strict=True):
             if not future.done():
@@ -179,5 +166,57 @@ class Gateway:
         for request in list(self._requests):
             request.cancel()
         await asyncio.gather(*self._requests, return_exceptions=True)
-        for client in self._all_clients:
-            await client.close()
+        for link in self.fleet.links:
+            await link.client.close()
+
+
+class _Pieces:
+    """The draft of one reply, told in pieces."""
+
+    def __init__(self, link: EngineLink, note: Note):
+        self.draft = Draft(lambda: link.client.serving, self._arrived)
+        self._link, self._note, self._told = link, note, 0
+
+    def _arrived(self) -> None:
+        self._link.progressed()
+        if len(self.draft.token_ids) - self._told >= _PIECE_TOKENS:
+            self.tell_all()
+
+    def tell_all(self) -> None:
+        partial = self.draft.partial
+        if len(partial.token_ids) > self._told:
+            self._note(partial.after(self._told))
+            self._told = len(partial.token_ids)
+
+
+async def _until_gone(asking, link: EngineLink) -> Reply | None:
+    """None, if the engine was taken out before it answered."""
+    answer, gone = asyncio.ensure_future(asking), asyncio.ensure_future(link.gone.wait())
+    try:
+        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+def is_whole(reply: Reply) -> bool:
+    return reply.finish_reason in ("stop", "length")
+
+
+def as_ended(reply: Reply, sampling: Sampling) -> Reply:
+    """A reply that broke off after its last token is whole."""
+    if is_whole(reply):
+        return reply
+    if reply.token_ids and reply.token_ids[-1] in sampling.stop_token_ids:
+        return msgspec.structs.replace(reply, finish_reason="stop")
+    if len(reply.token_ids) >= sampling.max_tokens:
+        return msgspec.structs.replace(reply, finish_reason="length")
+    return reply
+
+
+def _as_heard(error: Exception, engine: str) -> Exception:
+    """What says something of the engine stays what it is; the rest is an engine that could not answer."""
+    if isinstance(error, UnreachableError | DeadlineError | EngineError):
+        return error
+    return InfrastructureError(f"{engine} could not answer: {error}")

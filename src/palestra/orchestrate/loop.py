@@ -19,7 +19,8 @@ from palestra.core.metrics import Last, Metrics
 from palestra.orchestrate.checkpoint import write_checkpoint
 from palestra.orchestrate.desk import Changes, Desk, Teller
 from palestra.orchestrate.dispatch import Dispatcher
-from palestra.orchestrate.gateway import EngineLink, Gateway
+from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
+from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
 from palestra.orchestrate.publisher import Publisher
@@ -34,6 +35,9 @@ from palestra.wire.messages import (
     FromTrainer,
     FromWorker,
     LedgerClosed,
+    ProcessEnded,
+    ProcessStarted,
+    Restart,
     StepTrained,
     Stop,
     ToTrainer,
@@ -66,20 +70,32 @@ class Loop:
         self._listener: Listener[_FromAll, ToWorker | ToTrainer] = Listener(
             attempt.orchestrator, attempt=attempt.number, receives=_FromAll
         )
-        tasks = asyncio.TaskGroup()
+        tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
+        fleet = Fleet(
+            _make_links(attempt, make_client),
+            healthy_s=config.engine.healthy_s,
+            restart=lambda name, why: self._ask_restart(name, why),
+            changed=changed.tell,
+        )
         schedule = Schedule(config.train.steps, config.sync.every, config.train.checkpoint_every)
         self.desk = Desk(
             config=config,
             run=run,
             attempt=attempt,
             journal=journal,
-            gateway=_make_gateway(config, attempt, make_client),
+            fleet=fleet,
+            gateway=Gateway(
+                fleet,
+                join_max_tokens=config.engine.join_max_tokens,
+                call_s=config.engine.call_s,
+                stream_tokens=config.engine.stream_tokens,
+            ),
             pool=WorkerPool(
                 self._listener.send, tasks.create_task, num_workers=config.env.workers, stall_s=config.env.stall_s
             ),
             trainer=TrainerLink(self._send_trainer, schedule, next_step=journal.state.next_step),
             teller=Teller(run, attempt, selector),
-            changed=Changes(config.train.batch_deadline_s),
+            changed=changed,
             tasks=tasks,
         )
         self._evaluations = Evaluations(self.desk)
@@ -92,11 +108,14 @@ class Loop:
         """Errors: an ExceptionGroup of whatever ended the attempt."""
         try:
             async with self.desk.tasks as tasks:
-                receiving = tasks.create_task(self._receive())
+                serving = [
+                    tasks.create_task(serve()) for serve in (self._receive, self._hear_supervisor, self._publisher.run)
+                ]
                 await self._train(tasks)
                 await self._evaluations.run_last()
                 await self._finish()
-                receiving.cancel()
+                for task in serving:
+                    task.cancel()
         finally:
             await self.desk.gateway.close()
             for owned in (self._listener, self.desk.journal, self.desk.teller):
@@ -105,10 +124,10 @@ class Loop:
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         self.desk.teller.ledger.switch("work")
         await self._start()
-        publishing = tasks.create_task(self._publisher.run())
         dispatching = tasks.create_task(self._dispatcher.run())
         await ship_all(self.desk)
-        await publishing
+        while self.desk.trainer.loaded < self.desk.config.train.steps:
+            await self.desk.changed.wait("the last version in the engines")
         dispatching.cancel()
         self._dispatcher.cancel()
 
@@ -117,9 +136,15 @@ class Loop:
         desk, healthy_s = self.desk, self.desk.config.engine.healthy_s
         await desk.progress("starting engines and environment workers")
         await desk.pool.wait_ready(healthy_s)
-        for link in desk.gateway.links:
-            await link.client.wait_healthy(healthy_s)
-            link.ledger.switch("idle")
+        async with asyncio.TaskGroup() as joining:
+            for link in desk.fleet.links:
+                joining.create_task(self._join(link))
+
+    async def _join(self, link: EngineLink) -> None:
+        """Errors: DeadlineError, if the engine does not become healthy."""
+        await link.client.wait_healthy(self.desk.config.engine.healthy_s)
+        if link.state is EngineState.STARTING:
+            self.desk.fleet.healthy(link)
 
     async def _finish(self) -> None:
         """Everything is trained: export, collect the ledgers, write the summary."""
@@ -131,12 +156,26 @@ class Loop:
             await self._listener.send(worker, Stop())
         while self._gone != set(desk.pool.names):
             await desk.changed.wait("the last ledger entry of every environment worker")
-        teller.note_ledger(*(link.ledger.close() for link in desk.gateway.links), teller.ledger.close())
+        teller.note_ledger(*(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
         first = desk.config.eval.sets[0].label if desk.config.eval.sets else None
         teller.log.summary(
             summary(teller.totals, desk.state, name=desk.run.name, first_eval=first, attempt=desk.attempt.number)
         )
         await teller.send(Done(process="orchestrator"))
+
+    async def _hear_supervisor(self) -> None:
+        """Engines that died, and their successors."""
+        names = {link.name for link in self.desk.fleet.links}
+        while True:
+            message = await self.desk.teller.hear()
+            match message:
+                case ProcessEnded(process=process) if process in names:
+                    self.desk.fleet.engine_ended(process)
+                case ProcessStarted(process=process) if process in names:
+                    self.desk.tasks.create_task(self._join(self.desk.fleet.engine_started(process)))
+
+    def _ask_restart(self, process: str, why: str) -> None:
+        self.desk.tasks.create_task(self.desk.teller.send(Restart(process=process, why=why)))
 
     async def _receive(self) -> None:
         while True:
@@ -175,10 +214,11 @@ class Loop:
         desk, teller = self.desk, self.desk.teller
         desk.trainer.trained = message.step + 1
         teller.totals.note_step(message.ledgers[0])
-        teller.note_ledger(
-            *message.ledgers, *(link.ledger.close() for link in desk.gateway.links), teller.ledger.close()
-        )
-        in_flight: Metrics = {"engine/in_flight": Last(sum(link.in_flight for link in desk.gateway.links))}
+        teller.note_ledger(*message.ledgers, *(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
+        in_flight: Metrics = {
+            "engine/in_flight": Last(sum(link.in_flight for link in desk.fleet.links)),
+            "engine/serving": Last(len(desk.fleet.serving)),
+        }
         batch = desk.state.batch_metrics.get(message.step, {})
         row = teller.step_row(message, batch, teller.totals.metrics(desk.state), in_flight)
         shown = {name: row[key].value for name, key in _SHOWN.items() if key in row}
@@ -192,9 +232,8 @@ class Loop:
 _SHOWN = {"reward": "reward/trained", "age": "age/mean"}
 
 
-def _make_gateway(config: RunConfig, attempt: Attempt, make_client: Callable[[str], EngineClient]) -> Gateway:
-    links = [
+def _make_links(attempt: Attempt, make_client: Callable[[str], EngineClient]) -> list[EngineLink]:
+    return [
         EngineLink(f"engine-{index}", make_client(url), Ledger(f"engine-{index}", since=attempt.started_at))
         for index, url in enumerate(attempt.engines)
     ]
-    return Gateway(links, join_max_tokens=config.engine.join_max_tokens, call_s=config.engine.call_s)

@@ -69,7 +69,7 @@ class Evaluations:
                 default=desk.sampling,
                 list_tasks=desk.pool.list_tasks,
                 play=self._play,
-                max_in_flight=desk.capacity,
+                max_in_flight=max(desk.capacity, 1),
                 retries=desk.config.env.retries,
                 seed=desk.config.train.seed,
             )
@@ -94,6 +94,6 @@ class Evaluations:
 
         order = PlayOrder(rollout_id=0, source=source, task=task, sampling=sampling, seed=seed, answer=answer)
         record = await self._desk.pool.play(order)
-        self._desk.gateway.forget(home)
+        self._desk.fleet.forget(home)
         self._desk.teller.totals.note_tokens(record.num_sampled_tokens)
         return record

@@ -1,80 +1,107 @@
 """Publishes: weights into the engines, while they generate.
 
-Consumes: staged versions, the newest first. Produces: engines that are proved to hold them.
+Consumes: staged versions, the newest first; engines that join. Produces: engines that are proved to hold them.
 Waits for: the trainer's next staged version; an evaluation that withholds publishes. Woken by: `changed`.
-Ends when: the last version is in the engines.
+Ends when: cancelled; the last version is in the engines when `trainer.loaded` says so.
 """
 
 import sys
 
 from palestra.core.metrics import Max, Mean
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
 from palestra.wire.policy import EngineClient
-from palestra.wire.publish import PublishReport, publish
+from palestra.wire.publish import NoEngineLeft, PublishReport, publish
 from palestra.wire.weights.manifest import Staged
 
 
 class Publisher:
-    """Brings each staged version to the engines, unless a newer one is staged already."""
+    """Brings each staged version to the engines, unless a newer one is staged already; and the current one to engines
+    that join."""
 
     def __init__(self, desk: Desk, evaluations: Evaluations):
         self._desk, self._evaluations = desk, evaluations
-        self._newest: Staged | None = None
+        self._newest: Staged | None = None  # not published yet
+        self._current: Staged | None = None  # what the engines hold
 
     def stage(self, staged: Staged) -> None:
         """A newer version than any before; whoever calls tells `changed`."""
         self._newest = staged
 
     async def run(self) -> None:
-        desk = self._desk
-        while desk.trainer.loaded < desk.config.train.steps:
-            while self._newest is None:
-                await desk.changed.wait("weights staged by the trainer")
-            await self._evaluations.unpinned.wait()  # rollouts of an evaluation have deadlines of their own
-            staged, self._newest = self._newest, None
-            if staged.version < desk.trainer.catch_up and not self._evaluations.due_at_start:
-                await desk.trainer.discard(staged.version)
+        fleet = self._desk.fleet
+        while True:
+            if self._newest is not None and fleet.reachable:
+                await self._evaluations.unpinned.wait()  # rollouts of an evaluation have deadlines of their own
+                await self._bring_newest()
+            elif self._newest is None and self._current is not None and fleet.joining:
+                await self._publish(self._current, fleet.joining)
             else:
-                await self._publish(staged)
+                await self._desk.changed.wait("weights staged by the trainer, and an engine to take them")
 
-    async def _publish(self, staged: Staged) -> None:
+    async def _bring_newest(self) -> None:
+        trainer, staged = self._desk.trainer, self._newest
+        assert staged is not None
+        self._newest = None
+        if staged.version < trainer.catch_up and not self._evaluations.due_at_start:
+            await trainer.discard(staged.version)
+        elif await self._publish(staged, self._desk.fleet.reachable):
+            self._current = staged
+            await trainer.note_loaded(staged.version)
+            self._desk.changed.tell()
+            self._evaluations.published(staged.version)
+        else:
+            self._newest = self._newest or staged  # for whoever joins
+
+    async def _publish(self, staged: Staged, links: list[EngineLink]) -> bool:
+        """Whether any engine holds the version. Errors: NoEngineLeft, if the last ones failed the proof."""
         desk, sync = self._desk, self._desk.config.sync
+        if not links:
+            return False
         with desk.teller.spans.span("publish", version=staged.version) as attributes:
-            report = await publish(
-                desk.gateway.clients,
-                staged,
-                kv=sync.kv,
-                at_once=sync.at_once,
-                tolerance=desk.config.probe_tolerance,
-                deadline_s=sync.deadline_s,
-                watch=self._note_stop,
-            )
+            try:
+                report = await publish(
+                    [link.client for link in links],
+                    staged,
+                    kv=sync.kv,
+                    at_once=sync.at_once,
+                    tolerance=desk.config.probe_tolerance,
+                    deadline_s=sync.deadline_s,
+                    watch=self._note_stop,
+                )
+            except NoEngineLeft as failure:
+                if not failure.is_lost and len(links) == len(desk.fleet.links):
+                    raise
+                report = failure.report
             attributes |= {"max_gap": report.max_gap, "stopped_s": report.stopped_s}
-        self._account(report)
-        if desk.trainer.loaded < 0:
-            await self._require_processed(staged)
-        await desk.trainer.note_loaded(staged.version)
-        desk.changed.tell()
-        self._evaluations.published(staged.version)
+        return await self._account(report, links, staged)
 
-    async def _require_processed(self, staged: Staged) -> None:
-        """Once: engines report log-probabilities of the distribution they sample from. Errors: EngineError."""
-        for client in self._desk.gateway.clients:
-            await client.require_processed_logprobs(staged.probe.token_ids[:4])
-
-    def _note_stop(self, client: EngineClient, is_stopped: bool) -> None:
-        link = next(link for link in self._desk.gateway.links if link.client is client)
-        link.stop(is_stopped)
-
-    def _account(self, report: PublishReport) -> None:
-        """Take out engines that failed."""
-        desk = self._desk
-        for link, engine in zip(list(desk.gateway.links), report.engines, strict=True):
+    async def _account(self, report: PublishReport, links: list[EngineLink], staged: Staged) -> bool:
+        """Engines that failed are taken out, those that joined serve."""
+        desk, held = self._desk, False
+        for link, engine in zip(links, report.engines, strict=True):
             if engine.failure:
                 print(f"{link.name} is taken out: {engine.failure}", file=sys.stderr)
-                desk.gateway.remove(link)
+                desk.fleet.take_out(link, engine.failure)
                 continue
-            desk.teller.note({"publish/stopped_s": Mean(engine.stopped_s)})
-        desk.teller.note({"publish/max_abs_logprob_gap": Max(report.max_gap)})
-        desk.teller.totals.note_publish(report.max_gap)
+            if link.state is EngineState.JOINING:
+                await link.client.require_processed_logprobs(staged.probe.token_ids[:4])
+                desk.fleet.joined(link)
+            held = True
+            desk.teller.note(
+                {
+                    "publish/stopped_s": Mean(engine.stopped_s),
+                    "publish/pause_s": Mean(engine.pause_s),
+                    "publish/load_s": Mean(engine.load_s),
+                    "publish/resume_s": Mean(engine.resume_s),
+                }
+            )
+        if held:
+            desk.teller.note({"publish/max_abs_logprob_gap": Max(report.max_gap)})
+            desk.teller.totals.note_publish(report.max_gap)
+        return held
+
+    def _note_stop(self, client: EngineClient, is_stopped: bool) -> None:
+        link = next(link for link in self._desk.fleet.links if link.client is client)
+        link.stop(is_stopped, refills=self._desk.config.sync.kv == "recompute")

@@ -6,6 +6,7 @@ snapshot's journal gives the state the process had when it was killed: nothing f
 
 from enum import StrEnum
 
+import msgspec
 from msgspec import Struct, field
 
 from palestra.core.metrics import Metric, Metrics
@@ -95,6 +96,13 @@ class Replied(Struct, frozen=True, kw_only=True, tag=True):
     reply: JournalledReply
 
 
+class PartlyReplied(Struct, frozen=True, kw_only=True, tag=True):
+    """The next piece of a reply that is on its way; it counts until the whole reply is there."""
+
+    rollout_id: int
+    piece: JournalledReply
+
+
 class RolloutEnded(Struct, frozen=True, kw_only=True, tag=True):
     record: RolloutRecord
 
@@ -149,6 +157,7 @@ class EvalEnded(Struct, frozen=True, kw_only=True, tag=True):
 Event = (
     GroupOpened
     | Replied
+    | PartlyReplied
     | RolloutEnded
     | RolloutRetried
     | GroupClosed
@@ -162,14 +171,15 @@ Event = (
 class LoopState(Struct, kw_only=True):
     """Everything the loop must know to go on. Only `apply` changes it.
 
-    `groups` holds open and ready groups; `replies` those of rollouts that have not ended; `next_step` is the step the
-    next batch is for.
+    `groups` holds open and ready groups; `replies` and the `begun` ones those of rollouts that have not ended;
+    `next_step` is the step the next batch is for.
     """
 
     next_group: int = 0
     next_step: int = 0
     groups: dict[int, Group] = field(default_factory=dict)
     replies: dict[int, list[JournalledReply]] = field(default_factory=dict)
+    begun: dict[int, list[JournalledReply]] = field(default_factory=dict)
     cursors: dict[str, Cursor] = field(default_factory=dict)
     evals: list[EvalEnded] = field(default_factory=list)
     batch_metrics: dict[int, Metrics] = field(default_factory=dict)  # by step, of batches that may be trained again
@@ -180,8 +190,21 @@ class LoopState(Struct, kw_only=True):
         """Errors: ValueError for an event that cannot follow (a rollout that ends twice, a batch out of order)."""
         _APPLY[type(event)](self, event)
 
+    def reply_to(self, rollout_id: int, call: int, prompt_hash: int) -> Reply | None:
+        """The whole reply to this call, if it was journalled."""
+        return _find(self.replies.get(rollout_id, []), call, prompt_hash)
+
+    def reply_begun(self, rollout_id: int, call: int, prompt_hash: int) -> Reply | None:
+        """What was journalled of a reply that broke off."""
+        return _find(self.begun.get(rollout_id, []), call, prompt_hash)
+
     def count(self, name: str, amount: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + amount
+
+
+def _find(replies: list[JournalledReply], call: int, prompt_hash: int) -> Reply | None:
+    found = (known.reply for known in replies if known.call == call and known.prompt_hash == prompt_hash)
+    return next(found, None)
 
 
 def _group_opened(state: LoopState, event: GroupOpened) -> None:
@@ -201,6 +224,20 @@ def _group_opened(state: LoopState, event: GroupOpened) -> None:
 
 def _replied(state: LoopState, event: Replied) -> None:
     state.replies.setdefault(event.rollout_id, []).append(event.reply)
+    _drop_begun(state, event.rollout_id, event.reply.call)
+
+
+def _partly_replied(state: LoopState, event: PartlyReplied) -> None:
+    piece = event.piece
+    known = state.reply_begun(event.rollout_id, piece.call, piece.prompt_hash)
+    _drop_begun(state, event.rollout_id, piece.call)
+    whole = piece if known is None else msgspec.structs.replace(piece, reply=known.then(piece.reply))
+    state.begun.setdefault(event.rollout_id, []).append(whole)
+
+
+def _drop_begun(state: LoopState, rollout_id: int, call: int) -> None:
+    if left := [known for known in state.begun.pop(rollout_id, []) if known.call != call]:
+        state.begun[rollout_id] = left
 
 
 def _rollout_ended(state: LoopState, event: RolloutEnded) -> None:
@@ -210,6 +247,7 @@ def _rollout_ended(state: LoopState, event: RolloutEnded) -> None:
         raise ValueError(f"rollout {record.rollout_id} ended twice")
     group.records[record.rollout_id] = record
     state.replies.pop(record.rollout_id, None)
+    state.begun.pop(record.rollout_id, None)
     state.max_versions_in_a_rollout = max(state.max_versions_in_a_rollout, len(record.versions))
     state.count(f"rollouts_{record.ending}")
     state.count("tokens_sampled", record.num_sampled_tokens)
@@ -219,6 +257,7 @@ def _rollout_retried(state: LoopState, event: RolloutRetried) -> None:
     group = _live_group(state, event.rollout_id)
     group.tries[event.rollout_id] = group.tries.get(event.rollout_id, 0) + 1
     state.replies.pop(event.rollout_id, None)
+    state.begun.pop(event.rollout_id, None)
     state.count("rollouts_retried")
 
 
@@ -267,6 +306,7 @@ def _live_group(state: LoopState, rollout_id: int) -> Group:
 _APPLY = {
     GroupOpened: _group_opened,
     Replied: _replied,
+    PartlyReplied: _partly_replied,
     RolloutEnded: _rollout_ended,
     RolloutRetried: _rollout_retried,
     GroupClosed: _group_closed,

@@ -203,4 +203,31 @@ class Failed(Struct, frozen=True, kw_only=True, tag=True):
     is_user_error: bool
 
 
-ToSupervisor = Progress | Done | Failed
+class Restart(Struct, frozen=True, kw_only=True, tag=True):
+    """`process` is not to be trusted any more: end it and start it again."""
+
+    process: str
+    why: str
+
+
+ToSupervisor = Progress | Done | Failed | Restart
+
+
+# --- supervisor -> orchestrator
+
+
+class ProcessEnded(Struct, frozen=True, kw_only=True, tag=True):
+    """A process of the run is gone; the supervisor starts it again."""
+
+    process: str
+    why: str
+
+
+class ProcessStarted(Struct, frozen=True, kw_only=True, tag=True):
+    """A new process under an old name. `life` counts its starts in this attempt, from 0."""
+
+    process: str
+    life: int
+
+
+ToOrchestrator = ProcessEnded | ProcessStarted

@@ -8,21 +8,25 @@ reply to a request of its own with that seed, up to what batching does to floati
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Self, TypeVar
 
 import httpx
 import msgspec
 from msgspec import Struct, field
 
 from palestra.core.deadline import within
-from palestra.core.errors import InfrastructureError, PalestraError
+from palestra.core.errors import DeadlineError, InfrastructureError, PalestraError
 from palestra.core.records import Reply, Sampling, Span
+from palestra.wire.draft import Draft
+
+T = TypeVar("T")
 
 _RETRIES = 4
 _FIRST_PAUSE_S = 0.1  # doubles with every retry
 _KEEPALIVE_S = 3.0  # shorter than the 5 s after which vLLM's server hangs up
-_HEALTH_PAUSE_S = 0.2
+_HEALTH_S, _HEALTH_PAUSE_S = 5.0, 0.2
+_GENERATE = "/inference/v1/generate"
 _REQUEST_PREFIX = "generate-tokens-"  # vLLM's name for a token request is this and our id
 
 
@@ -60,6 +64,7 @@ class EngineClient:
         """`call_s` bounds the calls that take no deadline of their own; `transport` is for tests."""
         self.url = url.rstrip("/")
         self.cache_salt = "unpublished"
+        self.serving: int | None = None  # the last version published to it by this client
         self._call_s = call_s
         self._http = httpx.AsyncClient(
             base_url=self.url,
@@ -77,6 +82,10 @@ class EngineClient:
 
     async def close(self) -> None:
         await self._http.aclose()
+
+    def forget(self) -> None:
+        """Another process answers at the address from now on: it has no weights of this run."""
+        self.cache_salt, self.serving = "unpublished", None
 
     async def generate(
         self,
@@ -103,6 +112,62 @@ class EngineClient:
         )
         answer = await self._generate(body, deadline_s=deadline_s, repeatable=seed is not None)
         return [_reply(choice, self.url) for choice in sorted(answer.choices, key=lambda choice: choice.index)]
+
+    async def stream(
+        self,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int,
+        silence_s: float,
+        draft: Draft,
+        cache_salt: str | None = None,
+        stream_tokens: int = 16,
+    ) -> Reply:
+        """Sample one reply. Its tokens are in `draft` as they arrive, `stream_tokens` at a time.
+
+        Tried again when the connection breaks before the first token; after it, `draft` has what can be gone on from.
+        Errors: RefusedError, EngineError, UnreachableError; DeadlineError, if no token arrives for `silence_s`.
+        """
+        params = _sampling_params(sampling, seed=seed, num_replies=1) | {"stream_interval": stream_tokens}
+
+        async def exchange() -> Reply:
+            body = _GenerateRequest(
+                request_id=uuid.uuid4().hex,
+                token_ids=list(token_ids),
+                sampling_params=params,
+                cache_salt=cache_salt,
+                stream=True,
+            )
+            return await self._stream(body, draft, silence_s)
+
+        return await self._attempts(_GENERATE, exchange, repeatable=lambda: not draft.token_ids)
+
+    async def _stream(self, body: "_GenerateRequest", draft: Draft, silence_s: float) -> Reply:
+        waiting_for = f"the next token of a reply from engine {self.url}"
+        headers = {"content-type": "application/json"}
+        request = self._http.build_request("POST", _GENERATE, content=msgspec.json.encode(body), headers=headers)
+        response = await within(silence_s, self._http.send(request, stream=True), waiting_for=waiting_for)
+        try:
+            if not response.is_success:
+                await within(silence_s, response.aread(), waiting_for=waiting_for)
+                self._content(_GENERATE, response)
+            events = read_events(response.aiter_bytes())
+            while (event := await within(silence_s, anext(events, None), waiting_for=waiting_for)) is not None:
+                if (choice := self._streamed(event)) is not None and (reply := _extend(draft, choice, self.url)):
+                    return reply
+        finally:
+            await response.aclose()
+        raise EngineError(f"engine {self.url} ended a stream of {len(draft.token_ids)} tokens without a reason")
+
+    def _streamed(self, event: bytes) -> "_Choice | None":
+        try:
+            chunk = _decode_chunk(event)
+        except msgspec.DecodeError as error:
+            raise EngineError(f"engine {self.url} streamed what is not a reply: {error}") from error
+        if chunk.error is not None:
+            raise EngineError(f"engine {self.url} failed at {_GENERATE}: {chunk.error.message}")
+        return chunk.choices[0] if chunk.choices else None
 
     async def score(self, token_ids: Sequence[int], *, deadline_s: float | None = None) -> list[float]:
         """log p(token t+1 | tokens up to t) at temperature 1 under the weights of now, [T-1]; caches are not used."""
@@ -158,6 +223,7 @@ class EngineClient:
     async def finish(self, version: int, *, deadline_s: float | None = None) -> None:
         """End the update; from here on tokens are labelled `version`."""
         await self._call("/finish_weight_update", {"weight_version": str(version)}, deadline_s=deadline_s)
+        self.serving = version
 
     async def set_version(self, version: int, *, deadline_s: float | None = None) -> None:
         """Label tokens `version` without a load: right only where the weights are known to be that version."""
@@ -179,18 +245,23 @@ class EngineClient:
         answer = await self._call("/metrics", method="GET", deadline_s=deadline_s, repeatable=True)
         return parse_metrics(answer.decode())
 
+    async def is_healthy(self) -> bool:
+        """Whether it says now that it is."""
+        try:
+            response = await within(_HEALTH_S, self._http.get("/health"), waiting_for=f"/health of engine {self.url}")
+            return response.status_code == 200
+        except (httpx.HTTPError, DeadlineError):
+            return False
+
     async def _healthy(self) -> None:
+        """A server that is not listening yet has no other way to tell than to be asked again."""
         while True:
-            try:
-                response = await self._http.get("/health")
-                if response.status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass  # not listening yet
+            if await self.is_healthy():
+                return
             await asyncio.sleep(_HEALTH_PAUSE_S)
 
     async def _generate(self, body: "_GenerateRequest", *, deadline_s: float, repeatable: bool) -> "_GenerateAnswer":
-        answer = await self._call("/inference/v1/generate", body, deadline_s=deadline_s, repeatable=repeatable)
+        answer = await self._call(_GENERATE, body, deadline_s=deadline_s, repeatable=repeatable)
         try:
             return _decode_answer(answer)
         except msgspec.DecodeError as error:
@@ -215,16 +286,16 @@ class EngineClient:
             return self._content(path, response)
 
         seconds = deadline_s or self._call_s
-        attempts = self._attempts(path, exchange, repeatable=repeatable)
+        attempts = self._attempts(path, exchange, repeatable=lambda: repeatable)
         return await within(seconds, attempts, waiting_for=f"{path} of engine {self.url}")
 
-    async def _attempts(self, path: str, exchange: Callable[[], Awaitable[bytes]], *, repeatable: bool) -> bytes:
+    async def _attempts(self, path: str, exchange: Callable[[], Awaitable[T]], *, repeatable: Callable[[], bool]) -> T:
         attempt = 0
         while True:
             try:
                 return await exchange()
             except (httpx.TransportError, _BusyError) as error:
-                harmless = repeatable or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | _BusyError)
+                harmless = repeatable() or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | _BusyError)
                 if attempt == _RETRIES or not harmless:
                     raise UnreachableError(
                         f"{path} of engine {self.url} failed after {attempt + 1} tries: {type(error).__name__} {error}"
@@ -274,6 +345,7 @@ class _GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     token_ids: list[int]
     sampling_params: dict[str, Any]
     cache_salt: str | None = None
+    stream: bool = False
 
 
 class _Logprob(Struct, frozen=True):
@@ -303,6 +375,18 @@ class _GenerateAnswer(Struct, frozen=True, kw_only=True):
     prompt_logprobs: list[dict[str, _Logprob] | None] | None = None
 
 
+class _Error(Struct, frozen=True):
+    message: str = ""
+
+
+class _Chunk(Struct, frozen=True, kw_only=True):
+    """One event of a streamed answer."""
+
+    choices: list[_Choice] = field(default_factory=list)
+    error: _Error | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
 _decode_answer = msgspec.json.Decoder(_GenerateAnswer).decode
 
 
@@ -321,8 +405,33 @@ def _sampling_params(sampling: Sampling, *, seed: int | None, num_replies: int) 
     return params if seed is None else {**params, "seed": seed}
 
 
+async def read_events(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The data of server-sent events, until the one that says that there are no more."""
+    held = b""
+    async for part in parts:
+        *events, held = (held + part).split(b"\n\n")
+        for event in events:
+            data = event.removeprefix(b"data: ")
+            if data == b"[DONE]":
+                return
+            yield data
+
+
+def _extend(draft: Draft, choice: _Choice, url: str) -> Reply | None:
+    """Add what a chunk brings; the whole reply, if it was the last."""
+    draft.add(choice.token_ids, _logprobs(choice))
+    if choice.finish_reason is None:
+        return None
+    content = [_Logprob(logprob) for logprob in draft.logprobs]
+    return _reply(msgspec.structs.replace(choice, token_ids=draft.token_ids, logprobs=_Logprobs(content)), url)
+
+
+def _logprobs(choice: _Choice) -> list[float]:
+    return [entry.logprob for entry in (choice.logprobs and choice.logprobs.content) or []]
+
+
 def _reply(choice: _Choice, url: str) -> Reply:
-    logprobs = [entry.logprob for entry in (choice.logprobs and choice.logprobs.content) or []]
+    logprobs = _logprobs(choice)
     spans = tuple(Span(_version(span, url), span.start, span.end) for span in choice.weight_versions or [])
     covered = sum(span.end - span.start for span in spans)
     if not len(choice.token_ids) == len(logprobs) == covered:

@@ -14,8 +14,8 @@ from typing import Literal
 from msgspec import Struct
 
 from palestra.core.deadline import within
-from palestra.core.errors import PalestraError, PublishError
-from palestra.wire.policy import EngineClient
+from palestra.core.errors import DeadlineError, PalestraError, PublishError
+from palestra.wire.policy import EngineClient, UnreachableError
 from palestra.wire.weights.manifest import Probe, Staged
 
 Kv = Literal["keep", "recompute"]
@@ -46,10 +46,21 @@ class EnginePublish(Struct, frozen=True, kw_only=True):
     stopped_s: float = 0.0
     gap: ProbeGap | None = None
     failure: str = ""
+    is_lost: bool = False  # the failure is that it did not answer
 
     @property
     def ok(self) -> bool:
         return not self.failure
+
+
+class NoEngineLeft(PublishError):
+    """No engine holds the version. `is_lost`: none of them answered."""
+
+    def __init__(self, report: "PublishReport"):
+        failures = "\n  ".join(f"{engine.engine}: {engine.failure}" for engine in report.engines)
+        super().__init__(f"version {report.version} reached none of {len(report.engines)} engines:\n  {failures}")
+        self.report = report
+        self.is_lost = all(engine.is_lost for engine in report.engines)
 
 
 class PublishReport(Struct, frozen=True, kw_only=True):
@@ -93,7 +104,7 @@ async def publish(
     The first publish to an engine gives its tokens their first version label; until then its replies are refused.
     `kv="keep"` leaves old keys and values in place for running requests: requests must carry the client's
     `cache_salt`. An engine that fails stays paused.
-    Errors: PublishError with the numbers, if no engine holds the version afterwards.
+    Errors: NoEngineLeft with the numbers, if no engine holds the version afterwards.
     """
     slots, began = asyncio.Semaphore(at_once), time.monotonic()
 
@@ -108,8 +119,7 @@ async def publish(
         version=staged.version, wall_s=time.monotonic() - began, engines=tuple(task.result() for task in tasks)
     )
     if not any(engine.ok for engine in report.engines):
-        failures = "\n  ".join(f"{engine.engine}: {engine.failure}" for engine in report.engines)
-        raise PublishError(f"version {staged.version} reached none of {len(report.engines)} engines:\n  {failures}")
+        raise NoEngineLeft(report)
     return report
 
 
@@ -121,7 +131,8 @@ async def _publish_to(
         await within(deadline_s, work, waiting_for=f"the publish of version {staged.version} to {engine.url}")
         require_arrived(progress.result.gap, tolerance)
     except PalestraError as error:
-        progress.set(failure=f"{type(error).__name__}: {error}")
+        is_lost = isinstance(error, UnreachableError | DeadlineError)
+        progress.set(failure=f"{type(error).__name__}: {error}", is_lost=is_lost)
         await _stop(engine, deadline_s=min(5.0, deadline_s))
     return progress.result
 
@@ -131,6 +142,7 @@ async def _load_and_probe(
 ) -> None:
     began = time.monotonic()
     engine.cache_salt = f"v{staged.version}"
+    progress.watch(engine, True)
     async with progress.timed("pause_s"):
         await engine.pause(clear_cache=clear_cache, deadline_s=deadline_s)
     async with progress.timed("load_s"):
@@ -198,13 +210,13 @@ class _Progress:
 
     def __init__(self, engine: EngineClient, watch: Watch):
         self.watch = watch
-        self._fields: dict[str, float | str | ProbeGap | None] = {"engine": engine.url}
+        self._fields: dict[str, float | str | bool | ProbeGap | None] = {"engine": engine.url}
 
     @property
     def result(self) -> EnginePublish:
         return EnginePublish(**self._fields)  # type: ignore[arg-type]
 
-    def set(self, **fields: float | str | ProbeGap) -> None:
+    def set(self, **fields: float | str | bool | ProbeGap) -> None:
         self._fields |= fields
 
     @asynccontextmanager

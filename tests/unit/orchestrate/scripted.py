@@ -13,6 +13,7 @@ from palestra.core.records import Ending, Reply, RolloutRecord, Sample, Sampling
 from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.loop import Loop
 from palestra.wire.channel import Caller, Listener
+from palestra.wire.draft import Draft
 from palestra.wire.messages import (
     Call,
     CallReply,
@@ -70,6 +71,16 @@ class ScriptedEngine:
         await asyncio.sleep(max(self._delay_s(seed + i) for i in range(num_replies)))
         return [self._reply(seed + i) for i in range(num_replies)]
 
+    async def stream(self, token_ids, sampling, *, seed, silence_s, draft: Draft, cache_salt=None, stream_tokens=16):
+        """In two pieces, the second of which comes after the delay."""
+        self.num_requests += 1
+        reply = self._reply(seed)
+        half = len(reply.token_ids) // 2
+        draft.add(reply.token_ids[:half], reply.logprobs[:half])
+        await asyncio.sleep(self._delay_s(seed))
+        draft.add(reply.token_ids[half:], reply.logprobs[half:])
+        return reply
+
     def _reply(self, seed: int) -> Reply:
         self.calls.append((seed, self.loaded))
         size = 1 + seed % 5
@@ -85,6 +96,16 @@ class ScriptedEngine:
 
     async def wait_healthy(self, deadline_s):
         pass
+
+    async def is_healthy(self):
+        return True
+
+    def forget(self):
+        self.loaded = -1
+
+    @property
+    def serving(self):
+        return self.loaded if self.loaded >= 0 else None
 
     async def finish(self, version, *, deadline_s=None):
         self.loaded = version
