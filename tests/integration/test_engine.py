@@ -5,12 +5,14 @@ import copy
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from palestra.core.errors import DeadlineError, PublishError
 from palestra.core.records import Reply, Sampling
 from palestra.infer import engine_argv, engine_environment
+from palestra.wire.draft import Draft
 from palestra.wire.policy import EngineClient, EngineError, EngineLoad, RefusedError
 from palestra.wire.publish import Kv, PublishReport, publish
 from palestra.wire.weights.manifest import Staged, read_manifest
@@ -78,6 +80,43 @@ async def test_a_joined_request_equals_single_ones(client: EngineClient) -> None
     alone = [reply for [reply] in await asyncio.gather(*singles)]
     assert [reply.token_ids for reply in joined] == [reply.token_ids for reply in alone]
     assert len({tuple(reply.token_ids) for reply in joined}) == 4
+
+
+async def test_a_streamed_reply_is_the_reply_and_its_tokens_are_known_on_the_way(client: EngineClient) -> None:
+    sampling = Sampling(max_tokens=100)
+    arrived: list[int] = []
+    draft = Draft(lambda: client.serving, lambda: arrived.append(len(draft.token_ids)))
+    streamed = await client.stream(PROMPT, sampling, seed=11, silence_s=60, draft=draft, stream_tokens=16)
+    [whole] = await client.generate(PROMPT, sampling, seed=11, deadline_s=60)
+    assert streamed.token_ids == whole.token_ids
+    assert streamed.spans == whole.spans == draft.partial.spans
+    assert max(abs(a - b) for a, b in zip(streamed.logprobs, whole.logprobs, strict=True)) <= EXACT
+    assert arrived[0] == 1
+    assert len(arrived) >= 6
+
+
+async def test_a_reply_gone_on_with_from_its_tokens_is_sampled_from_the_policy(
+    client: EngineClient, trainer: TinyTrainer
+) -> None:
+    """Broken off after 40 tokens, gone on with under the next version: every token has its version's probability."""
+    sampling = Sampling(max_tokens=100)
+    draft = Draft(lambda: client.serving)
+    [first] = await client.generate(PROMPT, Sampling(max_tokens=40), seed=11, deadline_s=60)
+    before = trainer.score([*PROMPT, *first.token_ids])[len(PROMPT) - 1 :]
+    trainer.step()
+    await publish_to(client, trainer.stage())
+    rest = await client.stream(
+        [*PROMPT, *first.token_ids],
+        msgspec.structs.replace(sampling, max_tokens=60),
+        seed=12,
+        silence_s=60,
+        draft=draft,
+    )
+    whole = first.then(rest)
+    assert [span.end for span in whole.spans] == [40, 100]
+    assert whole.spans[1].version == whole.spans[0].version + 1
+    after = trainer.score([*PROMPT, *whole.token_ids])[len(PROMPT) - 1 + 40 :]
+    assert max(abs(a - b) for a, b in zip(whole.logprobs, [*before, *after], strict=True)) <= EXACT
 
 
 async def test_stop_tokens_end_a_reply_and_belong_to_it(client: EngineClient) -> None:
@@ -211,16 +250,6 @@ async def test_a_deadline_frees_the_engine(client: EngineClient) -> None:
     with pytest.raises(DeadlineError):
         await client.generate(PROMPT, Sampling(max_tokens=480), seed=1, deadline_s=0.2)
     await until(client, lambda load: load.running == 0)
-
-
-async def test_an_aborted_request_keeps_what_it_had(client: EngineClient) -> None:
-    sampling = Sampling(max_tokens=480)
-    request = asyncio.create_task(client.generate(PROMPT, sampling, seed=1, deadline_s=60, request_id="mine"))
-    await until(client, lambda load: load.running > 0)
-    await client.abort(["mine"])
-    [reply] = await request
-    assert reply.finish_reason == "abort"
-    assert len(reply.token_ids) < 480
 
 
 async def test_a_prompt_that_is_too_long_is_refused(client: EngineClient) -> None:

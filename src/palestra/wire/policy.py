@@ -27,7 +27,6 @@ _FIRST_PAUSE_S = 0.1  # doubles with every retry
 _KEEPALIVE_S = 3.0  # shorter than the 5 s after which vLLM's server hangs up
 _HEALTH_S, _HEALTH_PAUSE_S = 5.0, 0.2
 _GENERATE = "/inference/v1/generate"
-_REQUEST_PREFIX = "generate-tokens-"  # vLLM's name for a token request is this and our id
 
 
 class RefusedError(PalestraError):
@@ -96,7 +95,6 @@ class EngineClient:
         deadline_s: float,
         num_replies: int = 1,
         cache_salt: str | None = None,
-        request_id: str | None = None,
     ) -> list[Reply]:
         """Sample `num_replies` replies to one prompt, in the order of their seeds `seed`, `seed + 1`, ...
 
@@ -105,7 +103,7 @@ class EngineClient:
         Errors: RefusedError, EngineError, UnreachableError, DeadlineError.
         """
         body = _GenerateRequest(
-            request_id=request_id or uuid.uuid4().hex,
+            request_id=uuid.uuid4().hex,
             token_ids=list(token_ids),
             sampling_params=_sampling_params(sampling, seed=seed, num_replies=num_replies),
             cache_salt=cache_salt,
@@ -225,21 +223,11 @@ class EngineClient:
         await self._call("/finish_weight_update", {"weight_version": str(version)}, deadline_s=deadline_s)
         self.serving = version
 
-    async def set_version(self, version: int, *, deadline_s: float | None = None) -> None:
-        """Label tokens `version` without a load: right only where the weights are known to be that version."""
-        body = {"new_version": str(version)}
-        await self._call("/update_weight_version", body, deadline_s=deadline_s, repeatable=True)
-
     async def version(self, *, deadline_s: float | None = None) -> int | None:
         """The label of the tokens sampled now; None before the first publish."""
         answer = await self._call("/weight_info", method="GET", deadline_s=deadline_s, repeatable=True)
         label = msgspec.json.decode(answer)["weight_version"]
         return int(label) if label.isdigit() else None
-
-    async def abort(self, request_ids: Sequence[str] = (), *, deadline_s: float | None = None) -> None:
-        """Abort these requests, or all if none are given; they end with finish_reason "abort"."""
-        body = {"request_ids": [_REQUEST_PREFIX + request_id for request_id in request_ids]}
-        await self._call("/abort_requests", body, deadline_s=deadline_s, repeatable=True)
 
     async def load(self, *, deadline_s: float | None = None) -> EngineLoad:
         answer = await self._call("/metrics", method="GET", deadline_s=deadline_s, repeatable=True)

@@ -75,12 +75,8 @@ class PublishReport(Struct, frozen=True, kw_only=True):
         return tuple(engine for engine in self.engines if not engine.ok)
 
     @property
-    def mean_gap(self) -> float:
-        """Of the worst engine that succeeded."""
-        return max((engine.gap.mean for engine in self.engines if engine.gap and engine.ok), default=math.nan)
-
-    @property
     def max_gap(self) -> float:
+        """Of the worst engine that succeeded."""
         return max((engine.gap.max for engine in self.engines if engine.gap and engine.ok), default=math.nan)
 
     @property

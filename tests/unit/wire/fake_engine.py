@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -20,6 +22,9 @@ class FakeEngine(httpx.AsyncBaseTransport):
         self.calls: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self.paused = False
         self.raw_logprobs = False
+        self.healthy = True
+        self.breaks_after: int | None = None  # chunks of a stream
+        self.between_chunks: Callable[[int], None] = lambda number: None
         self.delay_s = 0.0
 
     def paths(self) -> list[str]:
@@ -39,8 +44,12 @@ class FakeEngine(httpx.AsyncBaseTransport):
 
     def _answer(self, path: str, body: dict[str, Any]) -> httpx.Response:
         match path:
+            case "/inference/v1/generate" if body.get("stream"):
+                return httpx.Response(200, stream=_Stream(self._chunks(body)))
             case "/inference/v1/generate":
                 return httpx.Response(200, json=self._generate(body))
+            case "/health":
+                return httpx.Response(200 if self.healthy else 503)
             case "/pause" | "/resume":
                 self.paused = path == "/pause"
                 return httpx.Response(200, json={"status": "paused" if self.paused else "resumed"})
@@ -65,6 +74,28 @@ class FakeEngine(httpx.AsyncBaseTransport):
             answer["prompt_logprobs"] = [None, *scored]
         return answer
 
+    def _chunks(self, body: dict[str, Any]) -> Iterator[bytes]:
+        """The first token alone, then `stream_interval` at a time; the versions with the last."""
+        sampling = body["sampling_params"]
+        whole = self._choice(0, sampling)
+        size, step = len(whole["token_ids"]), sampling["stream_interval"]
+        cuts = [0, 1, *range(1 + step, size, step), size]
+        for number, (start, end) in enumerate(pairwise(cuts)):
+            if number == self.breaks_after:
+                raise httpx.ReadError("connection reset")
+            self.between_chunks(number)
+            is_last = end == size
+            choice = {
+                "index": 0,
+                "token_ids": whole["token_ids"][start:end],
+                "logprobs": {"content": whole["logprobs"]["content"][start:end]},
+                "finish_reason": "length" if is_last else None,
+                "stop_reason": None,
+                "weight_versions": whole["weight_versions"] if is_last else None,
+            }
+            yield b"data: " + json.dumps({"request_id": body["request_id"], "choices": [choice]}).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
     def _choice(self, index: int, sampling: dict[str, Any]) -> dict[str, Any]:
         num = sampling["max_tokens"]
         seed = (sampling.get("seed") or 0) + index
@@ -79,6 +110,18 @@ class FakeEngine(httpx.AsyncBaseTransport):
             "stop_reason": None,
             "weight_versions": [{"version": self.label, "start": 0, "end": num}],
         }
+
+
+class _Stream(httpx.AsyncByteStream):
+    """Server-sent events, cut where the network happens to cut them."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self._chunks:
+            yield chunk[:7]
+            yield chunk[7:]
 
 
 def error(status: int, message: str) -> httpx.Response:

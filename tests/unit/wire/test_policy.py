@@ -4,7 +4,8 @@ import httpx
 import pytest
 
 from palestra.core.errors import DeadlineError
-from palestra.core.records import Sampling, Span
+from palestra.core.records import Reply, Sampling, Span
+from palestra.wire.draft import Draft
 from palestra.wire.policy import EngineClient, EngineError, EngineLoad, RefusedError, UnreachableError, parse_metrics
 from tests.unit.wire.fake_engine import METRICS, FakeEngine, error
 
@@ -31,10 +32,10 @@ async def test_a_reply_has_tokens_logprobs_and_versions(engine: FakeEngine, clie
 
 
 async def test_what_the_engine_is_asked(engine: FakeEngine, client: EngineClient) -> None:
-    await client.generate([1, 2], SAMPLING, seed=100, deadline_s=5, cache_salt="v7", request_id="r1", num_replies=2)
+    await client.generate([1, 2], SAMPLING, seed=100, deadline_s=5, cache_salt="v7", num_replies=2)
     [(_, body, _)] = engine.calls
+    assert body.pop("request_id")
     assert body == {
-        "request_id": "r1",
         "token_ids": [1, 2],
         "cache_salt": "v7",
         "sampling_params": {
@@ -165,17 +166,73 @@ async def test_pause_says_what_becomes_of_the_cache(engine: FakeEngine, client: 
     ]
 
 
-async def test_abort_names_requests_as_the_engine_does(engine: FakeEngine, client: EngineClient) -> None:
-    await client.abort(["r1"])
-    assert engine.calls[0][1] == {"request_ids": ["generate-tokens-r1"]}
-
-
-async def test_the_label_can_be_set_and_read(client: EngineClient) -> None:
-    await client.set_version(12)
-    assert await client.version() == 12
-
-
 async def test_load_of_an_engine(client: EngineClient) -> None:
     expected = EngineLoad(running=5, waiting=2, kv_use=0.25, preemptions=3, prompt_tokens=676, sampled_tokens=2143)
     assert parse_metrics(METRICS) == expected
     assert await client.load() == expected
+
+
+# --- streamed replies
+
+
+def _stream(client: EngineClient, draft: Draft, **more):
+    sampling = Sampling(temperature=0.7, max_tokens=10)
+    return client.stream([1, 2], sampling, seed=100, silence_s=5, draft=draft, stream_tokens=4, **more)
+
+
+async def test_a_streamed_reply_is_the_reply(engine: FakeEngine, client: EngineClient) -> None:
+    draft = Draft(lambda: 7)
+    streamed = await _stream(client, draft, cache_salt="v7")
+    [whole] = await client.generate([1, 2], Sampling(temperature=0.7, max_tokens=10), seed=100, deadline_s=5)
+    assert streamed == whole
+    assert draft.token_ids == whole.token_ids
+    body = engine.calls[0][1]
+    assert body["stream"] is True
+    assert body["sampling_params"]["stream_interval"] == 4
+    assert body["cache_salt"] == "v7"
+
+
+async def test_what_had_come_when_a_stream_broke_off(engine: FakeEngine, client: EngineClient) -> None:
+    """Not asked again by the client: its owner goes on from there."""
+    engine.breaks_after = 2
+    draft = Draft(lambda: 7)
+    with pytest.raises(UnreachableError, match="ReadError"):
+        await _stream(client, draft)
+    assert len(engine.calls) == 1
+    assert draft.partial == Reply(
+        token_ids=[100, 101, 102, 103, 104], logprobs=[-0.7] * 5, spans=(Span(7, 0, 5),), finish_reason="abort"
+    )
+
+
+async def test_a_stream_that_breaks_before_its_first_token_is_asked_again(engine: FakeEngine, client: EngineClient):
+    engine.faults[GENERATE] = [httpx.ReadError("connection reset")]
+    reply = await _stream(client, Draft(lambda: 7))
+    assert len(reply.token_ids) == 10
+    assert len(engine.calls) == 2
+
+
+async def test_a_failure_within_a_stream_is_the_engines(engine: FakeEngine, client: EngineClient) -> None:
+    said = b'data: {"error": {"message": "out of memory", "code": 500}}\n\ndata: [DONE]\n\n'
+    engine.faults[GENERATE] = [httpx.Response(200, content=said)]
+    with pytest.raises(EngineError, match="out of memory"):
+        await _stream(client, Draft(lambda: 7))
+
+
+async def test_a_stream_that_ends_without_a_reason_is_no_reply(engine: FakeEngine, client: EngineClient) -> None:
+    engine.faults[GENERATE] = [httpx.Response(200, content=b"data: [DONE]\n\n")]
+    with pytest.raises(EngineError, match="ended a stream of 0 tokens without a reason"):
+        await _stream(client, Draft(lambda: 7))
+
+
+async def test_a_silent_engine_is_named(engine: FakeEngine, client: EngineClient) -> None:
+    engine.delay_s = 30
+    with pytest.raises(DeadlineError, match="the next token of a reply from engine http://engine:8000"):
+        await client.stream([1], SAMPLING, seed=0, silence_s=0.05, draft=Draft(lambda: 7))
+
+
+async def test_health_is_what_the_engine_says_now(engine: FakeEngine, client: EngineClient) -> None:
+    assert await client.is_healthy()
+    engine.healthy = False
+    assert not await client.is_healthy()
+    engine.faults["/health"] = [httpx.ConnectError("refused")]
+    assert not await client.is_healthy()

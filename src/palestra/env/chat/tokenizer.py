@@ -48,10 +48,6 @@ class ChatTokenizer:
     def eos_id(self) -> int | None:
         return self._named("eos_token")
 
-    @property
-    def bos_id(self) -> int | None:
-        return self._named("bos_token")
-
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written in it become special ids, and nothing is added around it.
 
