@@ -6,7 +6,13 @@ import signal
 import sys
 import time
 
+LIFE = "PALESTRA_LIFE"  # environment variable: how often this process was started before, in this attempt of the run
 _PR_SET_PDEATHSIG = 1
+
+
+def life() -> int:
+    """How often this process was started before in this attempt of the run."""
+    return int(os.environ.get(LIFE, "0"))
 
 
 def die_with_parent(expected_parent: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import UserError
 from palestra.core.ledger import Ledger, LedgerSelector
-from palestra.core.process import die_with_parent, started_at
+from palestra.core.process import die_with_parent, life, started_at
 from palestra.core.spans import SpanLog
 from palestra.env.chat import load_tokenizer
 from palestra.env.worker import Worker, set_stages
@@ -38,7 +38,7 @@ async def _run(name: str, config: RunConfig, run: RunDir, attempt: Attempt, sele
     stages = set_stages(config)
     tokenizer = load_tokenizer(tokenizer_directory(config.model_dir))
     orchestrator: Caller[ToWorker, FromWorker] = Caller(
-        attempt.orchestrator, name=name, attempt=attempt.number, receives=ToWorker
+        attempt.orchestrator, name=name, attempt=attempt.number, receives=ToWorker, life=life()
     )
     spans = SpanLog(run.spans(name), name)
     worker = Worker(
@@ -69,7 +69,7 @@ def _report(name: str, attempt: Attempt, error: BaseException) -> int:
     is_user_error = isinstance(error, UserError)
     text = str(error) if is_user_error else f"{type(error).__name__}: {error}"
     supervisor: BlockingCaller[ToSupervisor, ToSupervisor] = BlockingCaller(
-        attempt.supervisor, name=name, attempt=attempt.number, receives=ToSupervisor
+        attempt.supervisor, name=name, attempt=attempt.number, receives=ToSupervisor, life=life()
     )
     supervisor.send(Failed(process=name, error=text, is_user_error=is_user_error))
     supervisor.close()

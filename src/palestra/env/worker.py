@@ -1,7 +1,8 @@
 """An environment worker: plays many rollouts at once, lists tasks and scores groups for the orchestrator.
 
-Consumes: ListTasks, Play, CallReply, ScoreGroup, Cancel, Stop. Produces: WorkerReady, Tasks, Call, Ended, GroupScored,
-LedgerClosed. Waits for: the orchestrator's messages, with a deadline; each rollout for the replies to its calls.
+Consumes: ListTasks, Play, CallReply, ScoreGroup, Cancel, Stop; that the orchestrator was replaced, which ends plays.
+Produces: WorkerReady, Tasks, Call, Ended, Cancelled, GroupScored, LedgerClosed. Waits for: the orchestrator's messages,
+with a deadline; each rollout for the replies to its calls.
 Woken by: a message. Ends when: it is told to stop, or its parent is gone.
 """
 
@@ -29,11 +30,12 @@ from palestra.env.play import play
 from palestra.env.scoring import InvalidRollout, describe, score_group
 from palestra.env.tasklist import TaskList
 from palestra.env.voice import PolicyVoice
-from palestra.wire.channel import Caller
+from palestra.wire.channel import Caller, Reconnected
 from palestra.wire.messages import (
     Call,
     CallReply,
     Cancel,
+    Cancelled,
     Ended,
     FromWorker,
     GroupScored,
@@ -111,20 +113,26 @@ class Worker:
     async def run(self) -> None:
         """Errors: an ExceptionGroup of what our own code raised; environment code cannot end a worker."""
         self._selector.ledger.switch("work")
-        await self._orchestrator.send(WorkerReady(index=self._index, pid=os.getpid()))
+        await self._say_ready()
         async with asyncio.TaskGroup() as jobs:
             while not isinstance(message := await self._receive(), Stop):
-                self._handle(message, jobs)
+                await self._handle(message, jobs)
                 if time.monotonic() - self._closed_at >= LEDGER_EVERY_S:
                     await self._close_ledger()
-            for play in self._plays.values():
-                play.cancel()
+            self._cancel_plays()
         await self._close_ledger(is_last=True)
 
-    async def _receive(self) -> ToWorker:
+    async def _say_ready(self) -> None:
+        await self._orchestrator.send(WorkerReady(index=self._index, pid=os.getpid()))
+
+    def _cancel_plays(self) -> None:
+        for task in self._plays.values():
+            task.cancel()
+
+    async def _receive(self) -> ToWorker | Reconnected:
         return await self._orchestrator.receive(deadline_s=SILENCE_S, waiting_for="the orchestrator's next message")
 
-    def _handle(self, message: ToWorker, jobs: asyncio.TaskGroup) -> None:
+    async def _handle(self, message: ToWorker | Reconnected, jobs: asyncio.TaskGroup) -> None:
         match message:
             case CallReply():
                 self._answer(message)
@@ -134,10 +142,14 @@ class Worker:
             case Cancel():
                 if (play := self._plays.get(message.rollout_id)) is not None:
                     play.cancel()
+                await self._orchestrator.send(Cancelled(rollout_id=message.rollout_id))
             case ListTasks():
                 jobs.create_task(self._list_tasks(message))
             case ScoreGroup():
                 jobs.create_task(self._score_group(message))
+            case Reconnected():
+                self._cancel_plays()
+                await self._say_ready()
 
     # --- rollouts
 

@@ -12,7 +12,7 @@ from palestra.core.errors import UserError
 from palestra.launch.guard import Guard
 from palestra.launch.ports import free_ports, require_free
 from palestra.wire.batches import write_atomically
-from palestra.wire.rundir import Attempt, Manifest, RunDir, read_manifests
+from palestra.wire.rundir import Attempt, Manifest, RunDir, newest_checkpoint
 from palestra.wire.runlog import read_summary
 
 # A resumed run may differ here: none of these changes what is trained.
@@ -61,11 +61,6 @@ def begin(config: RunConfig, *, resume: bool) -> Origin:
     newest = newest_checkpoint(run)
     _require_unfinished(run, newest, config.train.steps)
     return Origin(run.last_attempt_number() + 1, None if newest is None else newest.version)
-
-
-def newest_checkpoint(run: RunDir) -> Manifest | None:
-    """The complete checkpoint of the highest version; one without its manifest does not exist."""
-    return max(read_manifests(run), key=lambda manifest: manifest.version, default=None)
 
 
 def write_config(run: RunDir, config: RunConfig) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from palestra.config import read_resolved
 from palestra.core.errors import UserError
 from palestra.core.ledger import Ledger, LedgerSelector
-from palestra.core.process import die_with_parent, started_at
+from palestra.core.process import die_with_parent, life, started_at
 from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.loop import Loop
 from palestra.wire.channel import BlockingCaller
 from palestra.wire.messages import Failed, ToSupervisor
-from palestra.wire.rundir import Attempt, RunDir
+from palestra.wire.rundir import Attempt, RunDir, version_to_load
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 async def _run(config, run, attempt: Attempt, selector: LedgerSelector) -> None:
-    journal = recover_journal(run, attempt.resumed_from)
+    journal = recover_journal(run, version_to_load(run, attempt, life()))
     await Loop(config, run, attempt, journal, selector).run()
 
 
@@ -48,7 +48,7 @@ def _report(attempt: Attempt, error: BaseException) -> int:
     is_user_error = isinstance(error, UserError)
     text = str(error) if is_user_error else f"{type(error).__name__}: {error}"
     supervisor: BlockingCaller[ToSupervisor, ToSupervisor] = BlockingCaller(
-        attempt.supervisor, name="orchestrator", attempt=attempt.number, receives=ToSupervisor
+        attempt.supervisor, name="orchestrator", attempt=attempt.number, receives=ToSupervisor, life=life()
     )
     supervisor.send(Failed(process="orchestrator", error=text, is_user_error=is_user_error))
     supervisor.close()

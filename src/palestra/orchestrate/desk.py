@@ -14,6 +14,7 @@ from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
 from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
 from palestra.core.metrics import Last, Max, Metric, Metrics, add_to, merge
+from palestra.core.process import life
 from palestra.core.records import RolloutRecord, Sampling
 from palestra.core.spans import SpanLog
 from palestra.orchestrate.fleet import Fleet
@@ -23,7 +24,7 @@ from palestra.orchestrate.report import Totals, percentile
 from palestra.orchestrate.state import LoopState
 from palestra.orchestrate.trainer import TrainerLink
 from palestra.orchestrate.workers import WorkerPool
-from palestra.wire.channel import Caller
+from palestra.wire.channel import Caller, Reconnected
 from palestra.wire.messages import Progress, StepTrained, ToOrchestrator, ToSupervisor
 from palestra.wire.rundir import Attempt, RunDir
 from palestra.wire.runlog import RunLog
@@ -52,7 +53,7 @@ class Teller:
     def __init__(self, run: RunDir, attempt: Attempt, selector: LedgerSelector):
         self._run, self._selector = run, selector
         self._supervisor: Caller[ToOrchestrator, ToSupervisor] = Caller(
-            attempt.supervisor, name="orchestrator", attempt=attempt.number, receives=ToOrchestrator
+            attempt.supervisor, name="orchestrator", attempt=attempt.number, receives=ToOrchestrator, life=life()
         )
         self.log, self.spans = RunLog(run), SpanLog(run.spans("orchestrator"), "orchestrator")
         self.totals = Totals(started_at=attempt.started_at)
@@ -99,7 +100,10 @@ class Teller:
 
     async def hear(self) -> ToOrchestrator:
         """What the supervisor says next: most runs never hear anything."""
-        return await self._supervisor.receive(deadline_s=_SILENCE_S, waiting_for="the supervisor's next word")
+        while True:
+            message = await self._supervisor.receive(deadline_s=_SILENCE_S, waiting_for="the supervisor's next word")
+            if not isinstance(message, Reconnected):
+                return message
 
     async def progress(self, stage: str, step: int, steps: int, **numbers: float) -> None:
         await self.send(Progress(process="orchestrator", stage=stage, step=step, steps=steps, numbers=numbers))

@@ -20,7 +20,11 @@ def main(config_path: str) -> int:
     run = RunDir(config.run_dir)
     attempt = run.read_attempt()
     supervisor: BlockingCaller[None, ToSupervisor] = BlockingCaller(
-        attempt.supervisor, name=f"trainer-{os.environ.get('RANK', '0')}", attempt=attempt.number, receives=None
+        attempt.supervisor,
+        name=f"trainer-{os.environ.get('RANK', '0')}",
+        attempt=attempt.number,
+        receives=None,
+        life=process.life(),
     )
     try:
         _run(config, run, attempt, ledger, supervisor)

@@ -27,6 +27,7 @@ class Publisher:
         ranks: Ranks,
         directory: Path,
         attempt: int,
+        life: int = 0,
         dtype: torch.dtype,
         probe_tokens: int,
         seed: int,
@@ -34,7 +35,7 @@ class Publisher:
     ):
         """`recorded_in`: where every version is kept beside being staged."""
         self._policy, self._ranks, self._directory = policy, ranks, directory
-        self._attempt, self._dtype, self._recorded_in = attempt, dtype, recorded_in
+        self._attempt, self._life, self._dtype, self._recorded_in = attempt, life, dtype, recorded_in
         generator = torch.Generator().manual_seed(seed)
         self._probe_ids = torch.randint(policy.vocab_size, (probe_tokens,), generator=generator).to(ranks.device)
         self._previous: list[float] | None = None
@@ -67,11 +68,13 @@ class Publisher:
         return staged
 
     def loaded(self, version: int) -> None:
-        """Engines hold `version`: what is older is not needed again."""
-        for staged in [staged for staged in self._staged if staged < version]:
-            self._staged.remove(staged)
-            if self._ranks.is_first:
-                files.discard(self._path(staged))
+        """Engines hold `version`: what is older is not needed again, whichever life of the trainer staged it."""
+        self._staged = [staged for staged in self._staged if staged >= version]
+        if self._ranks.is_first:
+            for path in self._directory.glob("v*"):
+                if int(path.name[1:].split(".")[0]) < version:
+                    files.discard(path)
 
     def _path(self, version: int) -> Path:
-        return self._directory / f"v{version:06d}"
+        """Each life has its own: engines may be reading what the one before has staged."""
+        return self._directory / (f"v{version:06d}" + (f".{self._life}" if self._life else ""))

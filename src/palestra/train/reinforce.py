@@ -4,7 +4,8 @@ Consumes: messages of the orchestrator, batch files of the run directory.
 Produces: a policy version per batch, staged weights, checkpoints, and at the end the export.
 Waits for: the orchestrator's next message, or that engines load a version where too many are staged; at most
 `train.batch_deadline_s` each. Woken by: that message. Ends when: it is told to finish.
-With several ranks the first one talks and tells the others.
+With several ranks the first one talks and tells the others. An orchestrator that was replaced is told again what the
+one before may not have heard.
 """
 
 from collections import deque
@@ -14,13 +15,14 @@ from pathlib import Path
 
 from palestra.config import RunConfig
 from palestra.core.ledger import Ledger, LedgerEntry
+from palestra.core.process import life
 from palestra.core.spans import SpanLog
 from palestra.train.publish import Publisher
 from palestra.train.ranks import Ranks
 from palestra.train.supervise import warm_up
 from palestra.train.trainer import DTYPES, Trainer
 from palestra.wire.batches import Batch
-from palestra.wire.channel import BlockingCaller
+from palestra.wire.channel import BlockingCaller, Reconnected
 from palestra.wire.messages import (
     Exported,
     Finish,
@@ -34,7 +36,8 @@ from palestra.wire.messages import (
     WeightsLoaded,
     WeightsStaged,
 )
-from palestra.wire.rundir import Attempt, RunDir
+from palestra.wire.rundir import Attempt, RunDir, version_to_load
+from palestra.wire.weights.manifest import Staged
 
 
 def reinforce(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledger: Ledger) -> None:
@@ -54,14 +57,15 @@ def _start(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledge
         ranks=ranks,
         directory=Path(attempt.staging),
         attempt=attempt.number,
+        life=life(),
         dtype=DTYPES[config.engine_dtype],
         probe_tokens=min(config.sync.probe_tokens, config.engine.max_model_len - 1),
         seed=config.train.seed,
         recorded_in=run.published if config.log.keep_weights else None,
     )
     loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)
-    if attempt.resumed_from is not None:
-        trainer.resume(attempt.resumed_from, ledger)
+    if (version := version_to_load(run, attempt, life())) is not None:
+        trainer.resume(version, ledger)
     else:
         warm_up(trainer, config, ledger, lambda step, metrics: orchestrator.tell(WarmedUp(step=step, metrics=metrics)))
     loop.stage()
@@ -93,12 +97,27 @@ class Loop:
         self.orchestrator.tell(Exported(directory=str(directory), ledgers=self._close_ledgers()))
 
     def _train(self, message: TrainBatch) -> None:
+        if message.step < self.trainer.version:
+            self._catch_up(message)
+            return
         with self.spans.span("train", step=message.step):
             metrics = self.trainer.train(self._read(message.step), self.ledger)
         self.orchestrator.tell(StepTrained(step=message.step, metrics=metrics, ledgers=self._close_ledgers()))
-        if message.publish:
+        self._keep(publish=message.publish, save=message.save)
+
+    def _catch_up(self, message: TrainBatch) -> None:
+        """A step that is trained already, asked for by an orchestrator that did not know: only what is missing."""
+        if message.step + 1 == self.trainer.version:
+            staged, saved = self.orchestrator.staged, self.orchestrator.saved
+            self._keep(
+                publish=message.publish and (staged is None or staged.version < self.trainer.version),
+                save=message.save and (saved is None or saved.version < self.trainer.version),
+            )
+
+    def _keep(self, *, publish: bool, save: bool) -> None:
+        if publish:
             self.stage()
-        if message.save:
+        if save:
             with self.spans.span("checkpoint", version=self.trainer.version):
                 directory = self.trainer.save(self.ledger)
             self.orchestrator.tell(TrainerSaved(version=self.trainer.version, directory=str(directory)))
@@ -121,18 +140,36 @@ class Loop:
 
 
 class Orchestrator:
-    """The orchestrator as the trainer sees it: all ranks hear what it says, the first one answers."""
+    """The orchestrator as the trainer sees it: all ranks hear what it says, the first one answers.
+
+    What was said last is kept, on every rank, for one that takes its place: `staged`, `saved`, and the latest steps, of
+    which an orchestrator lets no more than two be trained before it has heard of them.
+    """
 
     def __init__(self, config: RunConfig, attempt: Attempt, ranks: Ranks, ledger: Ledger):
         self._ranks, self._ledger, self._deadline_s = ranks, ledger, config.train.batch_deadline_s
         self._set_aside: deque[ToTrainer] = deque()
+        self.staged: Staged | None = None
+        self.saved: TrainerSaved | None = None
+        self._version = 0
+        self._steps: deque[StepTrained] = deque(maxlen=2)
         self._caller: BlockingCaller[ToTrainer, FromTrainer] | None = None
         if ranks.is_first:
             self._caller = BlockingCaller(
-                attempt.orchestrator, name="trainer", attempt=attempt.number, receives=ToTrainer
+                attempt.orchestrator, name="trainer", attempt=attempt.number, receives=ToTrainer, life=life()
             )
 
     def tell(self, message: FromTrainer) -> None:
+        match message:
+            case TrainerReady():
+                self._version = message.version
+            case StepTrained():
+                self._version = message.step + 1
+                self._steps.append(message)
+            case WeightsStaged():
+                self.staged = message.staged
+            case TrainerSaved():
+                self.saved = message
         if self._caller is not None:
             self._caller.send(message)
 
@@ -156,7 +193,14 @@ class Orchestrator:
     def _receive(self, waiting_for: str) -> ToTrainer:
         message = None
         if self._caller is not None:
-            message = self._caller.receive(deadline_s=self._deadline_s, waiting_for=waiting_for)
+            message = self._hear(self._caller, waiting_for)
         message = self._ranks.from_first(message)
         assert message is not None
+        return message
+
+    def _hear(self, caller: BlockingCaller[ToTrainer, FromTrainer], waiting_for: str) -> ToTrainer:
+        while isinstance(message := caller.receive(deadline_s=self._deadline_s, waiting_for=waiting_for), Reconnected):
+            caller.send(
+                TrainerReady(version=self._version, staged=self.staged, saved=self.saved, steps=list(self._steps))
+            )
         return message

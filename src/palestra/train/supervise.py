@@ -10,6 +10,7 @@ from palestra.config import RunConfig
 from palestra.core.errors import UserError
 from palestra.core.ledger import Ledger, LedgerEntry, total
 from palestra.core.metrics import Metrics, Sum
+from palestra.core.process import life
 from palestra.env.chat import load_tokenizer
 from palestra.model.files import tokenizer_directory
 from palestra.train.data import SftStream, sft_batch
@@ -18,7 +19,7 @@ from palestra.train.ranks import Ranks
 from palestra.train.trainer import Trainer
 from palestra.wire.batches import Batch
 from palestra.wire.messages import Progress
-from palestra.wire.rundir import Attempt, Manifest, RunDir, drop_checkpoints, write_manifest
+from palestra.wire.rundir import Attempt, Manifest, RunDir, drop_checkpoints, version_to_load, write_manifest
 from palestra.wire.runlog import RunLog
 
 
@@ -54,9 +55,9 @@ def supervise(
 ) -> None:
     trainer = Trainer(config, ranks, ledger)
     stream = open_stream(config)
-    if attempt.resumed_from is not None:
+    if (version := version_to_load(run, attempt, life())) is not None:
         with ledger.spend("load"):
-            stream.restore(trainer.resume(attempt.resumed_from, ledger))
+            stream.restore(trainer.resume(version, ledger))
     report = Report(config, run, tell) if ranks.is_first else None
     ledger.switch("other")
     for metrics in _steps(trainer, stream, config, attempt, ledger):

@@ -48,7 +48,7 @@ class ScoreGroup(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag=True):
-    """Stop a rollout whose result is no longer wanted."""
+    """Stop a rollout whose result is no longer wanted. The worker answers `Cancelled`, whether it knows it or not."""
 
     rollout_id: int
 
@@ -64,6 +64,8 @@ ToWorker = ListTasks | Play | CallReply | ScoreGroup | Cancel | Stop
 
 
 class WorkerReady(Struct, frozen=True, kw_only=True, tag=True):
+    """The worker has nothing to do: what it was asked before, in another life or by another orchestrator, is gone."""
+
     index: int
     pid: int
 
@@ -91,6 +93,12 @@ class Ended(Struct, frozen=True, kw_only=True, tag=True):
     record: RolloutRecord
 
 
+class Cancelled(Struct, frozen=True, kw_only=True, tag=True):
+    """The rollout is stopped: the worker's event loop is alive."""
+
+    rollout_id: int
+
+
 class GroupScored(Struct, frozen=True, kw_only=True, tag=True):
     """The records with group rewards added, in the order asked. `error`: a group reward raised."""
 
@@ -106,7 +114,7 @@ class LedgerClosed(Struct, frozen=True, kw_only=True, tag=True):
     is_last: bool = False
 
 
-FromWorker = WorkerReady | Tasks | Call | Ended | GroupScored | LedgerClosed
+FromWorker = WorkerReady | Tasks | Call | Ended | Cancelled | GroupScored | LedgerClosed
 
 
 # --- orchestrator -> trainer
@@ -136,10 +144,6 @@ ToTrainer = TrainBatch | WeightsLoaded | Finish
 # --- trainer -> orchestrator
 
 
-class TrainerReady(Struct, frozen=True, kw_only=True, tag=True):
-    version: int
-
-
 class WarmedUp(Struct, frozen=True, kw_only=True, tag=True):
     """One supervised step before version 0."""
 
@@ -164,6 +168,16 @@ class TrainerSaved(Struct, frozen=True, kw_only=True, tag=True):
 
     version: int
     directory: str
+
+
+class TrainerReady(Struct, frozen=True, kw_only=True, tag=True):
+    """The trainer holds `version`: said at its start, and again to an orchestrator that took another's place, who may
+    have died before it heard of the newest `staged` and `saved` versions and the latest `steps`."""
+
+    version: int
+    staged: Staged | None = None
+    saved: TrainerSaved | None = None
+    steps: list[StepTrained] = []
 
 
 class Exported(Struct, frozen=True, kw_only=True, tag=True):

@@ -148,6 +148,19 @@ def read_manifests(run: RunDir) -> list[Manifest]:
     return manifests
 
 
+def newest_checkpoint(run: RunDir) -> Manifest | None:
+    """The complete checkpoint of the highest version; one without its manifest does not exist."""
+    return max(read_manifests(run), key=lambda manifest: manifest.version, default=None)
+
+
+def version_to_load(run: RunDir, attempt: Attempt, life: int) -> int | None:
+    """The checkpoint a process begins with: the attempt's, or the newest one where it has had a life in it already."""
+    if life == 0:
+        return attempt.resumed_from
+    newest = newest_checkpoint(run)
+    return None if newest is None else newest.version
+
+
 def drop_checkpoints(run: RunDir, *, keep: int) -> list[Manifest]:
     """Delete all but the newest `keep`, each manifest first, so that none is half there. Returns those kept."""
     manifests = read_manifests(run)

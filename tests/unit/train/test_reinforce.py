@@ -11,8 +11,9 @@ from palestra.core.ledger import Ledger
 from palestra.train import reinforce as module
 from palestra.train.publish import KEPT_VERSIONS
 from palestra.train.reinforce import reinforce
-from palestra.wire.messages import Finish, TrainBatch, WeightsLoaded
-from palestra.wire.rundir import Attempt, RunDir
+from palestra.wire.channel import Reconnected
+from palestra.wire.messages import Finish, TrainBatch, TrainerReady, WeightsLoaded
+from palestra.wire.rundir import Attempt, Manifest, RunDir, write_manifest
 from tests.unit.train.batches import make_batch
 
 
@@ -98,3 +99,28 @@ def test_waits_for_the_engines_before_it_would_remove_what_they_load(play, tmp_p
 def test_silence_of_the_orchestrator_ends_at_the_deadline(play):
     with pytest.raises(DeadlineError, match="the batch of step 1 from the orchestrator"):
         play(_train(0))
+
+
+def test_an_orchestrator_that_took_anothers_place_is_told_what_may_be_lost_and_nothing_is_trained_twice(play):
+    """It asks again for what it does not know of: a step that is trained, and the publish of it."""
+    before = [_train(0), _train(1, publish=False)]
+    log = play(*before, Reconnected(), _train(0), _train(1), _train(1), WeightsLoaded(version=2), _train(2), Finish())
+    known = [message for message in ScriptedCaller.log if isinstance(message, TrainerReady)]
+    assert [(ready.version, ready.staged is None) for ready in known] == [(0, True), (2, False)]
+    assert known[1].staged is not None
+    assert known[1].staged.version == 1
+    assert [step.step for step in known[1].steps] == [0, 1]
+    after = log[log.index("Reconnected") + 1 :]
+    assert after == [
+        *["TrainerReady", "TrainBatch", "TrainBatch", "WeightsStaged", "TrainBatch"],  # version 2, once
+        *["WeightsLoaded", "TrainBatch", "StepTrained", "WeightsStaged", "Finish", "Exported"],
+    ]
+
+
+def test_a_successor_begins_at_the_newest_checkpoint(play, tmp_path, monkeypatch):
+    play(TrainBatch(step=0, publish=False, save=True), Finish())
+    write_manifest(RunDir(tmp_path / "run"), Manifest(version=1, attempt=1, trainer="trainer", orchestrator="o"))
+    monkeypatch.setenv("PALESTRA_LIFE", "1")
+    log = play(_train(1), Finish())
+    assert log == ["WeightsStaged", "TrainerReady", "TrainBatch", "StepTrained", "WeightsStaged", "Finish", "Exported"]
+    assert {path.name for path in tmp_path.glob("v0*")} == {"v000000", "v000001.1", "v000002.1"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from palestra.core.errors import DeadlineError, InfrastructureError
-from palestra.wire.channel import BlockingCaller, Caller, Listener
+from palestra.wire.channel import BlockingCaller, Caller, Listener, Reconnected
 from palestra.wire.messages import Done, Finish, FromTrainer, Progress, ToSupervisor, ToTrainer, TrainerReady
 
 
@@ -22,8 +22,8 @@ def listener(address: str, attempt: int = 1) -> Listener[FromTrainer, ToTrainer]
     return Listener(address, attempt=attempt, receives=FromTrainer)
 
 
-def caller(address: str, attempt: int = 1, name: str = "trainer") -> Caller[ToTrainer, FromTrainer]:
-    return Caller(address, name=name, attempt=attempt, receives=ToTrainer)
+def caller(address: str, attempt: int = 1, name: str = "trainer", *, life: int = 0) -> Caller[ToTrainer, FromTrainer]:
+    return Caller(address, name=name, attempt=attempt, receives=ToTrainer, life=life)
 
 
 async def test_there_and_back(address: str):
@@ -65,6 +65,60 @@ async def test_a_caller_refuses_an_older_listener_too(address: str):
         await there.receive(deadline_s=0.2, waiting_for="a batch")
     there.close()
     here.close()
+
+
+async def test_a_successor_takes_the_name_over_and_its_predecessor_counts_no_more(address: str):
+    here, first = listener(address), caller(address)
+    await first.send(TrainerReady(version=1))
+    async with asyncio.timeout(20):
+        assert await here.receive() == ("trainer", TrainerReady(version=1))
+        second = caller(address, life=1)
+        await second.send(TrainerReady(version=2))
+        assert await here.receive() == ("trainer", TrainerReady(version=2))
+        await here.send("trainer", Finish())
+        assert await second.receive(deadline_s=20, waiting_for="a batch") == Finish()
+        late = caller(address, life=0)  # what a predecessor had still to say
+        await late.send(TrainerReady(version=3))
+        await wait_for_refusal(here)
+    assert here.num_refused == 1
+    for channel in (first, second, late, here):
+        channel.close()
+
+
+async def test_a_caller_hears_that_its_listener_was_replaced_and_reaches_the_new_one(address: str):
+    first, there = listener(address), caller(address)
+    await there.send(TrainerReady(version=1))
+    async with asyncio.timeout(20):
+        await first.receive()
+        first.close()
+        second: Listener[FromTrainer, ToTrainer] = Listener(address, attempt=1, life=1, receives=FromTrainer)
+        assert await there.receive(deadline_s=20, waiting_for="a batch") == Reconnected()
+        await there.send(TrainerReady(version=2))
+        assert await second.receive() == ("trainer", TrainerReady(version=2))
+        await second.send("trainer", Finish())
+        assert await there.receive(deadline_s=20, waiting_for="a batch") == Finish()
+    there.close()
+    second.close()
+
+
+async def test_a_blocking_caller_hears_of_a_new_listener_too(address: str):
+    there: BlockingCaller[ToTrainer, FromTrainer] = BlockingCaller(
+        address, name="trainer", attempt=1, receives=ToTrainer
+    )
+    first = listener(address)
+    there.send(TrainerReady(version=1))
+    async with asyncio.timeout(20):
+        await first.receive()
+        first.close()
+        second = listener(address)
+        heard = await asyncio.to_thread(there.receive, deadline_s=20, waiting_for="a batch")
+        assert heard == Reconnected()
+        there.send(TrainerReady(version=2))
+        assert await second.receive() == ("trainer", TrainerReady(version=2))
+        await second.send("trainer", Finish())
+        assert await asyncio.to_thread(there.receive, deadline_s=20, waiting_for="a batch") == Finish()
+    there.close()
+    second.close()
 
 
 async def test_nothing_is_lost_when_a_wait_is_cancelled(address: str):
