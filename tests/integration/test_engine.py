@@ -119,6 +119,15 @@ async def test_a_reply_gone_on_with_from_its_tokens_is_sampled_from_the_policy(
     assert max(abs(a - b) for a, b in zip(whole.logprobs, [*before, *after], strict=True)) <= EXACT
 
 
+async def test_more_prompts_at_once_than_a_step_takes(client: EngineClient) -> None:
+    """Each whole in one step: a prompt prefilled in parts ends a CPU engine whose requests have seeds."""
+    prompts = [[3 + (seed * position) % 27 for position in range(60)] for seed in range(1, 121)]
+    sampling = Sampling(max_tokens=2)
+    asked = (client.generate(prompt, sampling, seed=seed, deadline_s=60) for seed, prompt in enumerate(prompts))
+    replies = await asyncio.gather(*asked)
+    assert all(len(reply.token_ids) == 2 for [reply] in replies)
+
+
 async def test_stop_tokens_end_a_reply_and_belong_to_it(client: EngineClient) -> None:
     sampling = Sampling(max_tokens=200, stop_token_ids=(3, 4, 5, 6, 7, 8, 9, 10))
     [reply] = await client.generate(PROMPT, sampling, seed=3, deadline_s=60)

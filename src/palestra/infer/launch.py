@@ -18,6 +18,8 @@ _FIXED: dict[str, Any] = {
     "weight-transfer-config": {"backend": BACKEND},
 }
 
+_CPU_STEP_TOKENS = 4096  # of one forward
+
 
 def engine_argv(
     *,
@@ -55,7 +57,7 @@ def engine_argv(
         "enable-log-requests": False,
         "disable-uvicorn-access-log": True,
         "hf-overrides": {"head_dtype": "float32"},  # logits are not rounded to bfloat16: the trainer's are not either
-        **({"enforce-eager": True, "kv-cache-memory-bytes": int(kv_cache_gib * 2**30)} if device == "cpu" else {}),
+        **(_on_cpu(max_model_len, kv_cache_gib) if device == "cpu" else {}),
     }
     wanted = {name.removeprefix("--").replace("_", "-"): value for name, value in (args or {}).items()}
     if clash := sorted(decided.keys() & wanted.keys()):
@@ -63,6 +65,17 @@ def engine_argv(
     flags = {**decided, **defaults, **wanted}
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     return server + [word for name, value in flags.items() for word in _flag(name, value)]
+
+
+def _on_cpu(max_model_len: int, kv_cache_gib: float) -> dict[str, Any]:
+    """Prompts are never prefilled in parts: vLLM then sets back the generators of seeded requests, which those of CPUs
+    do not support, and the engine dies ("CPU Generator does not use offset")."""
+    return {
+        "enforce-eager": True,
+        "kv-cache-memory-bytes": int(kv_cache_gib * 2**30),
+        "enable-chunked-prefill": False,
+        "max-num-batched-tokens": max(max_model_len, _CPU_STEP_TOKENS),
+    }
 
 
 def engine_environment(
