@@ -8,7 +8,7 @@ from rich.table import Table
 from palestra.config import RunConfig
 from palestra.core.ledger import LedgerEntry, total
 
-_OUTSIDE_THE_LOOP = frozenset({"start", "load", "warmup", "export"})
+_OUTSIDE_THE_LOOP = frozenset({"start", "load", "warmup", "export", "wait_for_weights"})
 _WAIT = "wait_for_batch"
 _NOTABLE = 0.05
 

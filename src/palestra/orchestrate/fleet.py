@@ -32,6 +32,11 @@ _ALLOWED = {
     EngineState.SERVING: {EngineState.OUT},
     EngineState.OUT: {EngineState.STARTING},
 }
+_BEFORE_SERVING = {
+    EngineState.STARTING: "start",
+    EngineState.JOINING: "wait_for_weights",
+    EngineState.OUT: "out",
+}
 _SPEED_WEIGHT = 0.05  # of one reply in an engine's measured speed
 
 
@@ -95,7 +100,7 @@ class EngineLink:
 
     def _cause(self) -> str:
         if self.state is not EngineState.SERVING:
-            return str(self.state)
+            return _BEFORE_SERVING[self.state]
         if self._is_stopped:
             return "publish"
         if self._refills:

@@ -52,6 +52,8 @@ def test_further_flags_are_passed_through_and_override_defaults() -> None:
 def test_cpu_and_cuda_differ_where_they_must() -> None:
     assert value(argv(kv_cache_gib=0.5), "--kv-cache-memory-bytes") == str(2**29)
     assert "--enforce-eager" in argv()
+    assert "--no-enable-chunked-prefill" in argv(), "prompts in parts end a CPU engine whose requests have seeds"
+    assert value(argv(max_model_len=9000), "--max-num-batched-tokens") == "9000"
     assert not {"--enforce-eager", "--kv-cache-memory-bytes"} & set(argv(device="cuda"))
     assert engine_environment(model="m", device="cpu", threads=2)["OMP_NUM_THREADS"] == "2"
     assert engine_environment(model="m", device="cuda", gpus=[2, 3])["CUDA_VISIBLE_DEVICES"] == "2,3"
