@@ -12,15 +12,12 @@ from collections import deque
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from palestra.config import RunConfig
 from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.process import life
 from palestra.core.spans import SpanLog
-from palestra.train.publish import Publisher
-from palestra.train.ranks import Ranks
-from palestra.train.supervise import warm_up
-from palestra.train.trainer import DTYPES, Trainer
 from palestra.wire.batches import Batch
 from palestra.wire.channel import BlockingCaller, Reconnected
 from palestra.wire.messages import (
@@ -39,8 +36,13 @@ from palestra.wire.messages import (
 from palestra.wire.rundir import Attempt, RunDir, version_to_load
 from palestra.wire.weights.manifest import Staged
 
+if TYPE_CHECKING:  # the loop itself needs no torch: a trainer, whatever it computes with, is given to it
+    from palestra.train.publish import Publisher
+    from palestra.train.ranks import Ranks
+    from palestra.train.trainer import Trainer
 
-def reinforce(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledger: Ledger) -> None:
+
+def reinforce(config: RunConfig, run: RunDir, attempt: Attempt, ranks: "Ranks", ledger: Ledger) -> None:
     name = f"trainer-{ranks.rank}"
     with closing(SpanLog(run.spans(name), name)) as spans:
         loop = _start(config, run, attempt, ranks, ledger, spans)
@@ -48,8 +50,12 @@ def reinforce(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, le
         loop.serve()
 
 
-def _start(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledger: Ledger, spans: SpanLog) -> "Loop":
+def _start(config: RunConfig, run: RunDir, attempt: Attempt, ranks: "Ranks", ledger: Ledger, spans: SpanLog) -> "Loop":
     """Everything up to the first version: load or resume, warm up, stage."""
+    from palestra.train.publish import Publisher
+    from palestra.train.supervise import warm_up
+    from palestra.train.trainer import DTYPES, Trainer
+
     orchestrator = Orchestrator(config, attempt, ranks, ledger)
     trainer = Trainer(config, ranks, ledger)
     publisher = Publisher(
@@ -77,8 +83,8 @@ def _start(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledge
 class Loop:
     """Does what the orchestrator says, one message after the other."""
 
-    trainer: Trainer
-    publisher: Publisher
+    trainer: "Trainer"
+    publisher: "Publisher"
     orchestrator: "Orchestrator"
     run: RunDir
     attempt: Attempt
@@ -146,7 +152,7 @@ class Orchestrator:
     which an orchestrator lets no more than two be trained before it has heard of them.
     """
 
-    def __init__(self, config: RunConfig, attempt: Attempt, ranks: Ranks, ledger: Ledger):
+    def __init__(self, config: RunConfig, attempt: Attempt, ranks: "Ranks", ledger: Ledger):
         self._ranks, self._ledger, self._deadline_s = ranks, ledger, config.train.batch_deadline_s
         self._set_aside: deque[ToTrainer] = deque()
         self.staged: Staged | None = None
