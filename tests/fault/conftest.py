@@ -11,7 +11,10 @@ from tests.fault.table import FILE, Table
 from tests.fault.whole_run import FaultyRun, config_of, save_table
 
 ROWS = pytest.StashKey[list[str]]()
-_HEAD = f"{'case':<58}{'finished':>9}{'trained':>8}{'lost':>6}{'twice':>6}{'back':>6}{'version':>9}{'starts':>8}{'recovery':>10}"
+_HEAD = (
+    f"{'case':<58}{'finished':>9}{'trained':>8}{'lost':>6}{'twice':>6}{'back':>6}"
+    f"{'version':>9}{'starts':>8}{'recovery':>10}"
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

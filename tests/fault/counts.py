@@ -42,7 +42,7 @@ def read_events(run: RunDir) -> list[Event]:
 
 
 def lost(events: Iterable[Event], noted: Iterable[int], in_batches: dict[int, set[int]], *, max_age: int) -> list[int]:
-    """Rollouts that were finished (by the journal, or as `noted` beside it) and of which nothing came, without a reason.
+    """Rollouts that were finished, by the journal or as `noted` beside it, and of which nothing came for no reason.
 
     A reason is: trained in the batch that names it, too old for it, invalid, its group dropped, expired or still open.
     """
@@ -72,7 +72,8 @@ def lost(events: Iterable[Event], noted: Iterable[int], in_batches: dict[int, se
             return True  # dropped, or waiting in the state
         batch, record = shipped[group_id], ended[rollout_id]
         is_wanted = record.ending != Ending.INVALID and batch.step - min(record.versions, default=0) <= max_age
-        return not is_wanted or rollout_id in batch.rollout_ids and rollout_id in in_batches.get(batch.step, set())
+        is_trained = rollout_id in batch.rollout_ids and rollout_id in in_batches.get(batch.step, set())
+        return is_trained or not is_wanted
 
     return sorted(rollout_id for rollout_id in {*ended, *noted} if not has_a_fate(rollout_id))
 

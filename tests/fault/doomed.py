@@ -1,7 +1,7 @@
 """Start a program of a run so that something happens to it, or to another one, at a named point.
 
-`python -m tests.fault.doomed MODULE CONFIG` runs MODULE as it would run by itself. Functions that are named as points are
-wrapped before anything else imports them; nothing else of the program is changed.
+`python -m tests.fault.doomed MODULE CONFIG` runs MODULE as it would run by itself. Functions that are named as points
+are wrapped before anything else imports them; nothing else of the program is changed.
 """
 
 import functools
@@ -29,7 +29,7 @@ NAME = "PALESTRA_FAULTY_NAME"
 
 
 class Fault(Struct, frozen=True, kw_only=True):
-    """At the `nth` call of `at` ("module:Class.function") within one life of `process`, on entering or leaving: `do` it.
+    """At the `nth` call of `at` ("module:Class.function") in one life of `process`, on entering or leaving: `do` it.
 
     kill, stop: SIGKILL, SIGSTOP to `victims`, one after the other. fill: the disk under `path`. clock: `time.time` of
     the process jumps by `seconds`. refuse: kill the victims and hold the port of `path`'s address for `seconds`.
@@ -69,37 +69,38 @@ class _Point:
     def __init__(self, number: int, fault: Fault, witness: Witness):
         self._number, self.fault, self._witness, self._calls = number, fault, witness, 0
 
-    def reached(self) -> bool:
-        """Whether it is to happen now; it is noted down before it does."""
+    def pass_by(self, when: str) -> bool:
+        """Whether it happened; it is noted down before it does."""
+        if when != self.fault.when:
+            return False
         self._calls += 1
-        fired = self._witness.num_fired(self._number)
-        if self._calls < self.fault.nth or fired >= self.fault.times:
+        if self._calls < self.fault.nth or self._witness.num_fired(self._number) >= self.fault.times:
             return False
         self._witness.fired(self._number)
-        return True
-
-    def happen(self) -> None:
         _ACTIONS[self.fault.do](self.fault, self._witness)
+        return True
 
 
 def _wrapped(function: Callable[..., Any], point: _Point) -> Callable[..., Any]:
-    if point.fault.do == "skip":
-        return functools.wraps(function)(lambda *a, **k: None if point.reached() else function(*a, **k))
-    if point.fault.when == "enter":
-        return functools.wraps(function)(lambda *a, **k: (point.reached() and point.happen(), function(*a, **k))[1])
-    if inspect.iscoroutinefunction(function):
+    if point.fault.when == "leave" and inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
         async def leaving(*args: Any, **kwargs: Any) -> Any:
             result = await function(*args, **kwargs)
-            if point.reached():
-                point.happen()
+            point.pass_by("leave")
             return result
 
         return leaving
-    return functools.wraps(function)(
-        lambda *a, **k: (result := function(*a, **k), point.reached() and point.happen())[0]
-    )
+
+    @functools.wraps(function)
+    def around(*args: Any, **kwargs: Any) -> Any:
+        if point.pass_by("enter") and point.fault.do == "skip":
+            return None
+        result = function(*args, **kwargs)
+        point.pass_by("leave")
+        return result
+
+    return around
 
 
 # --- what can happen
@@ -161,6 +162,7 @@ _ACTIONS: dict[str, Callable[[Fault, Witness], None]] = {
     "clock": _jump,
     "refuse": _refuse,
     "fail": _fail,
+    "skip": lambda fault, witness: None,
 }
 
 

@@ -299,11 +299,17 @@ def _error(status: int, kind: str, message: str, *, param: str | None) -> Respon
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": status}}, status)
 
 
-async def serve(engine: Engine, host: str, port: int) -> None:
+def server_of(engine: Engine, host: str, port: int) -> uvicorn.Server:
+    """To be served; `should_exit` ends it."""
     settings = uvicorn.Config(application(engine), host=host, port=port, log_level="warning", timeout_keep_alive=5)
+    settings.timeout_graceful_shutdown = 1
+    return uvicorn.Server(settings)
+
+
+async def serve(engine: Engine, server: uvicorn.Server) -> None:
     stepping = asyncio.create_task(engine.run())
     try:
-        await uvicorn.Server(settings).serve()
+        await server.serve()
     finally:
         stepping.cancel()
 
@@ -319,5 +325,5 @@ def main() -> int:
         max_model_len=config.engine.max_model_len,
         served=lambda version: witness.served(name, version),
     )
-    asyncio.run(serve(engine, url.hostname or "", url.port or 0))
+    asyncio.run(serve(engine, server_of(engine, url.hostname or "", url.port or 0)))
     return 0

@@ -1,7 +1,7 @@
 """The supervisor's process of a faulty run: `python -m tests.fault.supervised CONFIG_JSON KIND [--resume]`.
 
-Everything is `palestra run`'s but the programs of the plan: KIND `table` puts a replaying engine and a trainer of a table
-in the places of vLLM and the model's trainer, `model` leaves them; every program can be hurt at a named point.
+Everything is `palestra run`'s but the programs of the plan: KIND `table` puts a replaying engine and a trainer of a
+table in the places of vLLM and the model's trainer, `model` leaves them; any program can be hurt at a named point.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """A policy that is a table: the logits of every next token, given the token before it. In numpy alone.
 
-Engine and trainer of the fault suite compute with it, so that probes, hashes and versions are checked for what they say.
+Engine and trainer of the fault suite compute with it, so that probes, hashes and versions are really checked.
 Legend: V vocabulary, T tokens.
 """
 
