@@ -16,7 +16,7 @@ from palestra.core.spans import SpanLog
 from palestra.train import __main__ as program
 from palestra.train.reinforce import Loop, Orchestrator
 from palestra.wire.batches import Batch, write_atomically
-from palestra.wire.messages import Done, TrainerReady
+from palestra.wire.messages import Done, Ready, TrainerReady
 from palestra.wire.rundir import Attempt, RunDir, checkpoint_dir, version_to_load
 from palestra.wire.weights.manifest import Probe, Staged
 from tests.fault.table import FILE, Table, stage
@@ -107,8 +107,9 @@ class TablePublisher:
 def _run(config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, supervisor) -> None:
     """As `train.reinforce`, with the table in the model's place."""
     ranks, step_s = OneRank(), float(msgspec.json.decode((faults_directory() / "pace.json").read_bytes()))
-    orchestrator = Orchestrator(config, attempt, ranks, ledger)  # type: ignore[arg-type]
     trainer = TableTrainer(config, ranks, step_s=step_s)
+    supervisor.send(Ready(process="trainer"))
+    orchestrator = Orchestrator(config, attempt, ranks, ledger)  # type: ignore[arg-type]
     publisher = TablePublisher(trainer, Path(attempt.staging), attempt.number)
     with closing(SpanLog(run.spans("trainer-0"), "trainer-0")) as spans:
         loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)  # type: ignore[arg-type]

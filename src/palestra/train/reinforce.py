@@ -9,6 +9,7 @@ one before may not have heard.
 """
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from palestra.wire.messages import (
     Exported,
     Finish,
     FromTrainer,
+    Ready,
     StepTrained,
     ToTrainer,
     TrainBatch,
@@ -42,22 +44,31 @@ if TYPE_CHECKING:  # the loop itself needs no torch: a trainer, whatever it comp
     from palestra.train.trainer import Trainer
 
 
-def reinforce(config: RunConfig, run: RunDir, attempt: Attempt, ranks: "Ranks", ledger: Ledger) -> None:
+def reinforce(
+    config: RunConfig, run: RunDir, attempt: Attempt, ranks: "Ranks", ledger: Ledger, tell: Callable[[Ready], None]
+) -> None:
+    from palestra.train.trainer import Trainer
+
     name = f"trainer-{ranks.rank}"
     with closing(SpanLog(run.spans(name), name)) as spans:
-        loop = _start(config, run, attempt, ranks, ledger, spans)
+        trainer = Trainer(config, ranks, ledger)
+        if ranks.is_first:
+            tell(Ready(process="trainer"))
+        loop = _start(trainer, config, run, attempt, ledger, spans)
         ledger.switch("other")
         loop.serve()
 
 
-def _start(config: RunConfig, run: RunDir, attempt: Attempt, ranks: "Ranks", ledger: Ledger, spans: SpanLog) -> "Loop":
-    """Everything up to the first version: load or resume, warm up, stage."""
+def _start(
+    trainer: "Trainer", config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, spans: SpanLog
+) -> "Loop":
+    """Everything up to the first version: resume or warm up, stage."""
     from palestra.train.publish import Publisher
     from palestra.train.supervise import warm_up
-    from palestra.train.trainer import DTYPES, Trainer
+    from palestra.train.trainer import DTYPES
 
+    ranks = trainer.ranks
     orchestrator = Orchestrator(config, attempt, ranks, ledger)
-    trainer = Trainer(config, ranks, ledger)
     publisher = Publisher(
         trainer.policy,
         ranks=ranks,
