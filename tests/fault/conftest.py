@@ -1,6 +1,7 @@
 """What the cases of the suite share: a model, a run with faults, and the table at the end."""
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ def row_of(name: str, counts: Counts, steps: int, num_starts: int) -> str:
 @pytest.fixture(scope="session")
 def table_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_table(tmp_path_factory.mktemp("models") / "table")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB of its own."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield directory
+    subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 @pytest.fixture

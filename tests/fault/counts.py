@@ -16,7 +16,7 @@ from palestra.core.records import Ending, RolloutRecord
 from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, GroupExpired, GroupOpened, RolloutEnded
 from palestra.wire.framelog import read_frames
 from palestra.wire.rundir import RunDir, read_manifests
-from palestra.wire.runlog import read_metrics
+from palestra.wire.runlog import read_metrics, read_restarts
 from tests.fault.table import FILE, Table
 from tests.fault.witness import Witness
 
@@ -112,14 +112,18 @@ def rollouts_in_batches(run: RunDir) -> dict[int, set[int]]:
     return {step: set(run.batches.read(step, attempt=10**9).rollout.tolist()) for step in run.batches.steps()}
 
 
-def recovery_s(witness: Witness) -> float | None:
-    """From the last fault to the next step that no one had trained before it; None if there was none to train."""
+def recovery_s(run: RunDir, witness: Witness) -> float | None:
+    """From the last fault to the next step that no one had trained before it, and until every process is back.
+
+    None, if there was nothing left to train and nobody to come back.
+    """
     if not (fired := witness.read("fired")):
         return None
-    trained = witness.read("trained")
-    before = {note["step"] for note in trained if note["time"] <= fired[-1]["time"]}
-    later = [note["time"] for note in trained if note["time"] > fired[-1]["time"] and note["step"] not in before]
-    return min(later) - fired[-1]["time"] if later else None
+    trained, at = witness.read("trained"), fired[-1]["time"]
+    before = {note["step"] for note in trained if note["time"] <= at}
+    later = [note["time"] - at for note in trained if note["time"] > at and note["step"] not in before]
+    gone = [restarted.gone_s for restarted in read_restarts(run) if restarted.gone_s is not None]
+    return max([*later[:1], *gone], default=None)
 
 
 def replayed(run: RunDir, model: Path, lr: float) -> Table:
@@ -147,5 +151,5 @@ def count(run: RunDir, witness: Witness, *, max_age: int) -> Counts:
         went_back=went_back(served),
         steps=sorted(lineage),
         final_version=max((manifest.version for manifest in read_manifests(run)), default=0),
-        recovery_s=recovery_s(witness),
+        recovery_s=recovery_s(run, witness),
     )

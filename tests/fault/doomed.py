@@ -32,7 +32,7 @@ class Fault(Struct, frozen=True, kw_only=True):
     """At the `nth` call of `at` ("module:Class.function") in one life of `process`, on entering or leaving: `do` it.
 
     kill, stop: SIGKILL, SIGSTOP to `victims`, one after the other. fill: the disk under `path`. clock: `time.time` of
-    the process jumps by `seconds`. refuse: kill the victims and hold the port of `path`'s address for `seconds`.
+    the process jumps by `seconds`. refuse: kill the victims and hold the first engine's port for `seconds`.
     skip: the function is not called. fail: it raises a broken connection. It happens `times` in all.
     """
 
@@ -134,21 +134,27 @@ def _jump(fault: Fault, _: Witness) -> None:
 
 def _refuse(fault: Fault, witness: Witness) -> None:
     """Somebody takes the engine's port in the moment it dies, and gives it back later."""
-    host, port = fault.path.split(":")
+    host, port = witness.engine_address
     _signal(signal.SIGKILL, fault, witness)
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder = _listen_once_free(host, port)
+    threading.Timer(fault.seconds, holder.close).start()
+
+
+def _listen_once_free(host: str, port: int) -> socket.socket:
     ends_at = time.monotonic() + 5
-    while holder.connect_ex((host, int(port))) == 0 and time.monotonic() < ends_at:
-        holder.close()
+    while True:
         holder = socket.socket()
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.close()
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind((host, int(port)))
-    holder.listen()
-    threading.Timer(fault.seconds, holder.close).start()
+        try:
+            holder.bind((host, port))
+            holder.listen()
+        except OSError:
+            holder.close()
+            if time.monotonic() > ends_at:
+                raise
+            time.sleep(0.005)
+        else:
+            return holder
 
 
 def _fail(_: Fault, __: Witness) -> None:
@@ -181,17 +187,21 @@ def _note_what_ends(witness: Witness) -> None:
     Journal.record = noted
 
 
-def main() -> None:
-    module, *arguments = sys.argv[1:]
-    name, witness = os.environ[NAME], Witness(faults_directory())
+def be_doomed(name: str, *, attempt: int) -> None:
+    """Arm what is planned for this life of this process."""
+    witness = Witness(faults_directory())
     witness.started(name, life())
-    attempt = RunDir(Path(arguments[-1]).parent).read_attempt().number
     faults = msgspec.json.decode((witness.directory / "faults.json").read_bytes(), type=list[Fault])
     for number, fault in enumerate(faults):
         if fault.process == name and fault.life in (None, life()) and fault.attempt in (None, attempt):
             arm(number, fault, witness)
     if name == "orchestrator":
         _note_what_ends(witness)
+
+
+def main() -> None:
+    module, *arguments = sys.argv[1:]
+    be_doomed(os.environ[NAME], attempt=RunDir(Path(arguments[-1]).parent).read_attempt().number)
     sys.argv = [module, *arguments]
     if module.startswith("tests."):
         sys.exit(importlib.import_module(module).main())

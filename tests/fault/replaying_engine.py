@@ -325,5 +325,7 @@ def main() -> int:
         max_model_len=config.engine.max_model_len,
         served=lambda version: witness.served(name, version),
     )
-    asyncio.run(serve(engine, server_of(engine, url.hostname or "", url.port or 0)))
+    host, port = url.hostname or "", url.port or 0
+    witness.listening(host, port)
+    asyncio.run(serve(engine, server_of(engine, host, port)))
     return 0

@@ -14,8 +14,7 @@ from palestra.launch.outcome import exit_code
 from palestra.launch.plan import Plan, Program, make_plan
 from palestra.launch.run import run
 from palestra.wire.rundir import RunDir
-from tests.fault.doomed import NAME
-from tests.fault.witness import Witness, faults_directory
+from tests.fault.doomed import NAME, be_doomed
 
 _LIGHT = {"palestra.infer": "tests.fault.replaying_engine", "palestra.train": "tests.fault.table_trainer"}
 
@@ -37,7 +36,7 @@ def plan_of(config: RunConfig, kind: str) -> Plan:
 def main() -> int:
     path, kind, *words = sys.argv[1:]
     config = RunConfig.model_validate_json(Path(path).read_text())
-    Witness(faults_directory()).started("supervisor", 0)
+    be_doomed("supervisor", attempt=RunDir(config.run_dir).last_attempt_number() + 1)
     return exit_code(lambda: run(config, plan_of(config, kind), resume="--resume" in words) and None)
 
 

@@ -30,7 +30,11 @@ def config_of(outputs: Path, model: Path, **sections: dict) -> RunConfig:
         "train": {"steps": STEPS, "lr": 2.0, "max_pack_tokens": 128, "checkpoint_every": 2, "batch_deadline_s": 30},
         "engine": {"max_model_len": 64, "max_in_flight": 16, "healthy_s": 30, "call_s": 3, "join_max_tokens": 0},
         "sync": {"deadline_s": 5, "probe_tokens": 32},
-        "env": {"mix": [{"id": f"{Path(__file__).with_name('environment.py')}:TwoTurns", "name": "two"}], "stall_s": 3},
+        "env": {
+            "mix": [{"id": f"{Path(__file__).with_name('environment.py')}:TwoTurns", "name": "two"}],
+            "stall_s": 5,
+            "answer_s": 3,
+        },
         "launch": {"stop_s": 5},
     }
     for name, section in sections.items():
@@ -80,18 +84,27 @@ class FaultyRun:
                 out, err = process.communicate(timeout=deadline_s)
             except subprocess.TimeoutExpired:
                 process.kill()
-                raise
+                raise AssertionError(f"not ended after {deadline_s} s: {process.communicate()}") from None
         self.require_gone()
         return process.returncode, out + err
 
     def play(self, *, resumes: int = 0, deadline_s: float = 60) -> str:
         """To its end, resumed as often as it was killed as a whole. What the last attempt said."""
-        code, said = self.finish(deadline_s=deadline_s)
-        for _ in range(resumes):
-            assert code != 0, f"nothing ended the attempt: {said}"
-            code, said = self.finish("--resume", deadline_s=deadline_s)
+        for number in range(resumes):
+            self.break_off(*(["--resume"] if number else []), deadline_s=deadline_s)
+        code, said = self.finish(*(["--resume"] if resumes else []), deadline_s=deadline_s)
         assert code == 0, said
         return said
+
+    def break_off(self, *words: str, deadline_s: float = 60) -> str:
+        """One attempt that does not reach the end, and what it said."""
+        code, said = self.finish(*words, deadline_s=deadline_s)
+        assert code != 0, f"nothing ended the attempt: {said}"
+        return said
+
+    def resume(self, *, deadline_s: float = 60) -> None:
+        code, said = self.finish("--resume", deadline_s=deadline_s)
+        assert code == 0, said
 
     def processes(self) -> list[int]:
         """Every living process of the run, whatever it is called and whoever its parent is."""

@@ -37,6 +37,9 @@ class Witness:
     def trained(self, step: int, rollouts: list[int]) -> None:
         self._note("trained", step=step, rollouts=rollouts)
 
+    def listening(self, host: str, port: int) -> None:
+        self._note("listening", host=host, port=port)
+
     def served(self, engine: str, version: str) -> None:
         """From now on this engine samples with `version`."""
         self._note("served", engine=engine, version=version)
@@ -55,6 +58,12 @@ class Witness:
     def pid(self, process: str) -> int:
         """Of its newest life."""
         return [note["pid"] for note in self.read("pids") if note["process"] == process][-1]
+
+    @property
+    def engine_address(self) -> tuple[str, int]:
+        """Of the newest process that listened there."""
+        note = self.read("listening")[-1]
+        return note["host"], note["port"]
 
     def num_fired(self, number: int) -> int:
         return sum(note["fault"] == number for note in self.read("fired"))
