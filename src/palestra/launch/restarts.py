@@ -47,8 +47,7 @@ class Lives:
         self._words: deque[str] = deque(maxlen=_SAME_WORDS)
 
     def ended(self, end: End) -> str | None:
-        """None, if it may be started again; else why not, in words; "" where nothing is started again, or the first start
-        failed."""
+        """None, if it may be started again; else why not, in words, "" for a first start and where none is allowed."""
         failed_at_first = self.number == 0 and not end.was_ready and not end.was_killed
         self._note(end)
         if failed_at_first or self._limits.max_restarts == 0:

@@ -35,7 +35,7 @@ def main() -> int:
 
 async def _run(config, run, attempt: Attempt, selector: LedgerSelector) -> None:
     journal = recover_journal(run, version_to_load(run, attempt, life()))
-    await Loop(config, run, attempt, journal, selector).run()
+    await Loop(config, run, attempt, journal, selector, life=life()).run()
 
 
 def _first(error: BaseException) -> BaseException:

@@ -115,7 +115,8 @@ class RolloutRetried(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class GroupClosed(Struct, frozen=True, kw_only=True, tag=True):
-    """All members ended. `records` replace the members' (group rewards are in them). Outcome: see `buffer.outcome`."""
+    """All members ended. `records` replace the members' (group rewards are in them). Outcome: see `buffer.outcome`; or
+    `quarantined`, whatever its members did."""
 
     group_id: int
     outcome: str
@@ -135,6 +136,19 @@ class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
     group_ids: list[int]
     rollout_ids: list[int]
     metrics: dict[str, Metric] = {}
+
+
+class Published(Struct, frozen=True, kw_only=True, tag=True):
+    """Engines hold `version`: no older one is published any more."""
+
+    version: int
+
+
+class TaskQuarantined(Struct, frozen=True, kw_only=True, tag=True):
+    """Environment workers die of this task (`quarantine.name_of`): it is not played again in this run."""
+
+    task: str
+    reason: str
 
 
 class StepsSaved(Struct, frozen=True, kw_only=True, tag=True):
@@ -163,6 +177,8 @@ Event = (
     | GroupClosed
     | GroupExpired
     | BatchShipped
+    | Published
+    | TaskQuarantined
     | StepsSaved
     | EvalEnded
 )
@@ -185,6 +201,8 @@ class LoopState(Struct, kw_only=True):
     batch_metrics: dict[int, Metrics] = field(default_factory=dict)  # by step, of batches that may be trained again
     counts: dict[str, int] = field(default_factory=dict)
     max_versions_in_a_rollout: int = 0
+    published: int = -1  # the newest version that engines held; -1: none yet
+    quarantined: dict[str, str] = field(default_factory=dict)  # task -> why
 
     def apply(self, event: Event) -> None:
         """Errors: ValueError for an event that cannot follow (a rollout that ends twice, a batch out of order)."""
@@ -271,6 +289,9 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
     else:
         group.move(GroupStatus.DROPPED)
         del state.groups[event.group_id]
+        for rollout_id in group.rollout_ids:
+            state.replies.pop(rollout_id, None)
+            state.begun.pop(rollout_id, None)
 
 
 def _group_expired(state: LoopState, event: GroupExpired) -> None:
@@ -286,6 +307,17 @@ def _batch_shipped(state: LoopState, event: BatchShipped) -> None:
     state.batch_metrics[event.step] = event.metrics
     state.next_step += 1
     state.count("rollouts_shipped", len(event.rollout_ids))
+
+
+def _published(state: LoopState, event: Published) -> None:
+    if event.version < state.published:
+        raise ValueError(f"version {event.version} published after version {state.published}")
+    state.published = event.version
+
+
+def _task_quarantined(state: LoopState, event: TaskQuarantined) -> None:
+    state.quarantined[event.task] = event.reason
+    state.count("tasks_quarantined")
 
 
 def _steps_saved(state: LoopState, event: StepsSaved) -> None:
@@ -312,6 +344,8 @@ _APPLY = {
     GroupClosed: _group_closed,
     GroupExpired: _group_expired,
     BatchShipped: _batch_shipped,
+    Published: _published,
+    TaskQuarantined: _task_quarantined,
     StepsSaved: _steps_saved,
     EvalEnded: _eval_ended,
 }

@@ -67,6 +67,11 @@ def read_restarts(run: RunDir) -> list[Restarted]:
     return [msgspec.json.decode(line, type=Restarted) for line in _whole_lines(run.restarts)]
 
 
+def as_rows(restarts: list[Restarted]) -> list[dict[str, Any]]:
+    """For summary.json."""
+    return [msgspec.to_builtins(restarted) for restarted in restarts]
+
+
 def account_for_gap(run: RunDir, process: str, *, since: float, ended_at: float, started_at: float) -> None:
     """Ledger of a process (and its ranks) while it was gone: `restart`; what it had done since its last entry, or
     `since` the attempt began: `lost`."""
