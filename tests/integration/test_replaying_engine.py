@@ -187,12 +187,18 @@ async def replaying(directory: Path, engine: type[Engine] = Engine) -> AsyncIter
     server = server_of(served, "127.0.0.1", port)
     serving = asyncio.create_task(serve(served, server))
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
+        async with caller_of(f"http://127.0.0.1:{port}") as http:
             await healthy(http)
             yield Talk(http, stage)
     finally:
         server.should_exit = True
         await serving
+
+
+def caller_of(url: str) -> httpx.AsyncClient:
+    """A connection for every request: a server hangs up on idle ones when it likes."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, limits=limits)
 
 
 async def healthy(http: httpx.AsyncClient) -> None:
@@ -215,7 +221,7 @@ async def test_the_replaying_engine_answers_as_the_real_one(
 
     async with replaying(tmp_path) as talk:
         replayed = await exchange(talk)
-    async with httpx.AsyncClient(base_url=engine_server.url, timeout=60, trust_env=False) as http:
+    async with caller_of(engine_server.url) as http:
         await healthy(http)
         real = await exchange(Talk(http, stage))
     for name, expected in replayed.items():
