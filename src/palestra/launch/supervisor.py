@@ -46,6 +46,7 @@ from palestra.wire.messages import (
 from palestra.wire.rundir import Attempt, RunDir
 from palestra.wire.runlog import Restarted, account_for_gap, append_restart
 
+_GONE_S = 30.0  # after SIGKILL
 _LAST_WORD_S = 1.0  # what a process said before it ended has arrived by then
 _ASK_EVERY_S = 0.25
 _PORT_FREE_S = 5.0  # from the death of an engine until the kernel has buried all of it
@@ -132,7 +133,10 @@ class Supervisor:
                 )
             for child in running:
                 self._end_group(child)
-            await ends
+            try:
+                await within(_GONE_S, ends, waiting_for="killed processes to be gone")
+            except DeadlineError as stuck:  # in the kernel: nothing more can be done
+                self._view.say(str(stuck))
             hurry.cancel()
         self._listener.close()
 
