@@ -1,5 +1,8 @@
 """An environment of two turns, with rewards of a rollout and of a group, that a table learns from its first step on."""
 
+import os
+import signal
+
 from palestra.env import Environment, Task, reward
 
 
@@ -25,3 +28,16 @@ class TwoTurns(Environment):
     def longest(self, task, rollouts):
         lengths = [rollout.num_tokens for rollout in rollouts]
         return [float(length == max(lengths)) for length in lengths]
+
+
+class Deadly(TwoTurns):
+    """One of its four tasks kills the process that plays it."""
+
+    def tasks(self):
+        yield from (Task(prompt=prompt, key=prompt) for prompt in ("a", "b", "deadly", "d"))
+
+    async def run(self, task, agent):
+        await agent(task.prompt)
+        if task.prompt == "deadly":
+            os.kill(os.getpid(), signal.SIGKILL)
+        await agent("again")

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from palestra.orchestrate.state import TaskQuarantined
 from palestra.wire.rundir import checkpoint_dir, read_manifests
+from palestra.wire.runlog import read_ledger, read_restarts, read_summary
 from tests.fault.counts import read_events
 from tests.fault.doomed import Fault
 from tests.fault.test_kills import POINTS
-from tests.fault.whole_run import FaultyRun
+from tests.fault.whole_run import ENVIRONMENTS, FaultyRun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -128,8 +130,6 @@ def test_a_clock_jumps(process: str, hours: int, faulty, judge):
 
 
 def _ledgers_close(run: FaultyRun) -> None:
-    from palestra.wire.runlog import read_ledger, read_summary
-
     summary = read_summary(run.run)
     assert summary is not None
     assert summary["ledger_closure"] <= 0.01
@@ -138,13 +138,22 @@ def _ledgers_close(run: FaultyRun) -> None:
     assert all(0 <= entry.wall_s < 600 and entry.closure <= 0.05 for entry in read_ledger(run.run))
 
 
-def test_an_engine_that_dies_at_every_start_ends_the_run_with_the_cause(faulty, judge):
-    run = faulty(
-        Fault(process="engine-0", at=f"{ENGINE}.start_update", nth=3, times=1),
-        Fault(process="engine-0", at="tests.fault.replaying_engine:server_of", life=None, nth=1, times=0),
-        launch={"max_restarts": 0},
-    )
+def test_an_engine_that_dies_again_and_again_ends_the_run_with_the_cause(faulty, judge):
+    deaths = [
+        Fault(process="engine-0", at=f"{ENGINE}.start_update", nth=1 if life else 3, life=life) for life in range(3)
+    ]
+    run = faulty(*deaths, launch={"max_restarts": 2})
     said = run.break_off()
-    assert "engine-0 ended the run (killed by SIGKILL)" in said
+    assert "engine-0 ended the run (killed by SIGKILL; 3 ends within 600 s, launch.max_restarts=2)" in said
     run.resume()
-    judge(run, fired=1)
+    judge(run, fired=3)
+
+
+def test_a_task_that_kills_its_workers_is_quarantined(faulty, judge):
+    run = faulty(env={"mix": [{"id": f"{ENVIRONMENTS}:Deadly", "name": "deadly"}]})
+    run.play()
+    judge(run)
+    (quarantined,) = {event.task for event in read_events(run.run) if isinstance(event, TaskQuarantined)}
+    assert quarantined == "deadly/deadly"
+    restarts = [restarted.process for restarted in read_restarts(run.run)]
+    assert restarts == ["env-0"] * 3

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 VOCAB_SIZE = 105  # that of the tokenizer
 STEPS, GROUPS, GROUP_SIZE = 6, 2, 4
 GONE_S = 20
+ENVIRONMENTS = Path(__file__).with_name("environment.py")
 
 
 def config_of(outputs: Path, model: Path, **sections: dict) -> RunConfig:
@@ -31,7 +32,7 @@ def config_of(outputs: Path, model: Path, **sections: dict) -> RunConfig:
         "engine": {"max_model_len": 64, "max_in_flight": 16, "healthy_s": 30, "call_s": 3, "join_max_tokens": 0},
         "sync": {"deadline_s": 5, "probe_tokens": 32},
         "env": {
-            "mix": [{"id": f"{Path(__file__).with_name('environment.py')}:TwoTurns", "name": "two"}],
+            "mix": [{"id": f"{ENVIRONMENTS}:TwoTurns", "name": "two"}],
             "stall_s": 5,
             "answer_s": 3,
         },
