@@ -13,7 +13,6 @@ interrupted.
 
 import asyncio
 import signal
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from palestra.config.schema import Launch
+from palestra.core.clock import unix_now
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.launch.child import Child, ended_how, start
@@ -183,7 +183,7 @@ class Supervisor:
         """One life; None, if it ended rightly: with 0, and after Done or, for a member, just before the leader."""
         life = self._lives[program.name].number
         if life and program.engine is not None and (holder := await self._holder_of_port(program.engine)):
-            return End(why=holder, ended_at=time.time(), was_ready=False, lived_s=0)
+            return End(why=holder, ended_at=unix_now(), was_ready=False, lived_s=0)
         child = await self._start(program, life=life)
         if life:
             await self._say_started(child)
@@ -223,7 +223,7 @@ class Supervisor:
             child.late = late
             child.signal(signal.SIGKILL)
             return
-        self._record_restart(child.name, ready_at=time.time())
+        self._record_restart(child.name, ready_at=unix_now())
         if child.program.role is Role.LEAD:
             await child.done.wait()
             waiting_for = f"{child.name} to exit after it was done"
@@ -252,7 +252,7 @@ class Supervisor:
 
     async def _end_of(self, child: Child, code: int) -> End:
         """How it ended. Errors: UserError and ProcessFailed, if it said itself that the run cannot go on."""
-        ended_at, was_killed = time.time(), code == -signal.SIGKILL
+        ended_at, was_killed = unix_now(), code == -signal.SIGKILL
         if not was_killed:
             await self._last_word(child)
         failure = child.failure
