@@ -23,7 +23,7 @@ from tests.fault.witness import Witness
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """`lost` and `trained_twice` are rollouts, `went_back` engines whose version did; all are empty in a sound run."""
+    """`lost` and those done twice are rollouts, `went_back` engines whose version did; all are empty in a sound run."""
 
     finished: int
     trained: int
@@ -139,14 +139,14 @@ def count(run: RunDir, witness: Witness, *, max_age: int) -> Counts:
     lineage = lineage_of([(note["step"], note["rollouts"]) for note in witness.read("trained")]) or {
         row["step"]: sorted(batches[row["step"]]) for row in read_metrics(run) if "phase" not in row
     }
-    noted = {note["rollout"] for note in witness.read("ended")}
+    noted = [note["rollout"] for note in witness.read("ended")]
     in_training = {step: batches.get(step, set()) & set(rollouts) for step, rollouts in lineage.items()}
     served = [(note["engine"], int(note["version"])) for note in witness.read("served") if note["version"].isdigit()]
     return Counts(
-        finished=len(noted),
+        finished=len(set(noted)),
         trained=sum(map(len, lineage.values())),
         lost=lost(events, noted, in_training, max_age=max_age),
-        ended_twice=ended_twice(events),
+        ended_twice=sorted({*ended_twice(events), *_repeated(noted)}),
         trained_twice=trained_twice(lineage),
         went_back=went_back(served),
         steps=sorted(lineage),

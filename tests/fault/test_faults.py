@@ -1,5 +1,6 @@
 """What goes wrong without a kill: disks, files, ports, clocks, and processes that are there but useless."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from palestra.orchestrate.state import TaskQuarantined
 from palestra.wire.rundir import checkpoint_dir, read_manifests
 from palestra.wire.runlog import read_ledger, read_restarts, read_summary
-from tests.fault.counts import read_events
+from tests.fault.counts import count, read_events
 from tests.fault.doomed import Fault
 from tests.fault.test_kills import POINTS
 from tests.fault.whole_run import ENVIRONMENTS, FaultyRun
@@ -159,3 +160,12 @@ def test_a_task_that_kills_its_workers_is_quarantined(faulty, judge):
     assert quarantined == "deadly/deadly"
     restarts = [restarted.process for restarted in read_restarts(run.run)]
     assert restarts == ["env-0"] * 3
+
+
+def test_events_that_never_reach_the_disk_are_noticed(faulty):
+    """The negative control of the whole suite: what the orchestrator did then is gone with it, and done once more."""
+    forgets = Fault(process="orchestrator", at="palestra.wire.framelog:FrameLog.append", nth=20, do="skip", times=10)
+    run = faulty(forgets, dataclasses.replace(POINTS["training"], nth=2).kills("orchestrator"))
+    code, _ = run.finish()
+    counts = count(run.run, run.witness, max_age=run.config.algo.max_age)
+    assert code != 0 or counts.lost or counts.ended_twice

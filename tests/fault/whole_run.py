@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from palestra.config import RunConfig
 from palestra.wire.rundir import RunDir
@@ -66,7 +67,7 @@ class FaultyRun:
         (self.witness.directory / "pace.json").write_text(str(step_s))
         self.num_starts = 0
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, output: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
         self.num_starts += 1
         command = [sys.executable, "-m", "tests.fault.supervised", str(self._config_path), self.kind, *words]
         env = {
@@ -74,9 +75,7 @@ class FaultyRun:
             VARIABLE: str(self.witness.directory),
             "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         }
-        return subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        return subprocess.Popen(command, env=env, stdout=output, stderr=output, text=True, start_new_session=True)
 
     def finish(self, *words: str, deadline_s: float = 60) -> tuple[int, str]:
         """Exit code and everything said; nothing of the run is left afterwards."""
