@@ -208,7 +208,7 @@ class Loop:
                     self._process_ended(ended)
                 case ProcessStarted(process=process) as started if started.life > self._lives.get(process, 0):
                     self._lives[process] = started.life
-                    if process in self._engine_names:
+                    if process in {link.name for link in self.desk.fleet.of_state(EngineState.OUT)}:
                         self.desk.tasks.create_task(self._rejoin(self.desk.fleet.engine_started(process)))
 
     def _process_ended(self, ended: ProcessEnded) -> None:

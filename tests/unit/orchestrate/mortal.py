@@ -13,6 +13,7 @@ from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.loop import Loop
 from palestra.wire.channel import Caller, Listener
 from palestra.wire.messages import Done, Play, ProcessEnded, ProcessStarted, Restart, ToSupervisor
+from palestra.wire.policy import UnreachableError
 from palestra.wire.rundir import Attempt, RunDir, version_to_load
 from tests.unit.orchestrate.scripted import ScriptedEngine, ScriptedTrainer, ScriptedWorker
 
@@ -21,13 +22,41 @@ Predicate = Callable[[Play], bool]
 
 
 class Server(ScriptedEngine):
-    """An engine process that clients of several orchestrators may talk to. `history` has every version it loaded."""
+    """An engine that clients of several orchestrators may talk to, and that may die. `history` has every version it
+    loaded, in all its lives; `fails_at` is one that its probe does not show."""
 
     def __init__(self, url: str, **options):
         super().__init__(url, **options)
         self.history: list[int] = []
+        self.fails_at: int | None = None
+        self.is_alive = asyncio.Event()
+        self.is_alive.set()
+
+    def die(self) -> None:
+        self.is_alive.clear()
+        self.loaded = -1
+
+    def _require_alive(self) -> None:
+        if not self.is_alive.is_set():
+            raise UnreachableError(f"{self.url} is dead")
+
+    async def wait_healthy(self, deadline_s):
+        await self.is_alive.wait()
+
+    async def generate(self, *args, **options):
+        self._require_alive()
+        return await super().generate(*args, **options)
+
+    async def stream(self, *args, **options):
+        self._require_alive()
+        return await super().stream(*args, **options)
+
+    async def score(self, token_ids, *, deadline_s=None):
+        self._require_alive()
+        return [-9.0 if self.loaded == self.fails_at else -1.0] * (len(token_ids) - 1)
 
     async def finish(self, version, *, deadline_s=None):
+        self._require_alive()
         self.loaded = version
         self.history.append(version)
 
@@ -106,6 +135,7 @@ class MortalRun:
         )
         self.run.write_attempt(self.attempt)
         self.servers = {url: Server(url, delay_s=lambda seed: delay_s) for url in self.attempt.engines}
+        self.engines = {f"engine-{i}": self.servers[url] for i, url in enumerate(self.attempt.engines)}
         self.checkpoints: dict[int, list] = {}
         self.lives: dict[str, int] = {}
         self.restarts: list[Restart] = []
@@ -135,11 +165,20 @@ class MortalRun:
         await self.restart(name)
 
     def _process(self, name: str, life: int) -> Coroutine[Any, Any, None]:
+        if name in self.engines:
+            return self._serve(self.engines[name])
         if name == "orchestrator":
             return self._orchestrate(life)
         if name == "trainer":
             return self._train(life)
         return self._work(int(name.removeprefix("env-")), life)
+
+    async def _serve(self, server: Server) -> None:
+        server.is_alive.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            server.die()
 
     async def _orchestrate(self, life: int) -> None:
         journal = recover_journal(self.run, version_to_load(self.run, self.attempt, life))
@@ -212,7 +251,7 @@ class MortalRun:
 
     async def __aenter__(self) -> "MortalRun":
         self._tasks["supervisor"] = asyncio.create_task(self._listen())
-        for name in ("orchestrator", *(f"env-{i}" for i in range(self._config.env.workers)), "trainer"):
+        for name in (*self.engines, "orchestrator", *(f"env-{i}" for i in range(self._config.env.workers)), "trainer"):
             self.start(name)
         await self.until(lambda: hasattr(self, "loop"), "the loop began")
         return self

@@ -4,6 +4,8 @@ import asyncio
 import json
 import random
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from palestra.core.records import Ending
 from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, Published, RolloutEnded, RolloutRetried
 from palestra.wire.framelog import read_frames
-from palestra.wire.messages import Play
+from palestra.wire.messages import Done, Exported, Play
 from tests.unit.orchestrate.mortal import MortalRun
 from tests.unit.orchestrate.scripted import GROUP_SIZE, GROUPS, make_config, reward_by_seed
 
@@ -66,6 +68,15 @@ async def test_nobody_dies(tmp_path):
         pass
     require_whole(run)
     assert run.history == sorted(set(run.history)), "nothing is published twice"
+    first, second = run.trainer.trained[:2]  # controls: planted faults are seen
+    for planted in ([first, first, *run.trainer.trained[2:]], run.trainer.trained[1:], [(0, second[1]), second]):
+        run.trainer.trained, kept = planted, run.trainer.trained
+        with pytest.raises(AssertionError):
+            require_whole(run)
+        run.trainer.trained = kept
+    run.history.append(0)
+    with pytest.raises(AssertionError):
+        require_whole(run)
 
 
 async def test_a_worker_that_dies_takes_nothing_with_it(tmp_path):
@@ -137,6 +148,62 @@ async def test_the_orchestrator_dies_and_its_successor_goes_on(tmp_path, at: int
     assert {row["step"] for row in rows} == set(range(STEPS))
 
 
+async def test_an_engine_that_dies_comes_back_with_the_version_of_the_others(tmp_path):
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed, num_engines=2) as run:
+        await run.until(lambda: run.loop.desk.trainer.loaded >= 2, "version 2")
+        await run.kill("engine-0")
+        await run.until(lambda: run.loop.desk.trainer.loaded >= 4, "version 4 in the other engine")
+        loaded = run.history[-1]
+        await run.restart("engine-0")
+        await run.until(lambda: run.history[-1] > loaded, "it to be back")
+        assert run.history[-1] >= 4
+    require_whole(run)
+    assert run.restarts == [], "the supervisor knew"
+
+
+async def test_engines_that_a_dead_orchestrator_left_in_the_middle_of_a_publish_are_started_again(tmp_path):
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
+        await run.until(lambda: run.loop.desk.trainer.loaded >= 2, "version 2")
+        await run.kill("orchestrator")
+        [server] = run.servers.values()
+        server.fails_at = 2  # whatever is published first
+        server.finish, finish = lambda version, **_: finish(2), server.finish  # type: ignore[method-assign]
+        await run.restart("orchestrator")
+        await run.until(lambda: len(run.restarts) == 1, "the orchestrator to ask for another engine")
+        server.fails_at = None
+        server.finish = finish  # type: ignore[method-assign]
+    require_whole(run)
+
+
+async def test_the_trainer_dies_while_it_exports(tmp_path):
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
+        await run.until(lambda: run.loop.desk.trainer.loaded >= STEPS - 1, "the version before the last")
+        run.trainer._channel.send = _but_no(Exported, run.trainer._channel.send)  # type: ignore[method-assign]
+        await run.until(lambda: run.loop.desk.trainer.is_finishing, "the end")
+        await run.replace("trainer")
+    require_whole(run)
+
+
+def _but_no(kind: type, send: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    async def filtered(message: Any) -> None:
+        if not isinstance(message, kind):
+            await send(message)
+
+    return filtered
+
+
+async def test_the_orchestrator_dies_after_the_trainer_has_exported(tmp_path):
+    """Its successor needs a trainer: one that has ended, or ends now, is asked for."""
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
+        await run.until(lambda: run.loop.desk.trainer.loaded >= STEPS - 1, "the version before the last")
+        run.loop.desk.teller.send = _but_no(Done, run.loop.desk.teller.send)  # type: ignore[method-assign]
+        await run.until(lambda: run.loop.desk.trainer.is_finishing and run.run.summary.exists(), "its end")
+        run.run.summary.unlink()
+        for name in ("orchestrator", "env-0", "trainer"):
+            await run.replace(name)
+    require_whole(run)
+
+
 async def test_all_die_at_once_but_the_engines(tmp_path):
     config = config_of(tmp_path, env={"mix": [{"id": "scripted"}], "stall_s": 5, "workers": 2})
     async with MortalRun(config, reward=reward_by_seed, num_engines=2) as run:
@@ -150,7 +217,7 @@ async def test_all_die_at_once_but_the_engines(tmp_path):
     require_whole(run)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 async def test_killed_at_random(tmp_path, seed: int):
     chance = random.Random(seed)
     config = config_of(tmp_path, env={"mix": [{"id": "scripted"}], "stall_s": 5, "workers": 2})
@@ -159,7 +226,7 @@ async def test_killed_at_random(tmp_path, seed: int):
             await asyncio.sleep(chance.uniform(0, 0.15))
             if run.is_done.is_set():
                 break
-            name = chance.choice(["orchestrator", "trainer", "env-0", "env-1"])
+            name = chance.choice(["orchestrator", "trainer", "env-0", "env-1", "engine-0", "engine-1"])
             await run.replace(name, gone_s=chance.uniform(0, 0.1))
     require_whole(run)
 
