@@ -26,7 +26,7 @@ from tests.fault.counts import Counts, count
 from tests.fault.whole_run import FaultyRun, config_of, save_table
 
 ENV, OTHERS = ("env-0", "env-1"), ("engine-0", "engine-1", "trainer", "orchestrator")
-LOOK_S = 0.2
+LOOK_S, SETTLED_S = 0.2, 10.0
 MAX_GROWTH = 1.15  # median of the last quarter of the time over that of the second
 
 
@@ -64,8 +64,9 @@ class Soak:
             return code, said.read()
 
     def _kill(self, name: str) -> bool:
-        """Whether it was there to be killed; the run must have begun to train."""
-        if not self.run.witness.read("trained"):
+        """Whether it was there to be killed: at work, and back from the last time. The run must have begun to train."""
+        back = sum(r.process == name and r.gone_s is not None for r in read_restarts(self.run.run))
+        if back < self.kills[name] or not self.run.witness.read("trained"):
             return False
         try:
             os.kill(self.run.witness.pid(name), signal.SIGKILL)
@@ -75,13 +76,16 @@ class Soak:
         return True
 
     def _look(self, at_s: float) -> None:
-        for name in {note["process"] for note in self.run.witness.read("pids")}:
-            if (mib := _resident_mib(self.run.witness.pid(name))) is not None:
+        """What has been alive for a while: a process grows until it has loaded what it needs."""
+        newest = {note["process"]: note for note in self.run.witness.read("pids")}
+        for name, note in newest.items():
+            settled = time.monotonic() - note["time"] > SETTLED_S
+            if settled and (mib := _resident_mib(note["pid"])) is not None:
                 self.memory.setdefault(name, []).append((at_s, mib))
 
     def growth(self, name: str) -> float:
         """Of what a process holds: the last quarter of the time over the second one, in the median."""
-        seen = self.memory[name]
+        seen = self.memory.get(name) or [(0.0, 0.0)]
         end = seen[-1][0]
         early = [mib for at_s, mib in seen if end / 4 <= at_s < end / 2]
         late = [mib for at_s, mib in seen if at_s >= 3 * end / 4]
@@ -89,7 +93,8 @@ class Soak:
 
     def slope_mib_per_minute(self, name: str) -> float:
         """Least squares over everything after the first quarter."""
-        seen = [(at_s, mib) for at_s, mib in self.memory[name] if at_s >= self.memory[name][-1][0] / 4]
+        all_seen = self.memory.get(name) or [(0.0, 0.0)]
+        seen = [(at_s, mib) for at_s, mib in all_seen if at_s >= all_seen[-1][0] / 4]
         if len(seen) < 2:
             return 0.0
         return 60 * statistics.linear_regression([at_s for at_s, _ in seen], [mib for _, mib in seen]).slope
@@ -142,10 +147,10 @@ def report(soak: Soak, counts: Counts, say: Callable[[str], None]) -> None:
         f"{len(counts.trained_twice) + len(counts.ended_twice)} twice; ledgers close to {summary.get('ledger_closure')}"
     )
     say(f"{'process':<14}{'kills':>6}{'restarts':>9}{'back after':>11}{'MiB':>7}{'growth':>8}{'MiB/min':>9}")
-    for name in sorted(soak.memory):
+    for name in sorted({*soak.memory, *soak.kills}):
         gone = [r.gone_s for r in restarts if r.process == name and r.gone_s is not None]
         back = f"{statistics.median(gone):.1f} s" if gone else ""
-        median = statistics.median(mib for _, mib in soak.memory[name])
+        median = statistics.median([mib for _, mib in soak.memory.get(name, [])] or [0.0])
         say(
             f"{name:<14}{soak.kills[name]:>6}{len(gone):>9}{back:>11}{median:>7.0f}{soak.growth(name):>8.2f}"
             f"{soak.slope_mib_per_minute(name):>9.2f}"

@@ -164,7 +164,7 @@ def test_a_task_that_kills_its_workers_is_quarantined(faulty, judge):
 
 def test_events_that_never_reach_the_disk_are_noticed(faulty):
     """The negative control of the whole suite: what the orchestrator did then is gone with it, and done once more."""
-    forgets = Fault(process="orchestrator", at="palestra.wire.framelog:FrameLog.append", nth=20, do="skip", times=10)
+    forgets = Fault(process="orchestrator", at="palestra.wire.framelog:FrameLog.append", nth=25, do="skip", times=25)
     run = faulty(forgets, dataclasses.replace(POINTS["training"], nth=2).kills("orchestrator"))
     code, _ = run.finish()
     counts = count(run.run, run.witness, max_age=run.config.algo.max_age)

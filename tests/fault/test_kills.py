@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from palestra.wire.runlog import read_restarts
 from tests.fault.doomed import Fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -66,3 +67,12 @@ def test_two_killed_in_one_moment(victims: tuple[str, str], faulty, judge):
     run = faulty(POINTS["training"].kills(*victims))
     run.play()
     judge(run, fired=1)
+
+
+def test_an_engine_that_dies_in_a_publish_is_started_again_once(faulty, judge):
+    """What the publish to the dead one still reports is no reason to end the one that took its place."""
+    scores = Point("engine-0", "tests.fault.replaying_engine:Engine.scored", 3)
+    run = faulty(scores.kills("engine-0"), engine={"replicas": 2}, step_s=0.5, train={"steps": 10})
+    run.play()
+    judge(run, fired=1)
+    assert [(restarted.process, restarted.life) for restarted in read_restarts(run.run)] == [("engine-0", 1)]

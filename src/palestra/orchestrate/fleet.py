@@ -47,6 +47,7 @@ class EngineLink:
         """`is_inherited`: an orchestrator that is gone has left it, perhaps in the middle of a publish."""
         self.name, self.client, self.ledger, self.is_inherited = name, client, ledger, is_inherited
         self.state = EngineState.STARTING
+        self.starts = 0  # of other processes under its name
         self.in_flight = 0
         self.tokens_per_s: float | None = None  # of one reply, smoothed
         self.gone = asyncio.Event()  # set while the engine is out
@@ -173,6 +174,7 @@ class Fleet:
             self._leave(link)
         self._move(link, EngineState.STARTING)
         link.client.forget()
+        link.starts += 1
         link.is_inherited = False
         link.tokens_per_s = None
         return link
