@@ -13,7 +13,15 @@ from pathlib import Path
 import msgspec
 
 from palestra.core.records import Ending, RolloutRecord
-from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, GroupExpired, GroupOpened, RolloutEnded
+from palestra.orchestrate.state import (
+    BatchShipped,
+    Event,
+    GroupClosed,
+    GroupExpired,
+    GroupOpened,
+    Published,
+    RolloutEnded,
+)
 from palestra.wire.framelog import read_frames
 from palestra.wire.rundir import RunDir, read_manifests
 from palestra.wire.runlog import read_metrics, read_restarts
@@ -142,6 +150,7 @@ def count(run: RunDir, witness: Witness, *, max_age: int) -> Counts:
     noted = [note["rollout"] for note in witness.read("ended")]
     in_training = {step: batches.get(step, set()) & set(rollouts) for step, rollouts in lineage.items()}
     served = [(note["engine"], int(note["version"])) for note in witness.read("served") if note["version"].isdigit()]
+    served += [("the fleet", event.version) for event in events if isinstance(event, Published)]
     return Counts(
         finished=len(set(noted)),
         trained=sum(map(len, lineage.values())),

@@ -65,13 +65,14 @@ class Choice:
         """Tokens from `start` on; a stream names reason and versions with its last tokens only."""
         is_last = self.finish_reason is not None
         content = [
-            {"token": f"token_id:{token}", "logprob": logprob, "bytes": None, "top_logprobs": []}
+            {"token_id": token, "logprob": logprob, "rank": 1}
             for token, logprob in zip(self.token_ids[start:], self.logprobs[start:], strict=True)
         ]
         return {
             "index": self.index,
             "logprobs": {"content": content},
             "finish_reason": self.finish_reason,
+            "stop_reason": self.token_ids[-1] if self.finish_reason == "stop" else None,
             "token_ids": self.token_ids[start:],
             "weight_versions": self.spans if is_last or not streamed else None,
         }
