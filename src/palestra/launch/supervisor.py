@@ -347,8 +347,11 @@ class Supervisor:
             self._view.say(f"a restart could not be recorded: {error}")
 
     async def _tell_lead(self, message: ToOrchestrator) -> None:
+        lead = self._plan.lead.name
+        if message.process == lead:
+            return
         try:
-            await self._listener.send(self._plan.lead.name, message)
+            await self._listener.send(lead, message)
         except InfrastructureError:
             pass  # it is not there: with its first word it hears how things stand
 
