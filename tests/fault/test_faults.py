@@ -57,7 +57,7 @@ def torn_journal(make: Make) -> FaultyRun:
 
 def torn_manifest(make: Make) -> FaultyRun:
     """Said in words; the checkpoint before it is used, as the words say."""
-    run = make(dataclasses.replace(POINTS["training"], nth=5).kills("supervisor"))
+    run = make(dataclasses.replace(POINTS["checkpointing"], when="leave").kills("supervisor"))
     run.break_off()
     newest = read_manifests(run.run)[-1].version
     assert newest == 4
