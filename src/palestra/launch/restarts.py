@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
-_LIVED_WELL_S = (
-    60.0  # after a life this long, or one that was killed at its work, the back-off starts from its beginning
-)
+_LIVED_WELL_S = 60.0  # a life this long, or one killed at its work, starts the back-off from its beginning
 _FAILED_STARTS = 2  # in a row
 _SAME_WORDS = 4  # in a row: one more than it takes to find a task that is to blame
 
