@@ -87,6 +87,7 @@ class Algo(Section):
     drop_zero_signal: bool = True
     max_age: int = Field(default=8, ge=0)  # a rollout older than this never trains
     pace_age: float = Field(default=1.0, ge=0)  # dispatch is paced to this mean age (Little's law)
+    stuck_s: PositiveFloat = 60  # members without progress for so long do not hold their group up: it trains in parts
     window_groups: int | None = Field(default=None, ge=0)  # a batch reaches this far past the oldest open group
 
     @property

@@ -38,8 +38,9 @@ class _Row:
 def make_batch(
     groups: list[Group], *, step: int, attempt: int, rules: BatchRules
 ) -> tuple[Batch, Packing, list[RolloutRecord]]:
-    """The batch of `step`, how it was packed, and the rollouts in it. Rollouts older than `max_age` are left out,
-    but count in their group's baseline."""
+    """The batch of `step`, how it was packed, and the rollouts in it. Rollouts older than `max_age` are left out, but
+    count in their group's baseline. Members of a group that trained before are compared with what it was trained with.
+    """
     rows, trained = _rows(groups, step, rules)
     lengths = [len(row.sample.token_ids) for row in rows]
     packing = pack(
@@ -74,7 +75,7 @@ def _rows(groups: list[Group], step: int, rules: BatchRules) -> tuple[list[_Row]
     trained: list[RolloutRecord] = []
     for group in groups:
         advantage_of = _advantages(group, rules)
-        for record in group.valid:
+        for record in group.unsettled:
             if not is_fresh(record, step=step, max_age=rules.max_age):
                 continue
             trained.append(record)
@@ -85,11 +86,18 @@ def _rows(groups: list[Group], step: int, rules: BatchRules) -> tuple[list[_Row]
 
 
 def _advantages(group: Group, rules: BatchRules) -> dict[tuple[int, str], float]:
-    """By rollout and seat."""
+    """By rollout and seat, of the members that no batch has taken yet."""
     found: dict[tuple[int, str], float] = {}
-    for name, rewards_G in rewards_by_seat(group.valid).items():
-        advantage_G = advantages(rewards_G, baseline=rules.baseline, scale=rules.advantage_scale)
-        members = [record for record in group.valid if any(seat.name == name for seat in record.seats)]
+    for name, rewards_G in rewards_by_seat(group.unsettled).items():
+        kept = group.baselines.get(name) if group.settled else None
+        advantage_G = advantages(
+            rewards_G,
+            baseline=rules.baseline,
+            scale=rules.advantage_scale,
+            given_baseline=kept and kept.mean,
+            given_scale=kept and kept.std,
+        )
+        members = [record for record in group.unsettled if any(seat.name == name for seat in record.seats)]
         for record, advantage in zip(members, advantage_G.tolist(), strict=True):
             found[record.rollout_id, name] = advantage
     return found

@@ -1,14 +1,14 @@
 """What the loop tells: metrics of a step, progress for people, the summary of a run."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from palestra.core.ledger import LedgerEntry, total
 from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from palestra.core.records import Ending, RolloutRecord
-from palestra.orchestrate.state import EvalEnded, LoopState
+from palestra.orchestrate.state import EvalEnded, Group, LoopState
 
 
 def finished_metrics(record: RolloutRecord) -> Metrics:
@@ -39,6 +39,23 @@ def trained_metrics(records: Iterable[RolloutRecord], step: int) -> Metrics:
         }
         for record in records
     )
+
+
+class Tails:
+    """Time lost to tails: from the end of the member in the middle of a group to the group's end. `note` hears it."""
+
+    def __init__(self, note: Callable[[Metrics], None]):
+        self._note = note
+        self._ends: dict[int, list[float]] = {}
+
+    def ended(self, group: Group) -> None:
+        """A member did."""
+        self._ends.setdefault(group.group_id, []).append(time.monotonic())
+
+    def closed(self, group: Group) -> None:
+        """All members did, or those that did may train without the others."""
+        if ends := self._ends.pop(group.group_id, []):
+            self._note({"group/tail_s": Mean(time.monotonic() - ends[(len(ends) - 1) // 2])})
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -103,6 +120,9 @@ class Totals:
             "groups/too_old": Last(state.counts.get("groups_too_old", 0)),
             "groups/all_invalid": Last(state.counts.get("groups_all_invalid", 0)),
             "rollout/retried": Last(state.counts.get("rollouts_retried", 0)),
+            "rollout/cut": Last(state.counts.get("rollouts_cut", 0)),
+            "rollout/length_drift": Last(state.length_drift),
+            "groups/parted": Last(state.counts.get("groups_parted", 0)),
         }
 
 
@@ -127,6 +147,7 @@ def summary(totals: Totals, state: LoopState, *, name: str, first_eval: str | No
         "trainer_idle": totals.trainer_idle,
         "mean_age": totals.age.value if totals.age.count else None,
         "sample_tokens_per_s": totals.tokens_per_s,
+        "length_drift": state.length_drift,
         "counts": dict(sorted(state.counts.items())),
     }
 

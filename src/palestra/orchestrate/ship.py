@@ -5,33 +5,57 @@ Waits for: enough ready groups, and room at the trainer. Woken by: `changed`. En
 """
 
 import asyncio
+import time
 
-from palestra.core.metrics import Mean, Metrics
+from palestra.core.metrics import Mean, Metrics, Sum
 from palestra.orchestrate.batcher import BatchRules, make_batch
-from palestra.orchestrate.buffer import expired, take
+from palestra.orchestrate.buffer import baselines, expired, last_chances, may_part, num_nearly_ready, take
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.report import trained_metrics
-from palestra.orchestrate.state import BatchShipped, Group, GroupExpired
+from palestra.orchestrate.state import BatchShipped, Group, GroupExpired, GroupParted, GroupStatus
 
 
 async def ship_all(desk: Desk) -> None:
     while (step := desk.state.next_step) < desk.config.train.steps:
         groups = _take(desk) if desk.trainer.has_room(step) else None
         if groups is None:
-            await desk.changed.wait(f"{desk.config.algo.groups_per_step} ready groups for step {step}")
+            await _wait_for_groups(desk, step)
         else:
             await _ship(desk, step, groups)
 
 
+async def _wait_for_groups(desk: Desk, step: int) -> None:
+    """Time in which tails alone held the trainer up is a metric."""
+    is_for_tails = desk.trainer.has_room(step) and num_nearly_ready(desk.state) >= desk.config.algo.groups_per_step
+    began = time.monotonic()
+    await desk.changed.wait(f"{desk.config.algo.groups_per_step} ready groups for step {step}")
+    desk.teller.note({"batch/tail_wait_s": Sum(time.monotonic() - began if is_for_tails else 0.0)})
+
+
 def _take(desk: Desk) -> list[Group] | None:
-    algo = desk.config.algo
-    for group_id in expired(desk.state, max_age=algo.max_age):
+    """The groups of the next batch; with them go those that it would leave behind for ever."""
+    algo, state = desk.config.algo, desk.state
+    for group_id in expired(state, max_age=algo.max_age):
         desk.journal.record(GroupExpired(group_id=group_id))
         desk.changed.tell()  # there is room for another group
-    return take(desk.state, groups_per_step=algo.groups_per_step, window=algo.window)
+    rules = {"groups_per_step": algo.groups_per_step, "window": algo.window, "max_age": algo.max_age}
+    if (groups := take(state, **rules)) is None:
+        return None
+    newest = max(group.group_id for group in groups if group.status is not GroupStatus.LATE)
+    leaving = [
+        group
+        for group in last_chances(state, before=newest, max_age=algo.max_age)
+        if may_part(group, drop_zero_signal=algo.drop_zero_signal)
+    ]
+    for group in leaving:
+        desk.journal.record(GroupParted(group_id=group.group_id))
+    return take(state, **rules) if leaving else groups
 
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
+    kept = {group.group_id: baselines(group) for group in groups if not group.all_ended and not group.settled}
+    num_late = sum(len(group.unsettled) for group in groups if group.status is GroupStatus.LATE)
+    considered = [record.rollout_id for group in groups for record in group.unsettled]
     with desk.teller.ledger.spend("batch"):
         batch, packing, trained = make_batch(groups, step=step, attempt=desk.attempt.number, rules=_rules(desk))
     path = await asyncio.to_thread(desk.run.batches.write, batch)
@@ -40,11 +64,15 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
     metrics: Metrics = trained_metrics(trained, step) | {
         "packing/fill": Mean(packing.num_tokens, packing.num_packs * packing.max_tokens),
         "wire/bytes_per_token": Mean(path.stat().st_size, batch.num_tokens),
+        "rollout/late": Mean(num_late, len(trained)),
     }
+    rollout_ids = [record.rollout_id for record in trained]
     event = BatchShipped(
         step=step,
         group_ids=[group.group_id for group in groups],
-        rollout_ids=[record.rollout_id for record in trained],
+        rollout_ids=rollout_ids,
+        too_old=sorted(set(considered) - set(rollout_ids)),
+        baselines=kept,
         metrics=metrics,
     )
     desk.journal.record(event)

@@ -15,14 +15,18 @@ from palestra.core.records import Ending, Reply, RolloutRecord, Task
 
 class GroupStatus(StrEnum):
     OPEN = "open"  # members are waiting, running or being scored
+    PARTED = "parted"  # the members that ended may train without the others
     READY = "ready"  # all members ended and there is signal
+    LATE = "late"  # members are in a batch; others are still out, or ended later and may train
     DROPPED = "dropped"  # never trains; see `GroupClosed.outcome`
-    SHIPPED = "shipped"  # in a batch
+    SHIPPED = "shipped"  # all of it is in batches
 
 
 _ALLOWED = {
-    GroupStatus.OPEN: {GroupStatus.READY, GroupStatus.DROPPED},
-    GroupStatus.READY: {GroupStatus.SHIPPED, GroupStatus.DROPPED},
+    GroupStatus.OPEN: {GroupStatus.READY, GroupStatus.PARTED, GroupStatus.DROPPED},
+    GroupStatus.PARTED: {GroupStatus.READY, GroupStatus.LATE, GroupStatus.SHIPPED, GroupStatus.DROPPED},
+    GroupStatus.READY: {GroupStatus.SHIPPED, GroupStatus.LATE, GroupStatus.DROPPED},
+    GroupStatus.LATE: {GroupStatus.LATE, GroupStatus.SHIPPED, GroupStatus.DROPPED},
     GroupStatus.DROPPED: set(),
     GroupStatus.SHIPPED: set(),
 }
@@ -35,8 +39,19 @@ class Cursor(Struct, kw_only=True):
     taken: int = 0
 
 
+class Baseline(Struct, frozen=True, array_like=True):
+    """What rewards of one seat are compared with: the mean and the standard deviation of a group's members."""
+
+    mean: float
+    std: float
+
+
 class Group(Struct, kw_only=True):
-    """The rollouts of one task. Member m has rollout id `group_id * size + m`."""
+    """The rollouts of one task. Member m has rollout id `group_id * size + m`.
+
+    `settled` are members that a batch has taken, or that were too old for it; `baselines`, by seat, are what members
+    that end after that are compared with.
+    """
 
     group_id: int
     source: str
@@ -46,6 +61,8 @@ class Group(Struct, kw_only=True):
     status: GroupStatus = GroupStatus.OPEN
     records: dict[int, RolloutRecord] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
+    settled: set[int] = field(default_factory=set)
+    baselines: dict[str, Baseline] = field(default_factory=dict)
 
     @property
     def rollout_ids(self) -> range:
@@ -61,6 +78,11 @@ class Group(Struct, kw_only=True):
         return [
             self.records[i] for i in self.rollout_ids if i in self.records and self.records[i].ending != Ending.INVALID
         ]
+
+    @property
+    def unsettled(self) -> list[RolloutRecord]:
+        """Valid members that no batch has taken yet."""
+        return [record for record in self.valid if record.rollout_id not in self.settled]
 
     def move(self, status: GroupStatus) -> None:
         if status not in _ALLOWED[self.status]:
@@ -122,18 +144,35 @@ class GroupClosed(Struct, frozen=True, kw_only=True, tag=True):
     records: list[RolloutRecord] = []
 
 
+class GroupParted(Struct, frozen=True, kw_only=True, tag=True):
+    """The members that ended may train without the others."""
+
+    group_id: int
+
+
+class RolloutCut(Struct, frozen=True, kw_only=True, tag=True):
+    """A rollout in flight became too old to train: it is stopped. `num_tokens`: how far it had come."""
+
+    rollout_id: int
+    num_tokens: int
+
+
 class GroupExpired(Struct, frozen=True, kw_only=True, tag=True):
-    """A ready group became too old to train."""
+    """What of a group has not trained yet became too old to train."""
 
     group_id: int
 
 
 class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
-    """The batch file of `step` is complete on disk and holds these groups. `metrics` are those of its rollouts."""
+    """The batch file of `step` is complete on disk and holds these rollouts of these groups; the rollouts in `too_old`
+    were past the age bound. `baselines`, by group and seat, are those of groups with members still out: they train
+    later against the same ones. `metrics` are those of its rollouts."""
 
     step: int
     group_ids: list[int]
     rollout_ids: list[int]
+    too_old: list[int] = []
+    baselines: dict[int, dict[str, Baseline]] = {}
     metrics: dict[str, Metric] = {}
 
 
@@ -161,6 +200,8 @@ Event = (
     | RolloutEnded
     | RolloutRetried
     | GroupClosed
+    | GroupParted
+    | RolloutCut
     | GroupExpired
     | BatchShipped
     | StepsSaved
@@ -171,8 +212,8 @@ Event = (
 class LoopState(Struct, kw_only=True):
     """Everything the loop must know to go on. Only `apply` changes it.
 
-    `groups` holds open and ready groups; `replies` and the `begun` ones those of rollouts that have not ended;
-    `next_step` is the step the next batch is for.
+    `groups` holds groups that are not wholly trained or dropped; `replies` and the `begun` ones those of rollouts that
+    have not ended; `next_step` is the step the next batch is for.
     """
 
     next_group: int = 0
@@ -197,6 +238,32 @@ class LoopState(Struct, kw_only=True):
     def reply_begun(self, rollout_id: int, call: int, prompt_hash: int) -> Reply | None:
         """What was journalled of a reply that broke off."""
         return _find(self.begun.get(rollout_id, []), call, prompt_hash)
+
+    def oldest_version(self, rollout_id: int) -> int | None:
+        """Of the tokens that a rollout in flight is known to have; None before the first of them."""
+        return min((span.version for reply in self._known(rollout_id) for span in reply.spans), default=None)
+
+    def num_known_tokens(self, rollout_id: int) -> int:
+        """That a rollout in flight is known to have sampled."""
+        return sum(len(reply.token_ids) for reply in self._known(rollout_id))
+
+    def _known(self, rollout_id: int) -> list[Reply]:
+        return [known.reply for known in (*self.replies.get(rollout_id, []), *self.begun.get(rollout_id, []))]
+
+    @property
+    def num_outstanding(self) -> int:
+        """Rollouts dispatched, or to be, and not in a batch yet."""
+        return sum(group.size - len(group.settled) for group in self.groups.values())
+
+    @property
+    def length_drift(self) -> float:
+        """How much longer the rollouts that trained are than those dispatched in groups with signal, as a share: the
+        loop selects by length, if it is not about 0."""
+        counts = self.counts
+        if not counts.get("tokens_dispatched") or not counts.get("rollouts_shipped"):
+            return 0.0
+        dispatched = counts["tokens_dispatched"] / counts["rollouts_dispatched"]
+        return counts.get("tokens_trained", 0) / counts["rollouts_shipped"] / dispatched - 1
 
     def count(self, name: str, amount: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + amount
@@ -242,15 +309,43 @@ def _drop_begun(state: LoopState, rollout_id: int, call: int) -> None:
 
 def _rollout_ended(state: LoopState, event: RolloutEnded) -> None:
     record = event.record
+    state.max_versions_in_a_rollout = max(state.max_versions_in_a_rollout, len(record.versions))
+    state.count(f"rollouts_{record.ending}")
+    state.count("tokens_sampled", record.num_sampled_tokens)
+    _note_end(state, record)
+
+
+def _rollout_cut(state: LoopState, event: RolloutCut) -> None:
+    group = _live_group(state, event.rollout_id)
+    error = "stopped in flight: too old to train (algo.max_age)"
+    state.count("rollouts_cut")
+    _count_dispatched(state, [event.num_tokens])
+    _note_end(
+        state,
+        RolloutRecord(
+            rollout_id=event.rollout_id, environment=group.source, task=group.task, ending=Ending.INVALID, error=error
+        ),
+    )
+
+
+def _count_dispatched(state: LoopState, tokens: list[int]) -> None:
+    """Lengths of rollouts whose group has signal, whether they train or not: at least these, of those that were cut."""
+    state.count("rollouts_dispatched", len(tokens))
+    state.count("tokens_dispatched", sum(tokens))
+
+
+def _note_end(state: LoopState, record: RolloutRecord) -> None:
     group = _live_group(state, record.rollout_id)
     if record.rollout_id in group.records:
         raise ValueError(f"rollout {record.rollout_id} ended twice")
     group.records[record.rollout_id] = record
     state.replies.pop(record.rollout_id, None)
     state.begun.pop(record.rollout_id, None)
-    state.max_versions_in_a_rollout = max(state.max_versions_in_a_rollout, len(record.versions))
-    state.count(f"rollouts_{record.ending}")
-    state.count("tokens_sampled", record.num_sampled_tokens)
+    if group.status in (GroupStatus.PARTED, GroupStatus.LATE) and record.ending != Ending.INVALID:
+        _count_dispatched(state, [record.num_sampled_tokens])
+    if group.status is GroupStatus.LATE:
+        state.count("rollouts_late")
+        _leave_if_settled(state, group)
 
 
 def _rollout_retried(state: LoopState, event: RolloutRetried) -> None:
@@ -267,25 +362,50 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
         group.records[record.rollout_id] = record
     state.count(f"groups_{event.outcome}")
     if event.outcome == "ready":
+        if group.status is GroupStatus.OPEN:
+            _count_dispatched(state, [record.num_sampled_tokens for record in group.valid])
         group.move(GroupStatus.READY)
     else:
         group.move(GroupStatus.DROPPED)
         del state.groups[event.group_id]
 
 
+def _group_parted(state: LoopState, event: GroupParted) -> None:
+    group = state.groups[event.group_id]
+    group.move(GroupStatus.PARTED)
+    _count_dispatched(state, [record.num_sampled_tokens for record in group.valid])
+    state.count("groups_parted")
+
+
 def _group_expired(state: LoopState, event: GroupExpired) -> None:
-    state.groups.pop(event.group_id).move(GroupStatus.DROPPED)
-    state.count("groups_too_old")
+    group = state.groups.pop(event.group_id)
+    if group.status is GroupStatus.LATE:
+        state.count("rollouts_late_too_old", len(group.unsettled))
+    else:
+        state.count("groups_too_old")
+    group.move(GroupStatus.DROPPED)
 
 
 def _batch_shipped(state: LoopState, event: BatchShipped) -> None:
     if event.step != state.next_step:
         raise ValueError(f"batch of step {event.step} shipped where step {state.next_step} is next")
-    for group_id in event.group_ids:
-        state.groups.pop(group_id).move(GroupStatus.SHIPPED)
+    trained = set(event.rollout_ids)
+    for group in [state.groups[group_id] for group_id in event.group_ids]:
+        members = set(group.rollout_ids)
+        tokens = sum(group.records[i].num_sampled_tokens for i in trained & members)
+        state.count("tokens_trained", tokens)
+        group.settled |= members & trained.union(event.too_old)
+        group.baselines = event.baselines.get(group.group_id, group.baselines)
+        group.move(GroupStatus.LATE)
+        _leave_if_settled(state, group)
     state.batch_metrics[event.step] = event.metrics
     state.next_step += 1
     state.count("rollouts_shipped", len(event.rollout_ids))
+
+
+def _leave_if_settled(state: LoopState, group: Group) -> None:
+    if group.all_ended and not group.unsettled:
+        state.groups.pop(group.group_id).move(GroupStatus.SHIPPED)
 
 
 def _steps_saved(state: LoopState, event: StepsSaved) -> None:
@@ -310,6 +430,8 @@ _APPLY = {
     RolloutEnded: _rollout_ended,
     RolloutRetried: _rollout_retried,
     GroupClosed: _group_closed,
+    GroupParted: _group_parted,
+    RolloutCut: _rollout_cut,
     GroupExpired: _group_expired,
     BatchShipped: _batch_shipped,
     StepsSaved: _steps_saved,

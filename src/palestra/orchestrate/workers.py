@@ -108,8 +108,9 @@ class WorkerPool:
         try:
             return await playing.ended
         except asyncio.CancelledError:
-            self._end(number)
-            await self._send(worker, Cancel(rollout_id=number))
+            if number in self._playing:  # else it has just ended
+                self._end(number)
+                await self._send(worker, Cancel(rollout_id=number))
             raise
 
     async def list_tasks(self, source: str, epoch: int, offset: int, count: int) -> Tasks:
