@@ -22,6 +22,7 @@ from palestra.wire.messages import (
     Call,
     CallReply,
     Cancel,
+    Cancelled,
     Ended,
     Failed,
     FromWorker,
@@ -237,6 +238,7 @@ async def test_a_cancelled_rollout_is_silent_and_the_rest_goes_on(tmp_path):
             await worker.send(Play(rollout_id=rollout_id, source="faulty", task=task, sampling=SAMPLING, seed=0))
         calls = {call.rollout_id: call for call in [await worker.receive_a(Call), await worker.receive_a(Call)]}
         await worker.send(Cancel(rollout_id=1))
+        assert await worker.receive_a(Cancelled) == Cancelled(rollout_id=1)
         await worker.reply(calls[1], "late")
         await worker.reply(calls[2], "in")
         ended = await worker.receive_a(Ended)

@@ -211,6 +211,7 @@ class Env(Section):
     workers: PositiveInt = 1
     retries: int = Field(default=2, ge=0)  # of an invalid rollout, before it is masked
     stall_s: PositiveFloat = 600  # a rollout that makes no progress for this long is invalid
+    answer_s: PositiveFloat = 60  # a worker that needs longer to answer, as its event loop is blocked, is started again
     chunk_tasks: PositiveInt = 256  # tasks fetched and shuffled at a time
 
     @model_validator(mode="after")
@@ -261,6 +262,8 @@ class Launch(Section):
     host: str = "127.0.0.1"
     engine_port: int | None = Field(default=None, ge=1, le=65535)  # of the first engine; default: free ports
     stop_s: PositiveFloat = 20
+    max_restarts: int = Field(default=8, ge=0)  # of one process within restart_window_s; one more ends the run
+    restart_window_s: PositiveFloat = 600
 
 
 class RunConfig(Section):

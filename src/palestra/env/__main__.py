@@ -15,7 +15,7 @@ from palestra.env.chat import load_tokenizer
 from palestra.env.worker import Worker, set_stages
 from palestra.model.files import tokenizer_directory
 from palestra.wire.channel import BlockingCaller, Caller
-from palestra.wire.messages import Failed, FromWorker, ToSupervisor, ToWorker
+from palestra.wire.messages import Failed, FromWorker, Ready, ToSupervisor, ToWorker
 from palestra.wire.rundir import Attempt, RunDir
 
 
@@ -37,6 +37,7 @@ def main() -> int:
 async def _run(name: str, config: RunConfig, run: RunDir, attempt: Attempt, selector: LedgerSelector) -> None:
     stages = set_stages(config)
     tokenizer = load_tokenizer(tokenizer_directory(config.model_dir))
+    _tell_supervisor(name, attempt, Ready(process=name))
     orchestrator: Caller[ToWorker, FromWorker] = Caller(
         attempt.orchestrator, name=name, attempt=attempt.number, receives=ToWorker, life=life()
     )
@@ -68,12 +69,16 @@ def _report(name: str, attempt: Attempt, error: BaseException) -> int:
     """Tell the supervisor why this process ends; returns the exit code."""
     is_user_error = isinstance(error, UserError)
     text = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+    _tell_supervisor(name, attempt, Failed(process=name, error=text, is_user_error=is_user_error))
+    return 2 if is_user_error else 1
+
+
+def _tell_supervisor(name: str, attempt: Attempt, message: ToSupervisor) -> None:
     supervisor: BlockingCaller[ToSupervisor, ToSupervisor] = BlockingCaller(
         attempt.supervisor, name=name, attempt=attempt.number, receives=ToSupervisor, life=life()
     )
-    supervisor.send(Failed(process=name, error=text, is_user_error=is_user_error))
+    supervisor.send(message)
     supervisor.close()
-    return 2 if is_user_error else 1
 
 
 if __name__ == "__main__":

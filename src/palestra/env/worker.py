@@ -21,6 +21,7 @@ from palestra.config import RunConfig
 from palestra.config.schema import EvalSet, Source
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import LedgerSelector
+from palestra.core.process import life
 from palestra.core.records import Reply, Sampling
 from palestra.core.spans import SpanLog
 from palestra.env.chat import ChatTokenizer, Conversation
@@ -123,7 +124,7 @@ class Worker:
         await self._close_ledger(is_last=True)
 
     async def _say_ready(self) -> None:
-        await self._orchestrator.send(WorkerReady(index=self._index, pid=os.getpid()))
+        await self._orchestrator.send(WorkerReady(index=self._index, pid=os.getpid(), life=life()))
 
     def _cancel_plays(self) -> None:
         for task in self._plays.values():

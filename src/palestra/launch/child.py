@@ -4,11 +4,13 @@ import asyncio
 import os
 import signal
 import textwrap
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from palestra.core.errors import InfrastructureError
+from palestra.core.errors import DeadlineError, InfrastructureError
+from palestra.core.process import LIFE
 from palestra.launch.guard import Guard, kill_group
 from palestra.launch.plan import Program
 from palestra.wire.messages import Failed
@@ -24,10 +26,14 @@ class Child:
     process: asyncio.subprocess.Process
     log: Path
     log_start: int
-    heard: asyncio.Event = field(default_factory=asyncio.Event)  # its first message
+    life: int = 0
+    started_at: float = field(default_factory=time.time)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)  # an end from now on is no failed start
     done: asyncio.Event = field(default_factory=asyncio.Event)  # it said Done
     last_word: asyncio.Event = field(default_factory=asyncio.Event)  # Done or Failed
     failure: Failed | None = None
+    late: DeadlineError | None = None  # it was ended because it was not ready in time
+    unwanted: str = ""  # it was ended because the orchestrator asked for it: why
 
     @property
     def name(self) -> str:
@@ -49,7 +55,7 @@ class Child:
         return f"the end of {self.log}:\n{textwrap.indent(text, '    ')}" if text else f"{self.log} is empty"
 
 
-async def start(program: Program, env: Mapping[str, str], log: Path, guard: Guard) -> Child:
+async def start(program: Program, env: Mapping[str, str], log: Path, guard: Guard, *, life: int) -> Child:
     """Errors: InfrastructureError, if the system cannot start it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -57,7 +63,7 @@ async def start(program: Program, env: Mapping[str, str], log: Path, guard: Guar
         try:
             process = await asyncio.create_subprocess_exec(
                 *program.argv,
-                env={**os.environ, **env},
+                env={**os.environ, **env, LIFE: str(life)},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -66,7 +72,7 @@ async def start(program: Program, env: Mapping[str, str], log: Path, guard: Guar
         except OSError as error:
             raise InfrastructureError(f"{program.name} could not be started: {error}") from error
     guard.watch(process.pid)
-    return Child(program, process, log, log_start)
+    return Child(program, process, log, log_start, life)
 
 
 def ended_how(code: int) -> str:

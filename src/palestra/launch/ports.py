@@ -20,16 +20,22 @@ def free_ports(host: str, count: int) -> list[int]:
 
 def require_free(host: str, port: int, *, field: str) -> None:
     """Errors: UserError naming `field` and, where the system tells, the process that listens on `port`."""
+    if holder := holder_of(host, port):
+        raise UserError(
+            f"port {port} of {field} on {host} is in use by {holder}; end it, give another {field}, "
+            f"or leave {field} out to use free ports"
+        )
+
+
+def holder_of(host: str, port: int) -> str:
+    """Who keeps a server from listening there, in words as far as the system tells; "" if nobody does."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            holder = listener_of(port) or error.strerror
-            raise UserError(
-                f"port {port} of {field} on {host} is in use by {holder}; end it, give another {field}, "
-                f"or leave {field} out to use free ports"
-            ) from None
+            return listener_of(port) or error.strerror or str(error)
+    return ""
 
 
 def listener_of(port: int) -> str:

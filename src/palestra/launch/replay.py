@@ -77,7 +77,8 @@ def copy_of(run: RunDir) -> tuple[RunConfig, RunDir]:
     """Where a run is replayed: RUN-replay, beside it. Errors: UserError, if that exists."""
     before = read_resolved(run.config)
     log = before.log.model_copy(update={"name": f"{run.name}-replay", "outputs": run.path.parent})
-    config = before.model_copy(update={"log": log})
+    launch = before.launch.model_copy(update={"max_restarts": 0})  # its leader is not made to go on
+    config = before.model_copy(update={"log": log, "launch": launch})
     copy = RunDir(config.run_dir)
     if copy.path.exists():
         raise UserError(f"{copy.path} exists; delete it, or keep it under another name")

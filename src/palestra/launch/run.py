@@ -76,7 +76,7 @@ def _supervise(config: RunConfig, plan: Plan, attempt: Attempt, guard: Guard, le
             _say_start(view, run, attempt, plan)
             ledger.switch("work")
             with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(LedgerSelector(ledger))) as runner:
-                runner.run(supervise(plan, run, attempt, guard, view, stop_s=config.launch.stop_s))
+                runner.run(supervise(plan, run, attempt, guard, view, launch=config.launch))
         state, error = State.FINISHED, ""
     except (Interrupted, KeyboardInterrupt):
         state, error = State.INTERRUPTED, "interrupted"

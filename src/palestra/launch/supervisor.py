@@ -1,14 +1,19 @@
-"""The supervisor: starts the processes of a plan, watches them, and ends them all.
+"""The supervisor: starts the processes of a plan, watches them, starts again what dies, and ends them all.
 
     prepare, one by one -> start all the others -> the leader says Done and exits -> stop the rest
+                             ^                |
+                             +-- back-off <---+ died
 
-Consumes: Progress, Done and Failed messages; ends of processes; SIGINT, SIGTERM. Produces: their logs, the live view.
-Waits for: every engine's first answer, the leader's first word and its end after Done, each with a deadline.
-Ends when: the leader is done; or a process ended otherwise, or missed its deadline, or the user interrupted.
+Consumes: Progress, Ready, Done, Failed and Restart messages; ends of processes; SIGINT, SIGTERM.
+Produces: their logs, the live view, the record of restarts; word to the leader of processes that ended and started.
+Waits for: every process to be ready, the leader's end after Done, each with a deadline.
+Ends when: the leader is done; a process could not start, died too often, or said that the run cannot go on; or the user
+interrupted.
 """
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -16,18 +21,34 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from palestra.config.schema import Launch
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.launch.child import Child, ended_how, start
 from palestra.launch.guard import Guard
+from palestra.launch.live import duration
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import Plan, Program, Role
+from palestra.launch.ports import holder_of
+from palestra.launch.restarts import End, Limits, Lives
 from palestra.wire.channel import Listener
-from palestra.wire.messages import Done, Failed, Progress, ToSupervisor
+from palestra.wire.messages import (
+    Done,
+    Failed,
+    ProcessEnded,
+    ProcessStarted,
+    Progress,
+    Ready,
+    Restart,
+    ToOrchestrator,
+    ToSupervisor,
+)
 from palestra.wire.rundir import Attempt, RunDir
+from palestra.wire.runlog import Restarted, account_for_gap, append_restart
 
 _LAST_WORD_S = 1.0  # what a process said before it ended has arrived by then
-_ASK_HEALTH_EVERY_S = 0.25
+_ASK_EVERY_S = 0.25
+_PORT_FREE_S = 20.0  # from the death of an engine until the kernel has buried all of it
 _USER_ERROR = 2  # exit code of a process whose log names the fix
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -35,7 +56,7 @@ T = TypeVar("T")
 
 
 class ProcessFailed(InfrastructureError):
-    """A process ended although the run goes on. The message has its name, how it ended, and the end of its log."""
+    """A process ended the run. The message has its name, how it ended, how often, and the end of its log."""
 
 
 class View(Protocol):
@@ -46,12 +67,12 @@ class View(Protocol):
     def say(self, text: str) -> None: ...
 
 
-async def supervise(plan: Plan, run: RunDir, attempt: Attempt, guard: Guard, view: View, *, stop_s: float) -> None:
+async def supervise(plan: Plan, run: RunDir, attempt: Attempt, guard: Guard, view: View, *, launch: Launch) -> None:
     """Run the plan to its end; no process of it is left afterwards.
 
     Errors: UserError and ProcessFailed, naming the process that ended the run; DeadlineError; Interrupted.
     """
-    supervisor = Supervisor(plan, run, attempt, guard, view, stop_s=stop_s)
+    supervisor = Supervisor(plan, run, attempt, guard, view, launch=launch)
     with _on_signals(supervisor.interrupt):
         try:
             await supervisor.run()
@@ -64,12 +85,17 @@ async def supervise(plan: Plan, run: RunDir, attempt: Attempt, guard: Guard, vie
 class Supervisor:
     """The processes of one attempt."""
 
-    def __init__(self, plan: Plan, run: RunDir, attempt: Attempt, guard: Guard, view: View, *, stop_s: float):
+    def __init__(self, plan: Plan, run: RunDir, attempt: Attempt, guard: Guard, view: View, *, launch: Launch):
         self._plan, self._run, self._attempt, self._guard, self._view = plan, run, attempt, guard, view
-        self._stop_s = stop_s
-        self._children: dict[str, Child] = {}
+        self._stop_s = launch.stop_s
+        self._members = [program for program in plan.programs if program.role is not Role.PREPARE]
+        limits = Limits(launch.max_restarts, launch.restart_window_s)
+        self._lives = {program.name: Lives(limits) for program in self._members}
+        self._children: dict[str, Child] = {}  # the newest of each name
+        self._ends: dict[str, End] = {}  # of processes whose successors are not ready yet
+        self._resting: dict[str, asyncio.Event] = {}  # ended rightly; set: needed once more
         self._lead_ended, self._interrupted, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._listener: Listener[ToSupervisor, None] = Listener(
+        self._listener: Listener[ToSupervisor, ToOrchestrator] = Listener(
             attempt.supervisor, attempt=attempt.number, receives=ToSupervisor
         )
 
@@ -84,9 +110,8 @@ class Supervisor:
             for program in self._plan.of_role(Role.PREPARE):
                 self._view.say(f"preparing: {program.name}")
                 await self._prepare(program)
-            members = [program for program in self._plan.programs if program.role is not Role.PREPARE]
-            self._view.say(f"starting {', '.join(program.name for program in members)}")
-            tasks += [group.create_task(self._watch(await self._start(program))) for program in members]
+            self._view.say(f"starting {', '.join(program.name for program in self._members)}")
+            tasks += [group.create_task(self._keep(program)) for program in self._members]
             await self._lead_ended.wait()
             for task in tasks:
                 task.cancel()
@@ -111,46 +136,105 @@ class Supervisor:
             hurry.cancel()
         self._listener.close()
 
-    # --- one process, from start to end
-
-    async def _start(self, program: Program) -> Child:
-        env = dict(program.env)
-        if program.engine is not None:
-            env["PALESTRA_PORT"] = str(urlsplit(self._attempt.engines[program.engine]).port)
-        child = await start(program, env, self._run.log(program.name), self._guard)
-        self._children[program.name] = child
-        return child
+    # --- one process, life after life
 
     async def _prepare(self, program: Program) -> None:
-        child = await self._start(program)
+        child = await self._start(program, life=0)
         code = await _within(program.start_s, child.process.wait(), child, waiting_for=f"{program.name} to end")
         self._end_group(child)
         if code != 0:
-            raise await self._failure(child, code)
+            raise self._failure(child, await self._end_of(child, code), "")
 
-    async def _watch(self, child: Child) -> None:
-        """Until the process ends rightly: with 0, and after Done or, for a member, just before the leader."""
+    async def _keep(self, program: Program) -> None:
+        """Until it ends rightly. Errors: what ends the run."""
+        while True:
+            end = await self._live(program)
+            if end is not None:
+                await self._survive(program, end)
+            elif program.role is Role.LEAD:
+                self._lead_ended.set()
+                return
+            else:
+                await self._rest(program)
+            self._lives[program.name].begin_next()
+
+    async def _survive(self, program: Program, end: End) -> None:
+        """Wait until it is time for the next life. Errors: ProcessFailed, DeadlineError, if there is none."""
+        name, lives = program.name, self._lives[program.name]
+        self._record_restart(name, ready_at=None)
+        if (why_not := lives.ended(end)) is not None:
+            raise self._failure(self._children[name], end, why_not)
+        self._ends[name] = end
+        self._view.say(f"{name} died ({end.why}); it is started again in {lives.back_off_s:g} s")
+        await self._tell_lead(ProcessEnded(process=name, why=end.why, life=lives.number))
+        await asyncio.sleep(lives.back_off_s)
+
+    async def _rest(self, program: Program) -> None:
+        """It did all it had to; an orchestrator that took another's place may need it once more."""
+        wanted = self._resting.setdefault(program.name, asyncio.Event())
+        await wanted.wait()
+        del self._resting[program.name]
+
+    async def _live(self, program: Program) -> End | None:
+        """One life; None, if it ended rightly: with 0, and after Done or, for a member, just before the leader."""
+        life = self._lives[program.name].number
+        if life and program.engine is not None and (holder := await self._holder_of_port(program.engine)):
+            return End(why=holder, ended_at=time.time(), was_ready=False, lived_s=0)
+        child = await self._start(program, life=life)
+        if life:
+            await self._say_started(child)
         async with asyncio.TaskGroup() as group:
             milestones = group.create_task(self._reach_milestones(child))
             code = await child.process.wait()
             milestones.cancel()
         self._end_group(child)
-        if code != 0 or not await self._may_end(child):
-            raise await self._failure(child, code)
-        if child.program.role is Role.LEAD:
-            self._lead_ended.set()
+        if code == 0 and await self._may_end(child):
+            return None
+        return await self._end_of(child, code)
+
+    async def _start(self, program: Program, *, life: int) -> Child:
+        env = dict(program.env)
+        if program.engine is not None:
+            env["PALESTRA_PORT"] = str(urlsplit(self._attempt.engines[program.engine]).port)
+        child = await start(program, env, self._run.log(program.name), self._guard, life=life)
+        self._children[program.name] = child
+        return child
+
+    async def _holder_of_port(self, engine: int) -> str:
+        """Who took the port of an engine that died, in words; "" if it is free."""
+        url = urlsplit(self._attempt.engines[engine])
+        assert url.hostname is not None
+        assert url.port is not None
+        try:
+            await within(_PORT_FREE_S, _is_free(url.hostname, url.port), waiting_for=f"port {url.port}")
+        except DeadlineError:
+            return f"its port {url.port} on {url.hostname} is in use by {holder_of(url.hostname, url.port)}"
+        return ""
 
     async def _reach_milestones(self, child: Child) -> None:
+        """Errors: DeadlineError, if the leader does not exit after it was done."""
+        try:
+            await self._become_ready(child)
+        except DeadlineError as late:
+            child.late = late
+            child.signal(signal.SIGKILL)
+            return
+        self._record_restart(child.name, ready_at=time.time())
+        if child.program.role is Role.LEAD:
+            await child.done.wait()
+            waiting_for = f"{child.name} to exit after it was done"
+            await _within(self._stop_s, asyncio.Event().wait(), child, waiting_for=waiting_for)
+
+    async def _become_ready(self, child: Child) -> None:
         program = child.program
         if program.engine is not None:
             url = f"{self._attempt.engines[program.engine]}/health"
             await _within(program.start_s, _answers(url), child, waiting_for=f"{program.name} to answer at {url}")
+            child.ready.set()
             self._view.say(f"{program.name} is ready")
-        if program.role is Role.LEAD:
-            await _within(program.start_s, child.heard.wait(), child, waiting_for=f"the first word of {program.name}")
-            await child.done.wait()
-            waiting_for = f"{program.name} to exit after it was done"
-            await _within(self._stop_s, asyncio.Event().wait(), child, waiting_for=waiting_for)
+        else:
+            what = "the first word of" if program.role is Role.LEAD else "the readiness of"
+            await _within(program.start_s, child.ready.wait(), child, waiting_for=f"{what} {program.name}")
 
     async def _may_end(self, child: Child) -> bool:
         """Whether an end with exit code 0 is right. A member may be a moment ahead of the leader."""
@@ -162,19 +246,46 @@ class Supervisor:
         except TimeoutError:
             return False
 
-    async def _failure(self, child: Child, code: int) -> Exception:
-        """Why the run must end: what the process said itself, else the end of its log."""
+    async def _end_of(self, child: Child, code: int) -> End:
+        """How it ended. Errors: UserError and ProcessFailed, if it said itself that the run cannot go on."""
+        ended_at, was_killed = time.time(), code == -signal.SIGKILL
+        if not was_killed:
+            await self._last_word(child)
+        failure = child.failure
+        if failure is not None and failure.is_user_error:
+            raise UserError(failure.error)
+        if failure is None and code == _USER_ERROR:
+            raise UserError(f"{child.name} refused to start; {child.tail()}")
+        how = ended_how(code) if code else "it ended without saying that it was done"
+        if child.late is not None:
+            how = f"waited {child.late.seconds:g} s for {child.late.waited_for}"
+        elif child.unwanted:
+            how = f"the orchestrator gave it up: {child.unwanted}"
+        end = End(
+            why=how,
+            ended_at=ended_at,
+            was_ready=child.ready.is_set(),
+            lived_s=ended_at - child.started_at,
+            was_killed=was_killed and child.late is None,
+            said="" if failure is None else failure.error,
+        )
+        if failure is not None and failure.is_final:
+            raise self._failure(child, end, "")
+        return end
+
+    async def _last_word(self, child: Child) -> None:
         try:
             async with asyncio.timeout(_LAST_WORD_S):
                 await child.last_word.wait()
         except TimeoutError:
             pass  # it ended without a word
-        if child.failure is not None and child.failure.is_user_error:
-            return UserError(child.failure.error)
-        if child.failure is None and code == _USER_ERROR:
-            return UserError(f"{child.name} refused to start; {child.tail()}")
-        said = f"{child.failure.error}\n  " if child.failure is not None else ""
-        how = ended_how(code) if code else "it ended without saying that it was done"
+
+    def _failure(self, child: Child, end: End, why_not: str) -> Exception:
+        """Why the run must end: what the process said itself, else the end of its log."""
+        if child.late is not None and not why_not:
+            return child.late
+        said = f"{end.said}\n  " if end.said else ""
+        how = f"{end.why}; {why_not}" if why_not else end.why
         return ProcessFailed(f"{child.name} ended the run ({how}): {said}{child.tail()}{self._others(child)}")
 
     def _others(self, child: Child) -> str:
@@ -188,6 +299,66 @@ class Supervisor:
         child.signal(signal.SIGKILL)
         self._guard.ended(child.process.pid)
 
+    # --- restarts, as others hear of them
+
+    async def _say_started(self, child: Child) -> None:
+        end = self._ends.get(child.name)
+        if end is not None and child.program.engine is None:  # the orchestrator keeps the engines' ledgers
+            with self._on_full_disk():
+                account_for_gap(
+                    self._run,
+                    child.name,
+                    since=self._attempt.started_at,
+                    ended_at=end.ended_at,
+                    started_at=child.started_at,
+                )
+        await self._tell_lead(ProcessStarted(process=child.name, life=child.life))
+
+    def _record_restart(self, name: str, *, ready_at: float | None) -> None:
+        """A successor is ready, or died before that."""
+        if (end := self._ends.pop(name, None)) is None:
+            return
+        gone_s = None if ready_at is None else ready_at - end.ended_at
+        if gone_s is not None:
+            self._view.say(f"{name} is back after {duration(gone_s)}")
+        with self._on_full_disk():
+            append_restart(
+                self._run,
+                Restarted(
+                    attempt=self._attempt.number,
+                    process=name,
+                    life=self._lives[name].number,
+                    why=end.why,
+                    ended_at=end.ended_at,
+                    gone_s=gone_s,
+                ),
+            )
+
+    @contextmanager
+    def _on_full_disk(self) -> Iterator[None]:
+        """The record of a restart is not worth the run."""
+        try:
+            yield
+        except OSError as error:
+            self._view.say(f"a restart could not be recorded: {error}")
+
+    async def _tell_lead(self, message: ToOrchestrator) -> None:
+        try:
+            await self._listener.send(self._plan.lead.name, message)
+        except InfrastructureError:
+            pass  # it is not there: with its first word it hears how things stand
+
+    async def _tell_how_things_stand(self) -> None:
+        """To a leader that has just begun: which processes are gone, and which are not in their first life."""
+        for name, lives in self._lives.items():
+            child, end = self._children.get(name), self._ends.get(name)
+            if child is None or child.program.role is Role.LEAD:
+                continue
+            if end is not None and child.process.returncode is not None:
+                await self._tell_lead(ProcessEnded(process=name, why=end.why, life=child.life))
+            elif lives.number:
+                await self._tell_lead(ProcessStarted(process=name, life=child.life))
+
     # --- news
 
     async def _listen(self) -> None:
@@ -196,17 +367,40 @@ class Supervisor:
             child = self._children.get(message.process)
             if child is None:
                 self._view.say(f"ignored a message of {message.process!r}: the plan has no such process")
-                continue
-            child.heard.set()
-            match message:
-                case Progress():
-                    self._view.progress(message)
-                case Done():
-                    child.done.set()
-                    child.last_word.set()
-                case Failed():
-                    child.failure = message
-                    child.last_word.set()
+            elif isinstance(message, Restart):
+                self._end_unwanted(child, message)
+            else:
+                await self._hear(child, message)
+
+    async def _hear(self, child: Child, message: Progress | Ready | Done | Failed) -> None:
+        is_lead = child.program.role is Role.LEAD
+        if is_lead and not child.ready.is_set():
+            await self._tell_how_things_stand()
+            self._wake_resting()
+        if isinstance(message, Ready) or (is_lead and not isinstance(message, Failed)):
+            child.ready.set()
+        match message:
+            case Progress():
+                self._view.progress(message)
+            case Done():
+                child.done.set()
+                child.last_word.set()
+            case Failed():
+                child.failure = message
+                child.last_word.set()
+
+    def _end_unwanted(self, child: Child, message: Restart) -> None:
+        if message.life != child.life:
+            return  # that life has ended already
+        if child.name in self._resting:
+            self._resting[child.name].set()
+        elif child.process.returncode is None:
+            child.unwanted = message.why
+            child.signal(signal.SIGKILL)
+
+    def _wake_resting(self) -> None:
+        for wanted in self._resting.values():
+            wanted.set()
 
     async def _heed_interrupt(self) -> None:
         await self._interrupted.wait()
@@ -230,7 +424,15 @@ async def _answers(url: str) -> None:
                     return
             except httpx.TransportError:
                 pass  # not listening yet
-            await asyncio.sleep(_ASK_HEALTH_EVERY_S)
+            await asyncio.sleep(_ASK_EVERY_S)
+
+
+async def _is_free(host: str, port: int) -> None:
+    """Until nobody listens there. A port has no way to tell."""
+    while True:
+        if not holder_of(host, port):
+            return
+        await asyncio.sleep(_ASK_EVERY_S)
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 from palestra.config import read_resolved
-from palestra.core.errors import UserError
+from palestra.core.errors import PalestraError, UserError
 from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import die_with_parent, life, started_at
 from palestra.orchestrate.checkpoint import recover_journal
@@ -34,7 +34,7 @@ def main() -> int:
 
 async def _run(config, run, attempt: Attempt, selector: LedgerSelector) -> None:
     journal = recover_journal(run, version_to_load(run, attempt, life()))
-    await Loop(config, run, attempt, journal, selector).run()
+    await Loop(config, run, attempt, journal, selector, life=life()).run()
 
 
 def _first(error: BaseException) -> BaseException:
@@ -50,7 +50,8 @@ def _report(attempt: Attempt, error: BaseException) -> int:
     supervisor: BlockingCaller[ToSupervisor, ToSupervisor] = BlockingCaller(
         attempt.supervisor, name="orchestrator", attempt=attempt.number, receives=ToSupervisor, life=life()
     )
-    supervisor.send(Failed(process="orchestrator", error=text, is_user_error=is_user_error))
+    is_final = isinstance(error, PalestraError)  # on purpose; a bug may not show again
+    supervisor.send(Failed(process="orchestrator", error=text, is_user_error=is_user_error, is_final=is_final))
     supervisor.close()
     return 2 if is_user_error else 1
 

@@ -47,7 +47,11 @@ class Dispatcher:
         self._desk = desk
         config = desk.config
         self._sources = TaskSources(
-            config.env.mix, desk.pool.list_tasks, seed=config.train.seed, chunk_tasks=config.env.chunk_tasks
+            config.env.mix,
+            desk.pool.list_tasks,
+            seed=config.train.seed,
+            chunk_tasks=config.env.chunk_tasks,
+            refuses=lambda source, task: bool(desk.pool.quarantine.reason(source, task)),
         )
         self._sources.resume(desk.state.cursors)
         self._waiting: deque[int] = deque()
@@ -124,6 +128,8 @@ class Dispatcher:
                 record = await self._play_validly(group, rollout_id)
             finally:
                 del self._pulses[rollout_id]
+        if record is None:
+            return
         desk.journal.record(RolloutEnded(record=record))
         desk.teller.note(finished_metrics(record))
         desk.teller.totals.note_tokens(record.num_sampled_tokens)
@@ -133,10 +139,13 @@ class Dispatcher:
         else:
             self._part_if_stuck(group)
 
-    async def _play_validly(self, group: Group, rollout_id: int) -> RolloutRecord:
+    async def _play_validly(self, group: Group, rollout_id: int) -> RolloutRecord | None:
+        """None, if its task turned out not to be played any more."""
         desk = self._desk
         while True:
             record = await desk.pool.play(self._order(group, rollout_id))
+            if self._quarantined(group):
+                return None
             if record.ending != Ending.INVALID or group.tries.get(rollout_id, 0) >= desk.config.env.retries:
                 return record
             print(f"rollout {rollout_id} of {group.source} is invalid and retried: {record.error}", file=sys.stderr)
@@ -229,11 +238,25 @@ class Dispatcher:
         records: list[RolloutRecord] = []
         if group.has_group_rewards and group.valid:
             records = await self._score_group(group)
+        if self._quarantined(group):
+            return
         scored = {record.rollout_id: record for record in records}
         judged = msgspec.structs.replace(group, records=group.records | scored)
         result = outcome(judged, drop_zero_signal=self._desk.config.algo.drop_zero_signal)
         self._desk.journal.record(GroupClosed(group_id=group.group_id, outcome=result, records=records))
         await self._watch_outcomes(judged, result)
+
+    def _quarantined(self, group: Group) -> bool:
+        """Whether its task is not to be played any more; then the group is dropped, if it was not yet."""
+        desk = self._desk
+        if not desk.pool.quarantine.reason(group.source, group.task):
+            return False
+        if group.group_id in desk.state.groups:
+            desk.journal.record(GroupClosed(group_id=group.group_id, outcome="quarantined"))
+            desk.fleet.forget(group.group_id)
+            self._waiting = deque(i for i in self._waiting if i not in group.rollout_ids)
+            desk.changed.tell()
+        return True
 
     async def _score_group(self, group: Group) -> list[RolloutRecord]:
         """Group rewards; where they cannot be had, the members become invalid, never worth 0."""

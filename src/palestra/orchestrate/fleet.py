@@ -43,8 +43,9 @@ _SPEED_WEIGHT = 0.05  # of one reply in an engine's measured speed
 class EngineLink:
     """One engine as the gateway sees it. Its ledger books what the engine process does."""
 
-    def __init__(self, name: str, client: EngineClient, ledger: Ledger):
-        self.name, self.client, self.ledger = name, client, ledger
+    def __init__(self, name: str, client: EngineClient, ledger: Ledger, *, is_inherited: bool = False):
+        """`is_inherited`: an orchestrator that is gone has left it, perhaps in the middle of a publish."""
+        self.name, self.client, self.ledger, self.is_inherited = name, client, ledger, is_inherited
         self.state = EngineState.STARTING
         self.in_flight = 0
         self.tokens_per_s: float | None = None  # of one reply, smoothed
@@ -147,11 +148,15 @@ class Fleet:
 
     def joined(self, link: EngineLink) -> None:
         """It holds the version of the others."""
+        link.is_inherited = False
         self._move(link, EngineState.SERVING)
 
     def take_out(self, link: EngineLink, why: str) -> None:
-        """Nothing more goes to it; its calls are gone on with elsewhere. It comes back as a new process."""
-        if link.state is not EngineState.OUT:
+        """Nothing more goes to it; its calls are gone on with elsewhere. It comes back as a new process.
+
+        What is heard of an engine that is out or starting is of its predecessor.
+        """
+        if link.state in (EngineState.JOINING, EngineState.SERVING):
             self._leave(link)
             self._restart(link.name, why)
 
@@ -168,6 +173,7 @@ class Fleet:
             self._leave(link)
         self._move(link, EngineState.STARTING)
         link.client.forget()
+        link.is_inherited = False
         link.tokens_per_s = None
         return link
 

@@ -110,6 +110,9 @@ class Gateway:
         began = time.monotonic()
         try:
             reply = await _until_gone(asking, link)
+        except asyncio.CancelledError:
+            pieces.tell_all()  # whoever asks again goes on from there
+            raise
         except (UnreachableError, DeadlineError, EngineError) as failure:
             if isinstance(failure, EngineError) and await link.client.is_healthy():
                 raise  # the request made it fail, and would again

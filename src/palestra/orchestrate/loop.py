@@ -10,10 +10,12 @@ Ends when: `train.steps` steps are trained and published, the final evaluation i
 """
 
 import asyncio
+import sys
 from collections.abc import Callable
 
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
+from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.metrics import Last, Metrics
 from palestra.orchestrate.checkpoint import write_checkpoint
@@ -24,10 +26,12 @@ from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
 from palestra.orchestrate.publisher import Publisher
+from palestra.orchestrate.quarantine import Quarantine
 from palestra.orchestrate.report import summary
 from palestra.orchestrate.ship import ship_all
+from palestra.orchestrate.state import TaskQuarantined
 from palestra.orchestrate.trainer import Schedule, TrainerLink
-from palestra.orchestrate.workers import WorkerPool
+from palestra.orchestrate.workers import Deadlines, WorkerPool
 from palestra.wire.channel import Listener
 from palestra.wire.messages import (
     Done,
@@ -48,7 +52,8 @@ from palestra.wire.messages import (
     WeightsStaged,
 )
 from palestra.wire.policy import EngineClient
-from palestra.wire.rundir import Attempt, RunDir
+from palestra.wire.rundir import Attempt, RunDir, newest_checkpoint
+from palestra.wire.runlog import as_rows, read_ledger, read_restarts
 
 TRAINER = "trainer"
 _FromAll = FromWorker | FromTrainer
@@ -65,16 +70,19 @@ class Loop:
         journal: Journal,
         selector: LedgerSelector,
         *,
+        life: int = 0,
         make_client: Callable[[str], EngineClient] = EngineClient,
     ):
+        """`life` counts the orchestrators of this attempt before this one: it goes on with what they left."""
+        self._life = life
         self._listener: Listener[_FromAll, ToWorker | ToTrainer] = Listener(
-            attempt.orchestrator, attempt=attempt.number, receives=_FromAll
+            attempt.orchestrator, attempt=attempt.number, receives=_FromAll, life=life
         )
         tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
         fleet = Fleet(
-            _make_links(attempt, make_client),
+            _make_links(run, attempt, make_client, is_inherited=life > 0),
             healthy_s=config.engine.healthy_s,
-            restart=lambda name, why: self._ask_restart(name, why),
+            restart=self._ask_restart,
             changed=changed.tell,
         )
         schedule = Schedule(config.train.steps, config.sync.every, config.train.checkpoint_every)
@@ -91,9 +99,22 @@ class Loop:
                 stream_tokens=config.engine.stream_tokens,
             ),
             pool=WorkerPool(
-                self._listener.send, tasks.create_task, num_workers=config.env.workers, stall_s=config.env.stall_s
+                self._send,
+                tasks.create_task,
+                num_workers=config.env.workers,
+                deadlines=Deadlines(
+                    ready_s=config.engine.healthy_s, stall_s=config.env.stall_s, answer_s=config.env.answer_s
+                ),
+                quarantine=Quarantine(journal.state.quarantined, self._note_quarantine),
+                restart=self._ask_restart,
+                life=life,
             ),
-            trainer=TrainerLink(self._send_trainer, schedule, next_step=journal.state.next_step),
+            trainer=TrainerLink(
+                lambda message: self._send(TRAINER, message),
+                schedule,
+                next_step=journal.state.next_step,
+                published=journal.state.published,
+            ),
             teller=Teller(run, attempt, selector),
             changed=changed,
             tasks=tasks,
@@ -102,7 +123,8 @@ class Loop:
         self._publisher = Publisher(self.desk, self._evaluations)
         self._dispatcher = Dispatcher(self.desk)
         self._exported = asyncio.Event()
-        self._gone: set[str] = set()  # workers that said their last word
+        self._gone: set[str] = set()  # workers that said their last word, or died before it
+        self._lives: dict[str, int] = {}  # of the processes that had more than one
 
     async def run(self) -> None:
         """Errors: an ExceptionGroup of whatever ended the attempt."""
@@ -133,9 +155,14 @@ class Loop:
 
     async def _start(self) -> None:
         """Workers and engines; the trainer says by itself when it is ready."""
-        desk, healthy_s = self.desk, self.desk.config.engine.healthy_s
+        desk = self.desk
+        if self._life:
+            await desk.progress(f"going on from step {desk.state.next_step}, with the processes that are there")
+            for link in desk.fleet.links:
+                desk.tasks.create_task(self._rejoin(link))
+            return
         await desk.progress("starting engines and environment workers")
-        await desk.pool.wait_ready(healthy_s)
+        await desk.pool.wait_ready()
         async with asyncio.TaskGroup() as joining:
             for link in desk.fleet.links:
                 joining.create_task(self._join(link))
@@ -146,36 +173,64 @@ class Loop:
         if link.state is EngineState.STARTING:
             self.desk.fleet.healthy(link)
 
+    async def _rejoin(self, link: EngineLink) -> None:
+        """An engine that was started again, and is the supervisor's affair until it is healthy."""
+        try:
+            await self._join(link)
+        except DeadlineError as late:
+            print(f"{link.name} has not come back yet: {late}", file=sys.stderr)
+
     async def _finish(self) -> None:
         """Everything is trained: export, collect the ledgers, write the summary."""
         desk, teller = self.desk, self.desk.teller
         await desk.trainer.finish()
         deadline_s = desk.config.train.batch_deadline_s
         await within(deadline_s, self._exported.wait(), waiting_for="the trainer's export")
-        for worker in desk.pool.names:
-            await self._listener.send(worker, Stop())
-        while self._gone != set(desk.pool.names):
+        stopped = set(desk.pool.names)
+        for worker in stopped:
+            await self._send(worker, Stop())
+        while not self._gone >= stopped:
             await desk.changed.wait("the last ledger entry of every environment worker")
         teller.note_ledger(*(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
         first = desk.config.eval.sets[0].label if desk.config.eval.sets else None
-        teller.log.summary(
-            summary(teller.totals, desk.state, name=desk.run.name, first_eval=first, attempt=desk.attempt.number)
-        )
+        told = summary(teller.totals, desk.state, name=desk.run.name, first_eval=first, attempt=desk.attempt.number)
+        teller.log.summary(told | {"restarts": as_rows(read_restarts(desk.run))})
         await teller.send(Done(process="orchestrator"))
 
     async def _hear_supervisor(self) -> None:
-        """Engines that died, and their successors."""
-        names = {link.name for link in self.desk.fleet.links}
+        """Processes that died, and their successors."""
         while True:
-            message = await self.desk.teller.hear()
-            match message:
-                case ProcessEnded(process=process) if process in names:
-                    self.desk.fleet.engine_ended(process)
-                case ProcessStarted(process=process) if process in names:
-                    self.desk.tasks.create_task(self._join(self.desk.fleet.engine_started(process)))
+            match await self.desk.teller.hear():
+                case ProcessEnded(process=process) as ended:
+                    print(f"{process} died: {ended.why}", file=sys.stderr)
+                    self._process_ended(ended)
+                case ProcessStarted(process=process) as started if started.life > self._lives.get(process, 0):
+                    self._lives[process] = started.life
+                    if process in self._engine_names:
+                        self.desk.tasks.create_task(self._rejoin(self.desk.fleet.engine_started(process)))
+
+    def _process_ended(self, ended: ProcessEnded) -> None:
+        if ended.process in self._engine_names:
+            self.desk.fleet.engine_ended(ended.process)
+        elif ended.process == TRAINER:
+            self.desk.trainer.gone()
+        else:
+            self.desk.pool.worker_ended(ended.process, ended.why, ended.life)
+            self._gone.add(ended.process)
+        self.desk.changed.tell()
+
+    @property
+    def _engine_names(self) -> set[str]:
+        return {link.name for link in self.desk.fleet.links}
 
     def _ask_restart(self, process: str, why: str) -> None:
-        self.desk.tasks.create_task(self.desk.teller.send(Restart(process=process, why=why)))
+        print(f"{process} is given up: {why}", file=sys.stderr)
+        message = Restart(process=process, why=why, life=self._lives.get(process, 0))
+        self.desk.tasks.create_task(self.desk.teller.send(message))
+
+    def _note_quarantine(self, event: TaskQuarantined) -> None:
+        self.desk.journal.record(event)
+        print(f"task {event.task} is quarantined: {event.reason}", file=sys.stderr)
 
     async def _receive(self) -> None:
         while True:
@@ -194,7 +249,7 @@ class Loop:
         desk, teller = self.desk, self.desk.teller
         match message:
             case TrainerReady():
-                await desk.trainer.ready(message.version)
+                await self._trainer_ready(message)
             case WarmedUp():
                 teller.log.metrics(message.step, message.metrics, phase="warmup")
                 await teller.progress("supervised warm-up", message.step + 1, desk.config.data.warmup.steps)
@@ -203,16 +258,36 @@ class Loop:
             case WeightsStaged():
                 self._publisher.stage(message.staged)
             case TrainerSaved():
-                with teller.ledger.spend("checkpoint"), teller.spans.span("checkpoint", version=message.version):
-                    write_checkpoint(desk.run, desk.journal, message, desk.attempt.number, desk.config)
-            case Exported():
+                self._save(message)
+            case Exported() if desk.trainer.is_finishing:
                 teller.note_ledger(*message.ledgers)
                 self._exported.set()
+            case Exported():
+                self._ask_restart(TRAINER, "it has ended as an orchestrator told it that is gone, and is needed again")
         desk.changed.tell()
+
+    async def _trainer_ready(self, message: TrainerReady) -> None:
+        """One that was there before this orchestrator tells again what nobody may have written down."""
+        desk, staged = self.desk, message.staged
+        booked = {entry.started_at for entry in read_ledger(desk.run)} if message.steps else set()
+        for step in message.steps:
+            if step.ledgers[0].started_at not in booked:
+                await self._step_trained(step)
+        newest = newest_checkpoint(desk.run)
+        if message.saved is not None and (newest is None or newest.version < message.saved.version):
+            self._save(message.saved)
+        if staged is not None:
+            self._publisher.stage(staged)
+        await desk.trainer.ready(message.version, staged=None if staged is None else staged.version)
+
+    def _save(self, message: TrainerSaved) -> None:
+        desk, teller = self.desk, self.desk.teller
+        with teller.ledger.spend("checkpoint"), teller.spans.span("checkpoint", version=message.version):
+            write_checkpoint(desk.run, desk.journal, message, desk.attempt.number, desk.config)
 
     async def _step_trained(self, message: StepTrained) -> None:
         desk, teller = self.desk, self.desk.teller
-        desk.trainer.trained = message.step + 1
+        desk.trainer.note_trained(message.step)
         teller.totals.note_step(message.ledgers[0])
         teller.note_ledger(*message.ledgers, *(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
         in_flight: Metrics = {
@@ -225,15 +300,26 @@ class Loop:
         totals = {"tokens_per_s": teller.totals.tokens_per_s, "trainer_idle": teller.totals.trainer_idle}
         await teller.progress("training", message.step + 1, desk.config.train.steps, **shown, **totals)
 
-    async def _send_trainer(self, message: ToTrainer) -> None:
-        await self._listener.send(TRAINER, message)
+    async def _send(self, peer: str, message: ToWorker | ToTrainer) -> None:
+        """What is said to a process that just died is said to its successor, as soon as that is ready."""
+        try:
+            await self._listener.send(peer, message)
+        except InfrastructureError as error:
+            print(f"{type(message).__name__} was not sent: {error}", file=sys.stderr)
 
 
 _SHOWN = {"reward": "reward/trained", "age": "age/mean"}
 
 
-def _make_links(attempt: Attempt, make_client: Callable[[str], EngineClient]) -> list[EngineLink]:
-    return [
-        EngineLink(f"engine-{index}", make_client(url), Ledger(f"engine-{index}", since=attempt.started_at))
-        for index, url in enumerate(attempt.engines)
-    ]
+def _make_links(
+    run: RunDir, attempt: Attempt, make_client: Callable[[str], EngineClient], *, is_inherited: bool
+) -> list[EngineLink]:
+    """The ledgers of inherited engines go on where those that the dead orchestrator kept for them end."""
+    entries = read_ledger(run) if is_inherited else []
+
+    def link(name: str, url: str) -> EngineLink:
+        since = max([attempt.started_at, *(e.started_at + e.wall_s for e in entries if e.process == name)])
+        cause = "lost" if is_inherited else "start"
+        return EngineLink(name, make_client(url), Ledger(name, cause, since=since), is_inherited=is_inherited)
+
+    return [link(f"engine-{index}", url) for index, url in enumerate(attempt.engines)]

@@ -7,11 +7,13 @@ Ends when: cancelled; the last version is in the engines when `trainer.loaded` s
 
 import sys
 
+from palestra.core.errors import DeadlineError
 from palestra.core.metrics import Max, Mean
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
-from palestra.wire.policy import EngineClient
+from palestra.orchestrate.state import Published
+from palestra.wire.policy import EngineClient, UnreachableError
 from palestra.wire.publish import NoEngineLeft, PublishReport, publish
 from palestra.wire.weights.manifest import Staged
 
@@ -26,8 +28,10 @@ class Publisher:
         self._current: Staged | None = None  # what the engines hold
 
     def stage(self, staged: Staged) -> None:
-        """A newer version than any before; whoever calls tells `changed`."""
-        self._newest = staged
+        """The trainer has it on disk; whoever calls tells `changed`. One that trains again what was trained before may
+        stage older ones than what waits here already."""
+        if self._newest is None or staged.version >= self._newest.version:
+            self._newest = staged
 
     async def run(self) -> None:
         fleet = self._desk.fleet
@@ -44,10 +48,16 @@ class Publisher:
         trainer, staged = self._desk.trainer, self._newest
         assert staged is not None
         self._newest = None
-        if staged.version < trainer.catch_up and not self._evaluations.due_at_start:
+        if trainer.is_outdated(staged.version):
+            await trainer.discard(max(staged.version, trainer.loaded))
+        elif staged.version == trainer.loaded:
+            self._current = staged  # from now on for whoever joins
+            await trainer.discard(staged.version)
+        elif staged.version < trainer.catch_up and not self._evaluations.due_at_start:
             await trainer.discard(staged.version)
         elif await self._publish(staged, self._desk.fleet.reachable):
             self._current = staged
+            self._desk.journal.record(Published(version=staged.version))
             await trainer.note_loaded(staged.version)
             self._desk.changed.tell()
             self._evaluations.published(staged.version)
@@ -71,11 +81,15 @@ class Publisher:
                     watch=self._note_stop,
                 )
             except NoEngineLeft as failure:
-                if not failure.is_lost and len(links) == len(desk.fleet.links):
+                if not failure.is_lost and len(links) == len(desk.fleet.links) and not self._adopts(links):
                     raise
                 report = failure.report
             attributes |= {"max_gap": report.max_gap, "stopped_s": report.stopped_s}
         return await self._account(report, links, staged)
+
+    def _adopts(self, links: list[EngineLink]) -> bool:
+        """Whether an engine may be as a dead orchestrator left it, in the middle of a publish."""
+        return any(link.is_inherited for link in links)
 
     async def _account(self, report: PublishReport, links: list[EngineLink], staged: Staged) -> bool:
         """Engines that failed are taken out, those that joined serve."""
@@ -86,8 +100,11 @@ class Publisher:
                 desk.fleet.take_out(link, engine.failure)
                 continue
             if link.state is EngineState.JOINING:
-                await link.client.require_processed_logprobs(staged.probe.token_ids[:4])
+                await self._require_logprobs(link, staged)
+            if link.state is EngineState.JOINING:
                 desk.fleet.joined(link)
+            if link.state is not EngineState.SERVING:
+                continue  # it died meanwhile
             held = True
             desk.teller.note(
                 {
@@ -101,6 +118,13 @@ class Publisher:
             desk.teller.note({"publish/max_abs_logprob_gap": Max(report.max_gap)})
             desk.teller.totals.note_publish(report.max_gap)
         return held
+
+    async def _require_logprobs(self, link: EngineLink, staged: Staged) -> None:
+        """Errors: EngineError, if its log-probabilities are not those of the distribution it samples from."""
+        try:
+            await link.client.require_processed_logprobs(staged.probe.token_ids[:4])
+        except (UnreachableError, DeadlineError) as failure:
+            self._desk.fleet.take_out(link, str(failure))
 
     def _note_stop(self, client: EngineClient, is_stopped: bool) -> None:
         link = next(link for link in self._desk.fleet.links if link.client is client)

@@ -37,7 +37,17 @@ class _Shelf:
 class TaskSources:
     """A mix of environments by weight. Tasks are fetched in chunks, each shuffled with a seed of its own."""
 
-    def __init__(self, mix: tuple[Source, ...], list_tasks: ListTasksCall, *, seed: int, chunk_tasks: int):
+    def __init__(
+        self,
+        mix: tuple[Source, ...],
+        list_tasks: ListTasksCall,
+        *,
+        seed: int,
+        chunk_tasks: int,
+        refuses: Callable[[str, Task], bool] = lambda source, task: False,
+    ):
+        """`refuses` says which tasks are passed over."""
+        self._refuses = refuses
         self._list_tasks, self._seed, self._chunk_tasks = list_tasks, seed, chunk_tasks
         self._labels = [source.label for source in mix]
         weights = np.asarray([source.weight for source in mix])
@@ -57,12 +67,19 @@ class TaskSources:
             int(np.random.default_rng((self._seed, group_id)).choice(len(self._labels), p=self._shares))
         ]
         shelf = self._shelves.setdefault(label, _Shelf(Cursor()))
+        epoch = shelf.cursor.epoch
+        while self._refuses(label, task := await self._take(label, shelf)):
+            if shelf.cursor.epoch > epoch + 1:
+                raise UserError(f"every task of environment {label!r} is quarantined; see the log of the orchestrator")
+        return label, task, shelf.cursor
+
+    async def _take(self, label: str, shelf: _Shelf) -> Task:
         while (index := shelf.cursor.taken - shelf.chunk_start) >= len(shelf.chunk):
             if shelf.chunk and shelf.exhausted:
                 shelf.cursor, shelf.chunk, shelf.chunk_start = Cursor(epoch=shelf.cursor.epoch + 1), [], 0
             await self._fetch(label, shelf)
         shelf.cursor = Cursor(epoch=shelf.cursor.epoch, taken=shelf.cursor.taken + 1)
-        return label, shelf.chunk[index], shelf.cursor
+        return shelf.chunk[index]
 
     async def _fetch(self, label: str, shelf: _Shelf) -> None:
         """Replace the shelf's chunk by the one that holds the cursor."""

@@ -137,7 +137,8 @@ class RolloutRetried(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class GroupClosed(Struct, frozen=True, kw_only=True, tag=True):
-    """All members ended. `records` replace the members' (group rewards are in them). Outcome: see `buffer.outcome`."""
+    """All members ended. `records` replace the members' (group rewards are in them). Outcome: see `buffer.outcome`; or
+    `quarantined`, whatever its members did."""
 
     group_id: int
     outcome: str
@@ -176,6 +177,19 @@ class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
     metrics: dict[str, Metric] = {}
 
 
+class Published(Struct, frozen=True, kw_only=True, tag=True):
+    """Engines hold `version`: no older one is published any more."""
+
+    version: int
+
+
+class TaskQuarantined(Struct, frozen=True, kw_only=True, tag=True):
+    """Environment workers die of this task (`quarantine.name_of`): it is not played again in this run."""
+
+    task: str
+    reason: str
+
+
 class StepsSaved(Struct, frozen=True, kw_only=True, tag=True):
     """A checkpoint holds `version`: no step before it is ever trained again."""
 
@@ -204,6 +218,8 @@ Event = (
     | RolloutCut
     | GroupExpired
     | BatchShipped
+    | Published
+    | TaskQuarantined
     | StepsSaved
     | EvalEnded
 )
@@ -226,6 +242,8 @@ class LoopState(Struct, kw_only=True):
     batch_metrics: dict[int, Metrics] = field(default_factory=dict)  # by step, of batches that may be trained again
     counts: dict[str, int] = field(default_factory=dict)
     max_versions_in_a_rollout: int = 0
+    published: int = -1  # the newest version that engines held; -1: none yet
+    quarantined: dict[str, str] = field(default_factory=dict)  # task -> why
 
     def apply(self, event: Event) -> None:
         """Errors: ValueError for an event that cannot follow (a rollout that ends twice, a batch out of order)."""
@@ -368,6 +386,9 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
     else:
         group.move(GroupStatus.DROPPED)
         del state.groups[event.group_id]
+        for rollout_id in group.rollout_ids:
+            state.replies.pop(rollout_id, None)
+            state.begun.pop(rollout_id, None)
 
 
 def _group_parted(state: LoopState, event: GroupParted) -> None:
@@ -390,7 +411,7 @@ def _batch_shipped(state: LoopState, event: BatchShipped) -> None:
     if event.step != state.next_step:
         raise ValueError(f"batch of step {event.step} shipped where step {state.next_step} is next")
     trained = set(event.rollout_ids)
-    for group in [state.groups[group_id] for group_id in event.group_ids]:
+    for group in [state.groups[group_id] for group_id in event.group_ids if group_id in state.groups]:
         members = set(group.rollout_ids)
         tokens = sum(group.records[i].num_sampled_tokens for i in trained & members)
         state.count("tokens_trained", tokens)
@@ -406,6 +427,17 @@ def _batch_shipped(state: LoopState, event: BatchShipped) -> None:
 def _leave_if_settled(state: LoopState, group: Group) -> None:
     if group.all_ended and not group.unsettled:
         state.groups.pop(group.group_id).move(GroupStatus.SHIPPED)
+
+
+def _published(state: LoopState, event: Published) -> None:
+    if event.version < state.published:
+        raise ValueError(f"version {event.version} published after version {state.published}")
+    state.published = event.version
+
+
+def _task_quarantined(state: LoopState, event: TaskQuarantined) -> None:
+    state.quarantined[event.task] = event.reason
+    state.count("tasks_quarantined")
 
 
 def _steps_saved(state: LoopState, event: StepsSaved) -> None:
@@ -434,6 +466,8 @@ _APPLY = {
     RolloutCut: _rollout_cut,
     GroupExpired: _group_expired,
     BatchShipped: _batch_shipped,
+    Published: _published,
+    TaskQuarantined: _task_quarantined,
     StepsSaved: _steps_saved,
     EvalEnded: _eval_ended,
 }

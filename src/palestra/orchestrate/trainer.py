@@ -22,26 +22,57 @@ class Schedule:
 
 
 class TrainerLink:
-    """Sends batches and keeps count. `catch_up` is the version that the trainer has once it trained all shipped batches
-    of earlier attempts; older versions are not published again."""
+    """Sends batches and keeps count. `catch_up` is the version that the trainer has once it trained all batches shipped
+    before this link; older versions are not published, and none below `published`, which engines had."""
 
-    def __init__(self, send: Callable[[ToTrainer], Awaitable[None]], schedule: Schedule, *, next_step: int):
+    def __init__(
+        self, send: Callable[[ToTrainer], Awaitable[None]], schedule: Schedule, *, next_step: int, published: int = -1
+    ):
         self._send, self.schedule = send, schedule
-        self.catch_up = next_step
-        self.trained = -1  # version the trainer has; -1: not ready yet
+        self.catch_up = self._next_step = next_step
+        self.published = published
+        self.trained = -1  # version the trainer has; -1: not ready, or gone
         self.loaded = -1  # version the engines have
+        self.is_finishing = False
         self._shipped: dict[int, int] = {}  # step -> rollouts
 
-    async def ready(self, version: int) -> None:
-        """The trainer starts at `version`: it gets the batches of earlier attempts that it has not trained yet."""
+    async def ready(self, version: int, *, staged: int | None = None) -> None:
+        """The trainer is at `version`: it gets the batches after it, in order, whoever has trained them before.
+
+        `staged` is the newest version of a trainer that outlived the orchestrator before this one: publishes go on
+        with it.
+        """
+        if staged is not None and self.loaded < 0 and staged >= self.published:
+            self.catch_up = min(self.catch_up, staged)
         self.trained = version
-        for step in range(version, self.catch_up):
-            await self._send(TrainBatch(step=step, publish=step + 1 == self.catch_up, save=self.schedule.saves(step)))
+        for step in range(version, self._next_step):
+            await self._send_batch(step)
+        if self.is_finishing:
+            await self._send(Finish())
+
+    def note_trained(self, step: int) -> None:
+        """What a trainer says before it is ready was said to another orchestrator."""
+        if self.trained >= 0:
+            self.trained = step + 1
+
+    def gone(self) -> None:
+        """Its process ended; what is shipped meanwhile is sent to its successor."""
+        self.trained = -1
 
     async def ship(self, step: int, num_rollouts: int) -> None:
-        self._shipped[step] = num_rollouts
-        message = TrainBatch(step=step, publish=self.schedule.publishes(step), save=self.schedule.saves(step))
-        await self._send(message)
+        self._shipped[step], self._next_step = num_rollouts, step + 1
+        if self.trained >= 0:
+            await self._send_batch(step)
+
+    async def _send_batch(self, step: int) -> None:
+        version = step + 1
+        is_due = version == self.catch_up or (version > self.catch_up and self.schedule.publishes(step))
+        publish = is_due and version > self.loaded
+        await self._send(TrainBatch(step=step, publish=publish, save=self.schedule.saves(step)))
+
+    def is_outdated(self, version: int) -> bool:
+        """Engines have a newer version, or had one: this one would take them back."""
+        return version < max(self.loaded, self.published)
 
     @property
     def is_current(self) -> bool:
@@ -49,7 +80,7 @@ class TrainerLink:
         return self.loaded >= max(self.catch_up, 0)
 
     async def note_loaded(self, version: int) -> None:
-        self.loaded = max(self.loaded, version)
+        self.loaded = self.published = max(self.loaded, version)
         await self._send(WeightsLoaded(version=version))
 
     async def discard(self, version: int) -> None:
@@ -57,7 +88,9 @@ class TrainerLink:
         await self._send(WeightsLoaded(version=version))
 
     async def finish(self) -> None:
-        await self._send(Finish())
+        self.is_finishing = True
+        if self.trained >= 0:
+            await self._send(Finish())
 
     def has_room(self, step: int) -> bool:
         """One batch may wait while another is trained."""
@@ -69,4 +102,4 @@ class TrainerLink:
         return sum(count for step, count in self._shipped.items() if not self._is_settled(step))
 
     def _is_settled(self, step: int) -> bool:
-        return step < (self.loaded if self.schedule.publishes(step) else self.trained)
+        return step < max(self.loaded, -1 if self.schedule.publishes(step) else self.trained)

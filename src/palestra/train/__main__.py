@@ -68,7 +68,7 @@ def _run(
     )
     try:
         if config.is_rl:
-            reinforce(config, run, attempt, ranks, ledger)
+            reinforce(config, run, attempt, ranks, ledger, supervisor.send)
         else:
             supervise(config, run, attempt, ranks, ledger, supervisor.send)
         if ranks.is_first:

@@ -9,6 +9,7 @@ one before may not have heard.
 """
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from palestra.wire.messages import (
     Exported,
     Finish,
     FromTrainer,
+    Ready,
     StepTrained,
     ToTrainer,
     TrainBatch,
@@ -40,18 +42,25 @@ from palestra.wire.rundir import Attempt, RunDir, version_to_load
 from palestra.wire.weights.manifest import Staged
 
 
-def reinforce(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledger: Ledger) -> None:
+def reinforce(
+    config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledger: Ledger, tell: Callable[[Ready], None]
+) -> None:
     name = f"trainer-{ranks.rank}"
     with closing(SpanLog(run.spans(name), name)) as spans:
-        loop = _start(config, run, attempt, ranks, ledger, spans)
+        trainer = Trainer(config, ranks, ledger)
+        if ranks.is_first:
+            tell(Ready(process="trainer"))
+        loop = _start(trainer, config, run, attempt, ledger, spans)
         ledger.switch("other")
         loop.serve()
 
 
-def _start(config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledger: Ledger, spans: SpanLog) -> "Loop":
-    """Everything up to the first version: load or resume, warm up, stage."""
+def _start(
+    trainer: Trainer, config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, spans: SpanLog
+) -> "Loop":
+    """Everything up to the first version: resume or warm up, stage."""
+    ranks = trainer.ranks
     orchestrator = Orchestrator(config, attempt, ranks, ledger)
-    trainer = Trainer(config, ranks, ledger)
     publisher = Publisher(
         trainer.policy,
         ranks=ranks,

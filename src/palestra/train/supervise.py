@@ -20,7 +20,7 @@ from palestra.train.trainer import Trainer
 from palestra.wire.batches import Batch
 from palestra.wire.messages import Progress
 from palestra.wire.rundir import Attempt, Manifest, RunDir, drop_checkpoints, version_to_load, write_manifest
-from palestra.wire.runlog import RunLog
+from palestra.wire.runlog import RunLog, as_rows, read_restarts
 
 
 def open_stream(config: RunConfig) -> SftStream:
@@ -111,7 +111,7 @@ class Report:
     """What a supervised run tells: rows of metrics and ledger, progress, and the summary."""
 
     def __init__(self, config: RunConfig, run: RunDir, tell: Callable[[Progress], None]):
-        self._steps, self._tell, self._log = config.train.steps, tell, RunLog(run)
+        self._steps, self._tell, self._run, self._log = config.train.steps, tell, run, RunLog(run)
         self._entries: list[LedgerEntry] = []
         self._loss = float("nan")
 
@@ -133,6 +133,7 @@ class Report:
                 "loss": self._loss,
                 "weights": directory,
                 "ledger_closure": whole.closure,
+                "restarts": as_rows(read_restarts(self._run)),
             }
         )
         self._log.close()

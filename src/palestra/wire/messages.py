@@ -68,6 +68,7 @@ class WorkerReady(Struct, frozen=True, kw_only=True, tag=True):
 
     index: int
     pid: int
+    life: int = 0
 
 
 class Tasks(Struct, frozen=True, kw_only=True, tag=True):
@@ -203,6 +204,13 @@ class Progress(Struct, frozen=True, kw_only=True, tag=True):
     numbers: dict[str, float] = {}
 
 
+class Ready(Struct, frozen=True, kw_only=True, tag=True):
+    """The process has what it needs: an end from now on is no failed start. Engines answer at /health instead, and the
+    leader is ready when it says anything."""
+
+    process: str
+
+
 class Done(Struct, frozen=True, kw_only=True, tag=True):
     """The process has done all it had to."""
 
@@ -210,35 +218,40 @@ class Done(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Failed(Struct, frozen=True, kw_only=True, tag=True):
-    """The process is about to end with an error. `is_user_error`: the message names the fix."""
+    """The process is about to end with an error. `is_user_error`: the message names the fix. `is_final`: the run cannot
+    go on, so that the process is not started again."""
 
     process: str
     error: str
     is_user_error: bool
+    is_final: bool = False
 
 
 class Restart(Struct, frozen=True, kw_only=True, tag=True):
-    """`process` is not to be trusted any more: end it and start it again."""
+    """`process` is not to be trusted any more: end this `life` of it, if it still runs, and start it again."""
 
     process: str
     why: str
+    life: int = 0
 
 
-ToSupervisor = Progress | Done | Failed | Restart
+ToSupervisor = Progress | Ready | Done | Failed | Restart
 
 
 # --- supervisor -> orchestrator
 
 
 class ProcessEnded(Struct, frozen=True, kw_only=True, tag=True):
-    """A process of the run is gone; the supervisor starts it again."""
+    """A process of the run is gone; the supervisor starts it again. `life` is the one that ended."""
 
     process: str
     why: str
+    life: int = 0
 
 
 class ProcessStarted(Struct, frozen=True, kw_only=True, tag=True):
-    """A new process under an old name. `life` counts its starts in this attempt, from 0."""
+    """A process under its name. `life` counts its starts in this attempt, from 0; one that is known already says
+    nothing new."""
 
     process: str
     life: int

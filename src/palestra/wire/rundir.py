@@ -55,6 +55,11 @@ class RunDir:
         return self.path / "ledger.jsonl"
 
     @property
+    def restarts(self) -> Path:
+        """Every process that died and was started again."""
+        return self.path / "restarts.jsonl"
+
+    @property
     def journal(self) -> Path:
         """Everything the orchestrator decided and every engine reply, in order."""
         return self.path / "journal"

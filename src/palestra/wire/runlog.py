@@ -1,4 +1,8 @@
-"""What a run tells about itself: metrics.jsonl, ledger.jsonl, summary.json. One process writes each run's files."""
+"""What a run tells about itself: metrics.jsonl, ledger.jsonl, summary.json, restarts.jsonl.
+
+One process writes the first three; the supervisor writes the last one, and into the ledger what nobody else can account
+for.
+"""
 
 import json
 import math
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Metric, values
@@ -41,6 +46,47 @@ class RunLog:
     def close(self) -> None:
         self._metrics.close()
         self._ledger.close()
+
+
+class Restarted(Struct, frozen=True, kw_only=True):
+    """A process died and another took its place, `gone_s` later ready to work; None: it died again before that."""
+
+    attempt: int
+    process: str
+    life: int  # of the one that took its place
+    why: str
+    ended_at: float
+    gone_s: float | None
+
+
+def append_restart(run: RunDir, restarted: Restarted) -> None:
+    _append(run.restarts, restarted)
+
+
+def read_restarts(run: RunDir) -> list[Restarted]:
+    return [msgspec.json.decode(line, type=Restarted) for line in _whole_lines(run.restarts)]
+
+
+def as_rows(restarts: list[Restarted]) -> list[dict[str, Any]]:
+    """For summary.json."""
+    return [msgspec.to_builtins(restarted) for restarted in restarts]
+
+
+def account_for_gap(run: RunDir, process: str, *, since: float, ended_at: float, started_at: float) -> None:
+    """Ledger of a process (and its ranks) while it was gone: `restart`; what it had done since its last entry, or
+    `since` the attempt began: `lost`."""
+    entries = read_ledger(run)
+    ranks = {entry.process for entry in entries if entry.process.startswith(f"{process}-")}
+    for name in sorted({process, *ranks}):
+        known = [entry.started_at + entry.wall_s for entry in entries if entry.process == name]
+        begin = min(max([since, *known]), ended_at)
+        parts = {"lost": ended_at - begin, "restart": started_at - ended_at}
+        _append(run.ledger, LedgerEntry(process=name, started_at=begin, wall_s=started_at - begin, parts_s=parts))
+
+
+def _append(path: Path, row: Struct) -> None:
+    with path.open("ab", buffering=0) as file:
+        file.write(msgspec.json.encode(row) + b"\n")
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 
+from palestra.core.errors import DeadlineError
+from palestra.core.process import life
 from palestra.wire.channel import BlockingCaller
-from palestra.wire.messages import Done, Failed, Progress, ToSupervisor
+from palestra.wire.messages import Done, Failed, Progress, Ready, Restart, ToOrchestrator, ToSupervisor
 from palestra.wire.rundir import RunDir
 
 run, name, behaviour = RunDir(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -17,7 +19,7 @@ attempt = run.read_attempt()
 
 def say(*messages) -> None:
     supervisor: BlockingCaller[ToSupervisor, ToSupervisor] = BlockingCaller(
-        attempt.supervisor, name=name, attempt=attempt.number, receives=ToSupervisor
+        attempt.supervisor, name=name, attempt=attempt.number, receives=ToSupervisor, life=life()
     )
     for message in messages:
         supervisor.send(message)
@@ -25,7 +27,10 @@ def say(*messages) -> None:
 
 
 def note_pid() -> None:
+    """RUN_DIR/NAME.pid has the newest life's, RUN_DIR/NAME.lives a line for each."""
     (run.path / f"{name}.pid").write_text(str(os.getpid()))
+    with (run.path / f"{name}.lives").open("a") as file:
+        file.write(f"{life()} {os.getpid()}\n")
 
 
 def done() -> None:
@@ -46,6 +51,79 @@ def wait_for_file() -> None:
 
 def lingers() -> None:
     say(Progress(process=name, stage="training"), Done(process=name))
+    time.sleep(600)
+
+
+def listen() -> None:
+    """A leader that notes what the supervisor tells it, a line each, asks for what RUN_DIR/ask says, and ends at
+    RUN_DIR/go."""
+    supervisor: BlockingCaller[ToOrchestrator, ToSupervisor] = BlockingCaller(
+        attempt.supervisor, name=name, attempt=attempt.number, receives=ToOrchestrator, life=life()
+    )
+    supervisor.send(Progress(process=name, stage="training", step=1, steps=2))
+    note_pid()
+    while not (run.path / "go").exists():
+        try:
+            heard = supervisor.receive(deadline_s=0.05, waiting_for="news")
+            with (run.path / f"{name}.heard").open("a") as file:
+                file.write(f"{heard}\n")
+        except DeadlineError:
+            pass
+        if (ask := run.path / "ask").exists():
+            process, its_life = ask.read_text().split()
+            ask.unlink()
+            supervisor.send(Restart(process=process, why="it is planted", life=int(its_life)))
+    supervisor.send(Done(process=name))
+    supervisor.close()
+
+
+def work() -> None:
+    """A member that is ready and waits."""
+    note_pid()
+    say(Ready(process=name))
+    time.sleep(600)
+
+
+def work_once() -> None:
+    """Later lives of it never get ready."""
+    if life():
+        crash()
+    work()
+
+
+def work_shortly() -> None:
+    """Ready, and soon dead without a word."""
+    note_pid()
+    say(Ready(process=name))
+    os._exit(1)
+
+
+def same_words() -> None:
+    say(Ready(process=name), Failed(process=name, error="the batch is torn", is_user_error=False))
+    note_pid()
+    sys.exit(1)
+
+
+def final() -> None:
+    say(Progress(process=name, stage="training"))
+    say(Failed(process=name, error="no engine is left", is_user_error=False, is_final=True))
+    note_pid()
+    sys.exit(1)
+
+
+def user_error_later() -> None:
+    if life():
+        user_error()
+    work()
+
+
+def train() -> None:
+    """A leader of a supervised run: done in its second life."""
+    say(Progress(process=name, stage="training", step=life(), steps=2))
+    note_pid()
+    if life():
+        say(Done(process=name))
+        return
     time.sleep(600)
 
 
@@ -102,6 +180,11 @@ def serve() -> None:
 
     host, port = attempt.engines[int(os.environ["PALESTRA_INDEX"])].removeprefix("http://").split(":")
     http.server.HTTPServer((host, int(port)), Health).serve_forever()
+
+
+def serve_noted() -> None:
+    note_pid()
+    serve()
 
 
 globals()[behaviour]()

@@ -17,6 +17,8 @@ from palestra.wire.draft import Draft
 from palestra.wire.messages import (
     Call,
     CallReply,
+    Cancel,
+    Cancelled,
     Ended,
     Exported,
     Finish,
@@ -143,8 +145,11 @@ class ScriptedWorker:
                     self._plays[message.rollout_id] = message
                     call = Call(rollout_id=message.rollout_id, call=0, token_ids=PROMPT, sampling=message.sampling)
                     await self._channel.send(call)
-                case CallReply():
+                case CallReply() if message.rollout_id in self._plays:
                     await self._channel.send(Ended(record=self._record(self._plays.pop(message.rollout_id), message)))
+                case Cancel():
+                    self._plays.pop(message.rollout_id, None)
+                    await self._channel.send(Cancelled(rollout_id=message.rollout_id))
                 case Stop():
                     await self._channel.send(LedgerClosed(entry=_entry("env-0"), is_last=True))
                     return

@@ -63,7 +63,7 @@ def play(qwen, ranks, tmp_path, monkeypatch):
             staging=str(tmp_path),
             started_at=0.0,
         )
-        reinforce(config, run, attempt, ranks, Ledger("trainer"))
+        reinforce(config, run, attempt, ranks, Ledger("trainer"), lambda ready: None)
         return [type(message).__name__ for message in ScriptedCaller.log]
 
     return play
