@@ -8,6 +8,7 @@ from typing import Any
 from palestra.core.ledger import LedgerEntry, total
 from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from palestra.core.records import Ending, RolloutRecord
+from palestra.orchestrate.curriculum import pool_metrics, pool_summary
 from palestra.orchestrate.state import EvalEnded, LoopState
 
 
@@ -103,6 +104,7 @@ class Totals:
             "groups/too_old": Last(state.counts.get("groups_too_old", 0)),
             "groups/all_invalid": Last(state.counts.get("groups_all_invalid", 0)),
             "rollout/retried": Last(state.counts.get("rollouts_retried", 0)),
+            **pool_metrics(state.pools),
         }
 
 
@@ -128,6 +130,7 @@ def summary(totals: Totals, state: LoopState, *, name: str, first_eval: str | No
         "mean_age": totals.age.value if totals.age.count else None,
         "sample_tokens_per_s": totals.tokens_per_s,
         "counts": dict(sorted(state.counts.items())),
+        "curriculum": pool_summary(state.pools, state.seeds),
     }
 
 

@@ -10,6 +10,7 @@ from palestra.core.metrics import Mean, Metrics
 from palestra.orchestrate.batcher import BatchRules, make_batch
 from palestra.orchestrate.buffer import expired, take
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.ratings import rate_tasks
 from palestra.orchestrate.report import trained_metrics
 from palestra.orchestrate.state import BatchShipped, Group, GroupExpired
 
@@ -47,6 +48,7 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         rollout_ids=[record.rollout_id for record in trained],
         metrics=metrics,
     )
+    rate_tasks(desk)
     desk.journal.record(event)
     desk.teller.totals.note_age(metrics["age/mean"])
     await desk.trainer.ship(step, len(trained))

@@ -11,6 +11,7 @@ from msgspec import Struct, field
 
 from palestra.core.metrics import Metric, Metrics
 from palestra.core.records import Ending, Reply, RolloutRecord, Task
+from palestra.orchestrate.curriculum import Found, Observation, Pool, Rating, Result, SourcePools
 
 
 class GroupStatus(StrEnum):
@@ -80,7 +81,7 @@ class JournalledReply(Struct, frozen=True, kw_only=True):
 
 
 class GroupOpened(Struct, frozen=True, kw_only=True, tag=True):
-    """`cursor_*` is the source's position after this task was taken."""
+    """`cursor_*` is the source's position after this task was taken; `pool` is where a curriculum drew it from."""
 
     group_id: int
     source: str
@@ -89,6 +90,7 @@ class GroupOpened(Struct, frozen=True, kw_only=True, tag=True):
     cursor_epoch: int
     cursor_taken: int
     has_group_rewards: bool = False
+    pool: str = ""
 
 
 class Replied(Struct, frozen=True, kw_only=True, tag=True):
@@ -115,11 +117,13 @@ class RolloutRetried(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class GroupClosed(Struct, frozen=True, kw_only=True, tag=True):
-    """All members ended. `records` replace the members' (group rewards are in them). Outcome: see `buffer.outcome`."""
+    """All members ended. `records` replace the members' (group rewards are in them). Outcome: see `buffer.outcome`.
+    `observed` is what a curriculum learns of the task; of no rollouts without one."""
 
     group_id: int
     outcome: str
     records: list[RolloutRecord] = []
+    observed: Result = Result(0.0, 0)
 
 
 class GroupExpired(Struct, frozen=True, kw_only=True, tag=True):
@@ -154,6 +158,32 @@ class EvalEnded(Struct, frozen=True, kw_only=True, tag=True):
     when: str  # start, end or during
 
 
+class TasksSeeded(Struct, frozen=True, kw_only=True, tag=True):
+    """The curriculum begins with these results, by task key."""
+
+    results: dict[str, Result]
+
+
+class SourceRead(Struct, frozen=True, kw_only=True, tag=True):
+    """A curriculum read `num_tasks` further tasks of a source and met these for the first time."""
+
+    source: str
+    cursor_epoch: int
+    cursor_taken: int
+    num_tasks: int
+    found: list[Found] = []
+    forgotten: list[str] = []
+    barren: int = 0
+    is_whole: bool = False
+
+
+class TasksRated(Struct, frozen=True, kw_only=True, tag=True):
+    """All pending observations count from now on. `step` is the step that the next batch is for."""
+
+    step: int
+    ratings: list[Rating]
+
+
 Event = (
     GroupOpened
     | Replied
@@ -165,6 +195,9 @@ Event = (
     | BatchShipped
     | StepsSaved
     | EvalEnded
+    | TasksSeeded
+    | SourceRead
+    | TasksRated
 )
 
 
@@ -172,7 +205,8 @@ class LoopState(Struct, kw_only=True):
     """Everything the loop must know to go on. Only `apply` changes it.
 
     `groups` holds open and ready groups; `replies` and the `begun` ones those of rollouts that have not ended;
-    `next_step` is the step the next batch is for.
+    `next_step` is the step the next batch is for. `pools`, by source, and `seeds`, by task key, are the curriculum's;
+    `moves` are those of the last ratings, of step `rated_at`.
     """
 
     next_group: int = 0
@@ -185,6 +219,10 @@ class LoopState(Struct, kw_only=True):
     batch_metrics: dict[int, Metrics] = field(default_factory=dict)  # by step, of batches that may be trained again
     counts: dict[str, int] = field(default_factory=dict)
     max_versions_in_a_rollout: int = 0
+    pools: dict[str, SourcePools] = field(default_factory=dict)
+    seeds: dict[str, Result] = field(default_factory=dict)
+    moves: list[Rating] = field(default_factory=list)
+    rated_at: int = 0
 
     def apply(self, event: Event) -> None:
         """Errors: ValueError for an event that cannot follow (a rollout that ends twice, a batch out of order)."""
@@ -220,6 +258,9 @@ def _group_opened(state: LoopState, event: GroupOpened) -> None:
     state.cursors[event.source] = Cursor(epoch=event.cursor_epoch, taken=event.cursor_taken)
     state.next_group += 1
     state.count("groups_opened")
+    if event.pool:
+        state.pools[event.source].draw(event.task.key, event.group_id)
+        state.count(f"draws_{event.pool}")
 
 
 def _replied(state: LoopState, event: Replied) -> None:
@@ -266,6 +307,8 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
     for record in event.records:
         group.records[record.rollout_id] = record
     state.count(f"groups_{event.outcome}")
+    if event.observed.count:
+        state.pools[group.source].pending.append(Observation(event.group_id, group.task.key, event.observed))
     if event.outcome == "ready":
         group.move(GroupStatus.READY)
     else:
@@ -296,6 +339,30 @@ def _eval_ended(state: LoopState, event: EvalEnded) -> None:
     state.evals.append(event)
 
 
+def _tasks_seeded(state: LoopState, event: TasksSeeded) -> None:
+    state.seeds = event.results
+
+
+def _source_read(state: LoopState, event: SourceRead) -> None:
+    pools = state.pools.setdefault(event.source, SourcePools())
+    pools.read(event.found, event.forgotten, barren=event.barren, is_whole=event.is_whole)
+    state.cursors[event.source] = Cursor(epoch=event.cursor_epoch, taken=event.cursor_taken)
+    state.count("tasks_found", len(event.found))
+    state.count("tasks_seeded", sum(bool(found.standing.recent) for found in event.found))
+    state.count("tasks_forgotten", len(event.forgotten))
+
+
+def _tasks_rated(state: LoopState, event: TasksRated) -> None:
+    for pools in state.pools.values():
+        pools.pending = []
+    for rating in event.ratings:
+        state.pools[rating.source].rate(rating)
+    state.rated_at = event.step
+    state.moves = [rating for rating in event.ratings if rating.after != rating.before]
+    state.count("pool_moves", len(state.moves))
+    state.count("tasks_retired", sum(rating.after == Pool.RETIRED for rating in state.moves))
+
+
 def _live_group(state: LoopState, rollout_id: int) -> Group:
     for group in state.groups.values():
         if rollout_id in group.rollout_ids:
@@ -314,4 +381,7 @@ _APPLY = {
     BatchShipped: _batch_shipped,
     StepsSaved: _steps_saved,
     EvalEnded: _eval_ended,
+    TasksSeeded: _tasks_seeded,
+    SourceRead: _source_read,
+    TasksRated: _tasks_rated,
 }
