@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -14,12 +14,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from tests.unit.orchestrate.drawing import Drawing, drawing_config
 
 from palestra.orchestrate import curriculum
 from palestra.orchestrate.curriculum import Pool, pool_for, rate_of
 from palestra.orchestrate.ratings import rules_of
-from tests.unit.orchestrate.drawing import Drawing, drawing_config
 
+ENDLESS = [f"t{i}" for i in range(10**4)]
 REWARDS = st.lists(st.sampled_from([0.0, 1.0, None]), min_size=4, max_size=4)
 PLAYS = REWARDS | st.sampled_from([[0.0] * 4, [1.0] * 4, [None] * 4])
 
@@ -30,6 +31,7 @@ class CurriculumMachine(RuleBasedStateMachine):
         self._directory = TemporaryDirectory()
         self.queued: dict[str, int] = {}  # when a task got its place in its queue
         self.tick = 0
+        self.num_moves = 0
 
     def teardown(self):
         self._directory.cleanup()
@@ -45,7 +47,7 @@ class CurriculumMachine(RuleBasedStateMachine):
     def begin(self, size, repeats, epochs_differ, is_endless, remember, seeded):
         def keys(source: str, epoch: int) -> list[str]:
             if is_endless:
-                return [f"t{i}" for i in range(10**4)]
+                return ENDLESS
             return [f"t{epoch if epochs_differ else ''}.{i // repeats}" for i in range(size * repeats)]
 
         path, more = Path(self._directory.name) / "seed.jsonl", {}
@@ -83,12 +85,10 @@ class CurriculumMachine(RuleBasedStateMachine):
     def rate(self):
         self.drawing.rate()
         assert not self.drawing.state.pools or not self.drawing.pools().pending
-        for move in self.drawing.state.moves:
-            if self.drawing.state.counts.get("pool_moves", 0) > self.moves_seen:
-                self.enqueue(move.key)
-        self.moves_seen = self.drawing.state.counts.get("pool_moves", 0)
-
-    moves_seen = 0
+        num_moves = self.drawing.state.counts.get("pool_moves", 0)
+        for move in self.drawing.state.moves if num_moves > self.num_moves else ():
+            self.enqueue(move.key)
+        self.num_moves = num_moves
 
     @rule()
     def kill_and_replay(self):
@@ -124,15 +124,21 @@ class CurriculumMachine(RuleBasedStateMachine):
 
 
 TestCurriculum = CurriculumMachine.TestCase
-TestCurriculum.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+TestCurriculum.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+FOUND_OUT = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+)
 
 
 def test_a_curriculum_that_draws_the_last_task_first_is_found_out(monkeypatch):
     monkeypatch.setattr(curriculum.Queue, "head", property(lambda queue: list(queue.fresh or queue.drawn)[-1]))
     with pytest.raises(AssertionError, match="the one drawn longest ago"):
-        run_state_machine_as_test(
-            CurriculumMachine, settings=settings(max_examples=60, stateful_step_count=50, deadline=None, database=None)
-        )
+        run_state_machine_as_test(CurriculumMachine, settings=FOUND_OUT)
 
 
 def test_a_task_that_moves_without_its_results_is_found_out(monkeypatch):
@@ -144,6 +150,4 @@ def test_a_task_that_moves_without_its_results_is_found_out(monkeypatch):
 
     monkeypatch.setattr(curriculum.SourcePools, "rate", forgetful)
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(
-            CurriculumMachine, settings=settings(max_examples=60, stateful_step_count=50, deadline=None, database=None)
-        )
+        run_state_machine_as_test(CurriculumMachine, settings=FOUND_OUT)
