@@ -33,6 +33,13 @@ def observe_group(config: RunConfig, group: Group) -> Result:
     return observe(group.valid, rules_of(config).solved_at) if config.env.curriculum.on else Result(0.0, 0)
 
 
+def observe_unclosed(config: RunConfig, groups: list[Group]) -> dict[int, Result]:
+    """The same of groups that train before all their members ended, by group: of those that did."""
+    if not config.env.curriculum.on:
+        return {}
+    return {group.group_id: observe_group(config, group) for group in groups if not group.is_observed}
+
+
 def rate_tasks(desk: Desk) -> None:
     """Let what was observed count. Called before a batch is shipped: with `algo.max_age` 0 all earlier groups have
     closed by then, so that draws do not depend on which closed first."""

@@ -10,7 +10,7 @@ from palestra.core.metrics import Mean, Metrics
 from palestra.orchestrate.batcher import BatchRules, make_batch
 from palestra.orchestrate.buffer import expired, take
 from palestra.orchestrate.desk import Desk
-from palestra.orchestrate.ratings import rate_tasks
+from palestra.orchestrate.ratings import observe_unclosed, rate_tasks
 from palestra.orchestrate.report import trained_metrics
 from palestra.orchestrate.state import BatchShipped, Group, GroupExpired
 
@@ -47,6 +47,7 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         group_ids=[group.group_id for group in groups],
         rollout_ids=[record.rollout_id for record in trained],
         metrics=metrics,
+        observed=observe_unclosed(desk.config, groups),
     )
     rate_tasks(desk)
     desk.journal.record(event)

@@ -47,6 +47,7 @@ class Group(Struct, kw_only=True):
     status: GroupStatus = GroupStatus.OPEN
     records: dict[int, RolloutRecord] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
+    is_observed: bool = False  # a curriculum knows what its rollouts were worth
 
     @property
     def rollout_ids(self) -> range:
@@ -133,12 +134,14 @@ class GroupExpired(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
-    """The batch file of `step` is complete on disk and holds these groups. `metrics` are those of its rollouts."""
+    """The batch file of `step` is complete on disk and holds these groups. `metrics` are those of its rollouts;
+    `observed` is what a curriculum learns of groups that train before they closed."""
 
     step: int
     group_ids: list[int]
     rollout_ids: list[int]
     metrics: dict[str, Metric] = {}
+    observed: dict[int, Result] = {}
 
 
 class StepsSaved(Struct, frozen=True, kw_only=True, tag=True):
@@ -307,8 +310,7 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
     for record in event.records:
         group.records[record.rollout_id] = record
     state.count(f"groups_{event.outcome}")
-    if event.observed.count:
-        state.pools[group.source].pending.append(Observation(event.group_id, group.task.key, event.observed))
+    _note_observed(state, group, event.observed)
     if event.outcome == "ready":
         group.move(GroupStatus.READY)
     else:
@@ -324,6 +326,8 @@ def _group_expired(state: LoopState, event: GroupExpired) -> None:
 def _batch_shipped(state: LoopState, event: BatchShipped) -> None:
     if event.step != state.next_step:
         raise ValueError(f"batch of step {event.step} shipped where step {state.next_step} is next")
+    for group_id, result in event.observed.items():
+        _note_observed(state, state.groups[group_id], result)
     for group_id in event.group_ids:
         state.groups.pop(group_id).move(GroupStatus.SHIPPED)
     state.batch_metrics[event.step] = event.metrics
@@ -337,6 +341,12 @@ def _steps_saved(state: LoopState, event: StepsSaved) -> None:
 
 def _eval_ended(state: LoopState, event: EvalEnded) -> None:
     state.evals.append(event)
+
+
+def _note_observed(state: LoopState, group: Group, result: Result) -> None:
+    group.is_observed = True
+    if result.count:
+        state.pools[group.source].pending.append(Observation(group.group_id, group.task.key, result))
 
 
 def _tasks_seeded(state: LoopState, event: TasksSeeded) -> None:

@@ -24,8 +24,10 @@ from palestra.orchestrate.curriculum import (
     rate,
     result_of,
 )
+from palestra.orchestrate.ratings import observe_group, observe_unclosed
 from palestra.orchestrate.seeding import read_seeds
 from palestra.orchestrate.sources import TaskSources
+from palestra.orchestrate.state import BatchShipped, GroupStatus, RolloutEnded
 from palestra.wire.messages import Tasks
 from palestra.wire.runlog import read_moves
 from tests.unit.orchestrate.drawing import Drawing, drawing_config
@@ -118,6 +120,25 @@ def test_nothing_counts_before_it_is_rated(tmp_path):
     assert drawing.pool_of("a") == Pool.NORMAL
     drawing.rate()
     assert drawing.pool_of("a") == Pool.HARD
+
+
+def test_a_group_that_trains_before_it_closed_is_observed_once(tmp_path):
+    drawing = Drawing(drawing_config(tmp_path), lambda source, epoch: ["a"])
+    drawing.open()
+    group = drawing.state.groups[0]
+    for rollout_id, reward in enumerate([1.0, 0.0, 1.0]):  # the fourth is stuck
+        drawing.record(RolloutEnded(record=msgspec.structs.replace(_rollout("a", reward), rollout_id=rollout_id)))
+    observed = observe_unclosed(drawing.config, [group])
+    assert observed == {0: Result(2.0, 3)}
+    group.move(GroupStatus.READY)
+    shipped = BatchShipped(step=0, group_ids=[0], rollout_ids=[0, 1, 2], observed=observed)
+    drawing.record(shipped)
+    assert observe_unclosed(drawing.config, [group]) == {}
+    drawing.rate()
+    assert drawing.pools().normal["a"].recent == (Result(2.0, 3),)
+    off = drawing_config(tmp_path, on=False)
+    assert observe_unclosed(off, [group]) == {}
+    assert observe_group(off, group) == Result(0.0, 0)
 
 
 # --- seeds
