@@ -204,6 +204,39 @@ class Source(Section):
         return self.name or self.id
 
 
+class PoolWeights(Section):
+    """Shares of the draws of a source, by pool; those of an empty pool go to the others."""
+
+    easy: float = Field(default=0.1, ge=0)
+    normal: PositiveFloat = 0.7  # tasks that were never drawn are normal, unless `seed_from` says otherwise
+    hard: float = Field(default=0.2, ge=0)
+
+
+class Curriculum(Section):
+    """Which task comes next: pools by observed solve rate. Off: each task once per epoch."""
+
+    on: bool = False
+    rate: Literal["solved", "reward"] = "solved"  # share of solved rollouts, or their mean reward
+    solved_at: float = 1.0  # a rollout of this reward or more is solved
+    easy_above: float = 0.8
+    hard_below: float = 0.2
+    weights: PoolWeights = PoolWeights()
+    window_groups: PositiveInt = 2  # a task's rate is that of its last groups
+    retire_at: float = 1.0  # a task of this rate or more is not drawn any more; 2 keeps all
+    retire_rollouts: PositiveInt | None = None  # if so many rollouts say so; default: algo.group_size
+    seed_from: Path | None = None  # rollouts of an evaluation, or {"key", "rewards"}: JSON lines
+    remember: PositiveInt = 100_000  # tasks known of a source; those drawn longest ago are forgotten first
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.hard_below <= self.easy_above <= self.retire_at:
+            raise ValueError(
+                f"env.curriculum.hard_below={self.hard_below}, easy_above={self.easy_above} and retire_at="
+                f"{self.retire_at} must ascend"
+            )
+        return self
+
+
 class Env(Section):
     """Environments to train on, mixed by weight, and their worker processes."""
 
@@ -213,6 +246,7 @@ class Env(Section):
     stall_s: PositiveFloat = 600  # a rollout that makes no progress for this long is invalid
     answer_s: PositiveFloat = 60  # a worker that needs longer to answer, as its event loop is blocked, is started again
     chunk_tasks: PositiveInt = 256  # tasks fetched and shuffled at a time
+    curriculum: Curriculum = Curriculum()
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -301,6 +335,10 @@ class RunConfig(Section):
         return 1e-4 if self.engine_dtype == self.model.dtype == "float32" else 0.15  # random tokens in bfloat16
 
     @property
+    def retire_rollouts(self) -> int:
+        return self.env.curriculum.retire_rollouts or self.algo.group_size
+
+    @property
     def is_rl(self) -> bool:
         return bool(self.env.mix)
 
@@ -321,6 +359,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"with sync.every={self.sync.every} rollouts are up to {self.sync.every - 1} steps old, and "
                 f"algo.max_age={self.algo.max_age} trains none of those; raise algo.max_age or lower sync.every"
+            )
+        in_window = self.env.curriculum.window_groups * self.algo.group_size
+        if self.env.curriculum.on and self.retire_rollouts > in_window:
+            raise ValueError(
+                f"env.curriculum.retire_rollouts={self.retire_rollouts} is more than the {in_window} rollouts of "
+                "env.curriculum.window_groups: nothing would ever retire; lower it or raise window_groups"
             )
         shared = {source.label for source in self.env.mix} & {entry.label for entry in self.eval.sets}
         if shared:

@@ -16,14 +16,16 @@ import msgspec
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.records import Ending, Reply, RolloutRecord
 from palestra.orchestrate.buffer import may_part, outcome, too_old_in_flight
+from palestra.orchestrate.curriculum import draw_metrics
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.pooled import open_sources
 from palestra.orchestrate.pulse import Pulse
+from palestra.orchestrate.ratings import observe_group, rate_if_long_without_batch
 from palestra.orchestrate.report import Tails, finished_metrics
-from palestra.orchestrate.sources import TaskSources, seed_for
+from palestra.orchestrate.sources import seed_for
 from palestra.orchestrate.state import (
     Group,
     GroupClosed,
-    GroupOpened,
     GroupParted,
     GroupStatus,
     JournalledReply,
@@ -45,15 +47,7 @@ class Dispatcher:
 
     def __init__(self, desk: Desk):
         self._desk = desk
-        config = desk.config
-        self._sources = TaskSources(
-            config.env.mix,
-            desk.pool.list_tasks,
-            seed=config.train.seed,
-            chunk_tasks=config.env.chunk_tasks,
-            refuses=lambda source, task: bool(desk.pool.quarantine.reason(source, task)),
-        )
-        self._sources.resume(desk.state.cursors)
+        self._sources = open_sources(desk)
         self._waiting: deque[int] = deque()
         self._plays: dict[int, asyncio.Task[None]] = {}  # by rollout, from its start to the close of what it ends
         self._pulses: dict[int, Pulse] = {}
@@ -103,19 +97,10 @@ class Dispatcher:
         return trainer.is_current and untrained < needed and has_room
 
     async def _open_group(self) -> None:
-        group_id = self._desk.state.next_group
-        label, task, cursor = await self._sources.next(group_id)
-        event = GroupOpened(
-            group_id=group_id,
-            source=label,
-            task=task,
-            size=self._desk.config.algo.group_size,
-            cursor_epoch=cursor.epoch,
-            cursor_taken=cursor.taken,
-            has_group_rewards=self._sources.has_group_rewards[label],
-        )
-        self._desk.journal.record(event)
-        self._waiting += self._desk.state.groups[group_id].rollout_ids
+        opened = await self._sources.open(self._desk.state.next_group, self._desk.config.algo.group_size)
+        self._desk.journal.record(opened)
+        self._desk.teller.note(draw_metrics(opened.source, opened.pool))
+        self._waiting += self._desk.state.groups[opened.group_id].rollout_ids
 
     # --- one rollout
 
@@ -243,7 +228,10 @@ class Dispatcher:
         scored = {record.rollout_id: record for record in records}
         judged = msgspec.structs.replace(group, records=group.records | scored)
         result = outcome(judged, drop_zero_signal=self._desk.config.algo.drop_zero_signal)
-        self._desk.journal.record(GroupClosed(group_id=group.group_id, outcome=result, records=records))
+        observed = observe_group(self._desk.config, judged)
+        closed = GroupClosed(group_id=group.group_id, outcome=result, records=records, observed=observed)
+        self._desk.journal.record(closed)
+        rate_if_long_without_batch(self._desk)
         await self._watch_outcomes(judged, result)
 
     def _quarantined(self, group: Group) -> bool:

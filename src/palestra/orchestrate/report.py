@@ -8,6 +8,7 @@ from typing import Any
 from palestra.core.ledger import LedgerEntry, total
 from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from palestra.core.records import Ending, RolloutRecord
+from palestra.orchestrate.curriculum import pool_metrics, pool_summary
 from palestra.orchestrate.state import EvalEnded, Group, LoopState
 
 
@@ -123,6 +124,7 @@ class Totals:
             "rollout/cut": Last(state.counts.get("rollouts_cut", 0)),
             "rollout/length_drift": Last(state.length_drift),
             "groups/parted": Last(state.counts.get("groups_parted", 0)),
+            **pool_metrics(state.pools),
         }
 
 
@@ -149,6 +151,7 @@ def summary(totals: Totals, state: LoopState, *, name: str, first_eval: str | No
         "sample_tokens_per_s": totals.tokens_per_s,
         "length_drift": state.length_drift,
         "counts": dict(sorted(state.counts.items())),
+        "curriculum": pool_summary(state.pools, state.seeds),
     }
 
 

@@ -11,6 +11,7 @@ from palestra.core.metrics import Mean, Metrics, Sum
 from palestra.orchestrate.batcher import BatchRules, make_batch
 from palestra.orchestrate.buffer import baselines, expired, last_chances, may_part, num_nearly_ready, take
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.ratings import observe_unclosed, rate_tasks
 from palestra.orchestrate.report import trained_metrics
 from palestra.orchestrate.state import BatchShipped, Group, GroupExpired, GroupParted, GroupStatus
 
@@ -74,7 +75,9 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         too_old=sorted(set(considered) - set(rollout_ids)),
         baselines=kept,
         metrics=metrics,
+        observed=observe_unclosed(desk.config, groups),
     )
+    rate_tasks(desk)
     desk.journal.record(event)
     desk.teller.totals.note_age(metrics["age/mean"])
     await desk.trainer.ship(step, len(trained))

@@ -11,6 +11,7 @@ from msgspec import Struct, field
 
 from palestra.core.metrics import Metric, Metrics
 from palestra.core.records import Ending, Reply, RolloutRecord, Task
+from palestra.orchestrate.curriculum import Found, Observation, Pool, Rating, Result, SourcePools
 
 
 class GroupStatus(StrEnum):
@@ -63,6 +64,7 @@ class Group(Struct, kw_only=True):
     tries: dict[int, int] = field(default_factory=dict)
     settled: set[int] = field(default_factory=set)
     baselines: dict[str, Baseline] = field(default_factory=dict)
+    is_observed: bool = False  # a curriculum knows what its rollouts were worth
 
     @property
     def rollout_ids(self) -> range:
@@ -102,7 +104,7 @@ class JournalledReply(Struct, frozen=True, kw_only=True):
 
 
 class GroupOpened(Struct, frozen=True, kw_only=True, tag=True):
-    """`cursor_*` is the source's position after this task was taken."""
+    """`cursor_*` is the source's position after this task was taken; `pool` is where a curriculum drew it from."""
 
     group_id: int
     source: str
@@ -111,6 +113,7 @@ class GroupOpened(Struct, frozen=True, kw_only=True, tag=True):
     cursor_epoch: int
     cursor_taken: int
     has_group_rewards: bool = False
+    pool: str = ""
 
 
 class Replied(Struct, frozen=True, kw_only=True, tag=True):
@@ -138,11 +141,13 @@ class RolloutRetried(Struct, frozen=True, kw_only=True, tag=True):
 
 class GroupClosed(Struct, frozen=True, kw_only=True, tag=True):
     """All members ended. `records` replace the members' (group rewards are in them). Outcome: see `buffer.outcome`; or
-    `quarantined`, whatever its members did."""
+    `quarantined`, whatever its members did. `observed` is what a curriculum learns of the task; of no rollouts without
+    one."""
 
     group_id: int
     outcome: str
     records: list[RolloutRecord] = []
+    observed: Result = Result(0.0, 0)
 
 
 class GroupParted(Struct, frozen=True, kw_only=True, tag=True):
@@ -167,7 +172,8 @@ class GroupExpired(Struct, frozen=True, kw_only=True, tag=True):
 class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
     """The batch file of `step` is complete on disk and holds these rollouts of these groups; the rollouts in `too_old`
     were past the age bound. `baselines`, by group and seat, are those of groups with members still out: they train
-    later against the same ones. `metrics` are those of its rollouts."""
+    later against the same ones. `metrics` are those of its rollouts; `observed` is what a curriculum learns of groups
+    that train before they closed."""
 
     step: int
     group_ids: list[int]
@@ -175,6 +181,7 @@ class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
     too_old: list[int] = []
     baselines: dict[int, dict[str, Baseline]] = {}
     metrics: dict[str, Metric] = {}
+    observed: dict[int, Result] = {}
 
 
 class Published(Struct, frozen=True, kw_only=True, tag=True):
@@ -207,6 +214,32 @@ class EvalEnded(Struct, frozen=True, kw_only=True, tag=True):
     when: str  # start, end or during
 
 
+class TasksSeeded(Struct, frozen=True, kw_only=True, tag=True):
+    """The curriculum begins with these results, by task key."""
+
+    results: dict[str, Result]
+
+
+class SourceRead(Struct, frozen=True, kw_only=True, tag=True):
+    """A curriculum read `num_tasks` further tasks of a source and met these for the first time."""
+
+    source: str
+    cursor_epoch: int
+    cursor_taken: int
+    num_tasks: int
+    found: list[Found] = []
+    forgotten: list[str] = []
+    barren: int = 0
+    is_whole: bool = False
+
+
+class TasksRated(Struct, frozen=True, kw_only=True, tag=True):
+    """All pending observations count from now on. `step` is the step that the next batch is for."""
+
+    step: int
+    ratings: list[Rating]
+
+
 Event = (
     GroupOpened
     | Replied
@@ -222,6 +255,9 @@ Event = (
     | TaskQuarantined
     | StepsSaved
     | EvalEnded
+    | TasksSeeded
+    | SourceRead
+    | TasksRated
 )
 
 
@@ -229,7 +265,8 @@ class LoopState(Struct, kw_only=True):
     """Everything the loop must know to go on. Only `apply` changes it.
 
     `groups` holds groups that are not wholly trained or dropped; `replies` and the `begun` ones those of rollouts that
-    have not ended; `next_step` is the step the next batch is for.
+    have not ended; `next_step` is the step the next batch is for. `pools`, by source, and `seeds`, by task key, are the
+    curriculum's; `moves` are those of the last ratings, of step `rated_at`.
     """
 
     next_group: int = 0
@@ -244,6 +281,10 @@ class LoopState(Struct, kw_only=True):
     max_versions_in_a_rollout: int = 0
     published: int = -1  # the newest version that engines held; -1: none yet
     quarantined: dict[str, str] = field(default_factory=dict)  # task -> why
+    pools: dict[str, SourcePools] = field(default_factory=dict)
+    seeds: dict[str, Result] = field(default_factory=dict)
+    moves: list[Rating] = field(default_factory=list)
+    rated_at: int = 0
 
     def apply(self, event: Event) -> None:
         """Errors: ValueError for an event that cannot follow (a rollout that ends twice, a batch out of order)."""
@@ -305,6 +346,9 @@ def _group_opened(state: LoopState, event: GroupOpened) -> None:
     state.cursors[event.source] = Cursor(epoch=event.cursor_epoch, taken=event.cursor_taken)
     state.next_group += 1
     state.count("groups_opened")
+    if event.pool:
+        state.pools[event.source].draw(event.task.key, event.group_id)
+        state.count(f"draws_{event.pool}")
 
 
 def _replied(state: LoopState, event: Replied) -> None:
@@ -379,6 +423,7 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
     for record in event.records:
         group.records[record.rollout_id] = record
     state.count(f"groups_{event.outcome}")
+    _note_observed(state, group, event.observed)
     if event.outcome == "ready":
         if group.status is GroupStatus.OPEN:
             _count_dispatched(state, [record.num_sampled_tokens for record in group.valid])
@@ -412,6 +457,7 @@ def _batch_shipped(state: LoopState, event: BatchShipped) -> None:
         raise ValueError(f"batch of step {event.step} shipped where step {state.next_step} is next")
     trained = set(event.rollout_ids)
     for group in [state.groups[group_id] for group_id in event.group_ids if group_id in state.groups]:
+        _note_observed(state, group, event.observed.get(group.group_id, Result(0.0, 0)))
         members = set(group.rollout_ids)
         tokens = sum(group.records[i].num_sampled_tokens for i in trained & members)
         state.count("tokens_trained", tokens)
@@ -437,6 +483,9 @@ def _published(state: LoopState, event: Published) -> None:
 
 def _task_quarantined(state: LoopState, event: TaskQuarantined) -> None:
     state.quarantined[event.task] = event.reason
+    for source, pools in state.pools.items():
+        if event.task.startswith(f"{source}/"):
+            pools.forget(event.task.removeprefix(f"{source}/"))
     state.count("tasks_quarantined")
 
 
@@ -446,6 +495,36 @@ def _steps_saved(state: LoopState, event: StepsSaved) -> None:
 
 def _eval_ended(state: LoopState, event: EvalEnded) -> None:
     state.evals.append(event)
+
+
+def _note_observed(state: LoopState, group: Group, result: Result) -> None:
+    group.is_observed = True
+    if result.count:
+        state.pools[group.source].pending.append(Observation(group.group_id, group.task.key, result))
+
+
+def _tasks_seeded(state: LoopState, event: TasksSeeded) -> None:
+    state.seeds = event.results
+
+
+def _source_read(state: LoopState, event: SourceRead) -> None:
+    pools = state.pools.setdefault(event.source, SourcePools())
+    pools.read(event.found, event.forgotten, barren=event.barren, is_whole=event.is_whole)
+    state.cursors[event.source] = Cursor(epoch=event.cursor_epoch, taken=event.cursor_taken)
+    state.count("tasks_found", len(event.found))
+    state.count("tasks_seeded", sum(bool(found.standing.recent) for found in event.found))
+    state.count("tasks_forgotten", len(event.forgotten))
+
+
+def _tasks_rated(state: LoopState, event: TasksRated) -> None:
+    for pools in state.pools.values():
+        pools.pending = []
+    for rating in event.ratings:
+        state.pools[rating.source].rate(rating)
+    state.rated_at = event.step
+    state.moves = [rating for rating in event.ratings if rating.after != rating.before]
+    state.count("pool_moves", len(state.moves))
+    state.count("tasks_retired", sum(rating.after == Pool.RETIRED for rating in state.moves))
 
 
 def _live_group(state: LoopState, rollout_id: int) -> Group:
@@ -470,4 +549,7 @@ _APPLY = {
     TaskQuarantined: _task_quarantined,
     StepsSaved: _steps_saved,
     EvalEnded: _eval_ended,
+    TasksSeeded: _tasks_seeded,
+    SourceRead: _source_read,
+    TasksRated: _tasks_rated,
 }

@@ -1,14 +1,14 @@
-"""What a run tells about itself: metrics.jsonl, ledger.jsonl, summary.json, restarts.jsonl.
+"""What a run tells about itself: metrics.jsonl, ledger.jsonl, curriculum.jsonl, summary.json, restarts.jsonl.
 
-One process writes the first three; the supervisor writes the last one, and into the ledger what nobody else can account
-for.
+The orchestrator writes all but the last; the supervisor writes that one, and into the ledger what nobody else can
+account for.
 """
 
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class RunLog:
             _cut_torn_line(path)
         self._metrics = run.metrics.open("a", encoding="utf-8", buffering=1)
         self._ledger = run.ledger.open("a", encoding="utf-8", buffering=1)
+        self._num_moves: int | None = None  # counted when they are first asked for
 
     def metrics(self, step: int, metrics: Mapping[str, Metric], **more: Any) -> None:
         """One row of metrics.jsonl. A metric without a value (0 of 0) is left out."""
@@ -39,6 +40,17 @@ class RunLog:
 
     def ledger(self, entry: LedgerEntry) -> None:
         self._ledger.write(msgspec.json.encode(entry).decode() + "\n")
+
+    def moves(self, rows: Sequence[Mapping[str, Any]], *, total: int) -> None:
+        """The last rows of curriculum.jsonl, which has `total` then; those that are there are not written again."""
+        if self._num_moves is None:
+            _cut_torn_line(self._run.moves)
+            self._num_moves = len(_whole_lines(self._run.moves))
+        missing = rows[max(len(rows) - (total - self._num_moves), 0) :]
+        if missing:
+            with self._run.moves.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in missing)
+        self._num_moves += len(missing)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self._run.summary, (json.dumps(summary, indent=2) + "\n").encode())
@@ -92,6 +104,11 @@ def _append(path: Path, row: Struct) -> None:
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """Rows in the order written; a step that was trained again after a resume is there twice, the later one counts."""
     return [json.loads(line) for line in _whole_lines(run.metrics)]
+
+
+def read_moves(run: RunDir) -> list[dict[str, Any]]:
+    """Moves between the pools of the curriculum, in the order they happened."""
+    return [json.loads(line) for line in _whole_lines(run.moves)]
 
 
 def read_ledger(run: RunDir) -> list[LedgerEntry]:

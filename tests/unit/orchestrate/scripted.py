@@ -131,6 +131,7 @@ class ScriptedWorker:
         self._reward = reward
         self._plays: dict[int, Play] = {}
         self.num_played = 0
+        self.num_tasks = 10**9
 
     async def run(self) -> None:
         await self._channel.send(WorkerReady(index=0, pid=0))
@@ -138,8 +139,10 @@ class ScriptedWorker:
             message = await self._channel.receive(deadline_s=20, waiting_for="the loop")
             match message:
                 case ListTasks():
-                    tasks = [Task(prompt=f"task {message.offset + i}") for i in range(message.count)]
-                    await self._channel.send(Tasks(request_id=message.request_id, tasks=tasks, exhausted=False))
+                    names = [f"task {i}" for i in range(message.offset, message.offset + message.count)]
+                    tasks = [Task(prompt=name, key=name) for name in names[: max(self.num_tasks - message.offset, 0)]]
+                    ended = len(tasks) < message.count
+                    await self._channel.send(Tasks(request_id=message.request_id, tasks=tasks, exhausted=ended))
                 case Play():
                     self.num_played += 1
                     self._plays[message.rollout_id] = message
