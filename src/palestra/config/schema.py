@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Fraction = float
-Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip"]
+Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip", "none"]
 Dtype = Literal["float32", "bfloat16"]
 
 

@@ -17,6 +17,7 @@ from palestra.algo.losses.cross_entropy import cross_entropy
 from palestra.algo.losses.dppo import dppo
 from palestra.algo.losses.gspo import gspo
 from palestra.algo.losses.mis import masked_importance_sampling
+from palestra.algo.losses.none import no_correction
 from palestra.algo.losses.ppo_clip import ppo_clip
 from palestra.algo.losses.ratio import effective_sample_share
 from palestra.algo.losses.reference_kl import reference_kl
@@ -54,6 +55,7 @@ LOSSES: dict[str, PolicyLoss] = {
     "gspo": gspo,
     "dppo": dppo,
     "ppo_clip": ppo_clip,
+    "none": no_correction,
 }
 
 
