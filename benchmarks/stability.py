@@ -4,8 +4,8 @@
         --eval-every 20 --budget-s 3600 [section.field=value ...]
 
 The first loss is trained at every age, the others at the greatest one: a run per setting and seed, one after the other.
-Finished runs are skipped, others are resumed; when the budget is used up, the run in progress is interrupted and goes on
-next time. A run that fails is told, left where it is, and shown as far as it went: a collapse may end a run. Settings
+Finished runs are skipped, others are resumed; when the budget is used up, the run in progress is interrupted, to go on
+next time. One that fails is told, left where it is, and shown as far as it went: a collapse may end a run. Settings
 take turns within a seed, so that what is there after any budget can be compared.
 Writes `stability.md` (a table) and `stability.png` (held-out reward against steps) into `--outputs`.
 """
