@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--eval-set", help="whose reward is shown; default: the first")
     parser.add_argument("--budget-s", type=float, required=True, help="0: only read what is there")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/stability"))
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     settings = settings_of(arguments.losses, arguments.ages)
     overrides = [f"eval.every={arguments.eval_every}", *arguments.overrides]
     play = player(arguments.recipe, arguments.outputs, overrides)

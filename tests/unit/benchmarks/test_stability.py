@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from benchmarks.stability import Setting, curve, draw, measure, player, run_all, settings_of, table
+from benchmarks.stability import Setting, curve, draw, main, measure, player, run_all, settings_of, table
 
 from palestra.core.metrics import Last
 from palestra.launch.status import State, Status, write_status
@@ -74,3 +74,9 @@ def test_numbers_by_hand(tmp_path: Path):
     assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
     other = measure(RunDir(tmp_path / SETTINGS[0].run_name(0)), SETTINGS[0], 0, "other")
     assert other.last == 0.5
+
+
+def test_overrides_may_follow_the_options(tmp_path: Path):
+    words = ["recipe.toml", "--ages", "0", "--budget-s", "0", "--outputs", str(tmp_path), "train.steps=3", "train.lr=1"]
+    main(words)
+    assert "| mis | 0 | | 0 |" in (tmp_path / "stability.md").read_text()
