@@ -75,6 +75,32 @@ class Data(Section):
     warmup: WarmUp = WarmUp()
 
 
+class Masks(Section):
+    """Rollouts that train nothing although they are in the batch, whatever the loss: see docs/stability.md. All off."""
+
+    geometric_low: float | None = Field(default=None, ge=0)  # a rollout whose geometric mean ratio is below this
+    geometric_high: PositiveFloat | None = None  # or above this
+    negative_mismatch: PositiveFloat | None = None  # of negative advantage, with mean(engine - trainer logprob) above
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.geometric_low, self.geometric_high
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"algo.masks.geometric_low={low} must be less than geometric_high={high}")
+        return self
+
+
+class Length(Section):
+    """What length takes off a reward before advantages; the reward itself is recorded as it was. All off."""
+
+    max_tokens: PositiveInt | None = None  # sampled in a rollout: what counts as full; default: sampling.max_tokens
+    penalty: float = Field(default=0.0, ge=0)  # of a full rollout; shorter ones lose in proportion
+    overlong_tokens: int = Field(
+        default=0, ge=0
+    )  # the last so many tokens before full are where the soft penalty grows
+    overlong_penalty: float = Field(default=1.0, ge=0)  # at full and beyond
+
+
 class Algo(Section):
     """What a step trains on and how a token is weighed."""
 
@@ -84,6 +110,8 @@ class Algo(Section):
     group_size: PositiveInt = 16
     baseline: Literal["mean", "leave_one_out"] = "mean"
     advantage_scale: Literal["none", "std"] = "none"
+    masks: Masks = Masks()
+    length: Length = Length()
     drop_zero_signal: bool = True
     max_age: int = Field(default=8, ge=0)  # a rollout older than this never trains
     pace_age: float = Field(default=1.0, ge=0)  # dispatch is paced to this mean age (Little's law)
@@ -146,6 +174,7 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
     lr_decay_steps: int = Field(default=0, ge=0)  # wsd: length of the decay at the end
+    lr_ess_power: float = Field(default=0.0, ge=0)  # lr x (effective sample share)^this; 0.5 suits Adam, 0 is off
     samples_per_step: PositiveInt = 64  # supervised runs; in RL a step trains groups_per_step x group_size rollouts
     max_pack_tokens: PositiveInt = 4096  # tokens of one forward
     head_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at once

@@ -23,7 +23,7 @@ from palestra.launch.guard import Guard
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import Plan, Program, Role
 from palestra.wire.channel import Listener
-from palestra.wire.messages import Done, Failed, Progress, ToSupervisor
+from palestra.wire.messages import Done, Failed, Notice, Progress, ToSupervisor
 from palestra.wire.rundir import Attempt, RunDir
 
 _LAST_WORD_S = 1.0  # what a process said before it ended has arrived by then
@@ -201,6 +201,8 @@ class Supervisor:
             match message:
                 case Progress():
                     self._view.progress(message)
+                case Notice():
+                    self._view.say(message.text)
                 case Done():
                     child.done.set()
                     child.last_word.set()

@@ -10,7 +10,8 @@ import numpy as np
 
 from palestra.algo.advantages import advantages
 from palestra.algo.packing import Packing, pack
-from palestra.core.records import RolloutRecord, Sample
+from palestra.algo.shaping import LengthShaping
+from palestra.core.records import RolloutRecord, Sample, Seat
 from palestra.orchestrate.buffer import is_fresh, rewards_by_seat
 from palestra.orchestrate.state import Group
 from palestra.wire.batches import Batch
@@ -26,6 +27,7 @@ class BatchRules:
     max_pack_tokens: int
     num_ranks: int
     temperature: float
+    length: LengthShaping
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def make_batch(
         rollout=np.asarray([row.rollout_id for row in rows], np.int64),
         temperature=np.full(len(rows), rules.temperature, np.float32),
         pack=packing.pack_of_sample,
+        version=np.asarray([min((span.version for span in row.sample.spans), default=step) for row in rows], np.int64),
     )
     return batch, packing, trained
 
@@ -85,14 +88,27 @@ def _rows(groups: list[Group], step: int, rules: BatchRules) -> tuple[list[_Row]
 
 
 def _advantages(group: Group, rules: BatchRules) -> dict[tuple[int, str], float]:
-    """By rollout and seat."""
+    """By rollout and seat, from the rewards and what their seats' lengths take off them."""
     found: dict[tuple[int, str], float] = {}
     for name, rewards_G in rewards_by_seat(group.valid).items():
-        advantage_G = advantages(rewards_G, baseline=rules.baseline, scale=rules.advantage_scale)
-        members = [record for record in group.valid if any(seat.name == name for seat in record.seats)]
-        for record, advantage in zip(members, advantage_G.tolist(), strict=True):
+        members = [(record, seat) for record in group.valid for seat in record.seats if seat.name == name]
+        shaped_G = [
+            reward + rules.length.added_to_reward(_sampled_tokens(seat))
+            for reward, (_, seat) in zip(rewards_G, members, strict=True)
+        ]
+        advantage_G = advantages(shaped_G, baseline=rules.baseline, scale=rules.advantage_scale)
+        for (record, _), advantage in zip(members, advantage_G.tolist(), strict=True):
             found[record.rollout_id, name] = advantage
     return found
+
+
+def length_added(records: list[RolloutRecord], length: LengthShaping) -> float:
+    """Summed over the seats of these rollouts: what their lengths added to rewards."""
+    return sum(length.added_to_reward(_sampled_tokens(seat)) for record in records for seat in record.seats)
+
+
+def _sampled_tokens(seat: Seat) -> int:
+    return sum(sum(sample.sampled) for sample in seat.samples)
 
 
 def _column(rows: list[_Row], name: str, dtype: type) -> np.ndarray:

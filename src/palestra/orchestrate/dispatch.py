@@ -11,6 +11,7 @@ from collections import deque
 import msgspec
 
 from palestra.core.errors import InfrastructureError, UserError
+from palestra.core.metrics import Mean
 from palestra.core.records import Ending, Reply, RolloutRecord
 from palestra.orchestrate.buffer import outcome
 from palestra.orchestrate.desk import Desk
@@ -170,6 +171,9 @@ class Dispatcher:
         judged = msgspec.structs.replace(group, records=group.records | scored)
         result = outcome(judged, drop_zero_signal=self._desk.config.algo.drop_zero_signal)
         self._desk.journal.record(GroupClosed(group_id=group.group_id, outcome=result, records=records))
+        self._desk.teller.note(
+            {"groups/zero_signal_share": Mean(outcome(judged, drop_zero_signal=True) == "zero_signal")}
+        )
         self._desk.fleet.forget(group.group_id)
         self._desk.changed.tell()
         await self._watch_outcomes(judged, result)

@@ -49,6 +49,7 @@ from palestra.wire.messages import (
 )
 from palestra.wire.policy import EngineClient
 from palestra.wire.rundir import Attempt, RunDir
+from palestra.wire.runlog import read_warnings
 
 TRAINER = "trainer"
 _FromAll = FromWorker | FromTrainer
@@ -160,6 +161,7 @@ class Loop:
         first = desk.config.eval.sets[0].label if desk.config.eval.sets else None
         teller.log.summary(
             summary(teller.totals, desk.state, name=desk.run.name, first_eval=first, attempt=desk.attempt.number)
+            | {"warnings": read_warnings(desk.run)}
         )
         await teller.send(Done(process="orchestrator"))
 
@@ -221,6 +223,7 @@ class Loop:
         }
         batch = desk.state.batch_metrics.get(message.step, {})
         row = teller.step_row(message, batch, teller.totals.metrics(desk.state), in_flight)
+        await teller.watch(message.step, row)
         shown = {name: row[key].value for name, key in _SHOWN.items() if key in row}
         totals = {"tokens_per_s": teller.totals.tokens_per_s, "trainer_idle": teller.totals.trainer_idle}
         await teller.progress("training", message.step + 1, desk.config.train.steps, **shown, **totals)

@@ -6,8 +6,9 @@ Waits for: enough ready groups, and room at the trainer. Woken by: `changed`. En
 
 import asyncio
 
+from palestra.algo.shaping import LengthShaping
 from palestra.core.metrics import Mean, Metrics
-from palestra.orchestrate.batcher import BatchRules, make_batch
+from palestra.orchestrate.batcher import BatchRules, length_added, make_batch
 from palestra.orchestrate.buffer import expired, take
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.report import trained_metrics
@@ -33,7 +34,8 @@ def _take(desk: Desk) -> list[Group] | None:
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
     with desk.teller.ledger.spend("batch"):
-        batch, packing, trained = make_batch(groups, step=step, attempt=desk.attempt.number, rules=_rules(desk))
+        rules = _rules(desk)
+        batch, packing, trained = make_batch(groups, step=step, attempt=desk.attempt.number, rules=rules)
     path = await asyncio.to_thread(desk.run.batches.write, batch)
     if desk.config.log.keep_rollouts:
         await asyncio.to_thread(desk.teller.write_rollouts, f"step-{step:06d}", trained)
@@ -41,6 +43,8 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         "packing/fill": Mean(packing.num_tokens, packing.num_packs * packing.max_tokens),
         "wire/bytes_per_token": Mean(path.stat().st_size, batch.num_tokens),
     }
+    if not rules.length.is_off:
+        metrics["reward/length_added"] = Mean(length_added(trained, rules.length), len(trained))
     event = BatchShipped(
         step=step,
         group_ids=[group.group_id for group in groups],
@@ -54,7 +58,7 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
 
 
 def _rules(desk: Desk) -> BatchRules:
-    config = desk.config
+    config, length = desk.config, desk.config.algo.length
     return BatchRules(
         baseline=config.algo.baseline,
         advantage_scale=config.algo.advantage_scale,
@@ -62,4 +66,10 @@ def _rules(desk: Desk) -> BatchRules:
         max_pack_tokens=config.train.max_pack_tokens,
         num_ranks=config.train.num_ranks,
         temperature=config.sampling.temperature,
+        length=LengthShaping(
+            max_tokens=length.max_tokens or config.sampling.max_tokens,
+            penalty=length.penalty,
+            overlong_tokens=length.overlong_tokens,
+            overlong_penalty=length.overlong_penalty,
+        ),
     )

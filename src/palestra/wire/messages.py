@@ -203,6 +203,13 @@ class Progress(Struct, frozen=True, kw_only=True, tag=True):
     numbers: dict[str, float] = {}
 
 
+class Notice(Struct, frozen=True, kw_only=True, tag=True):
+    """A line that stays in the live view, above what changes."""
+
+    process: str
+    text: str
+
+
 class Done(Struct, frozen=True, kw_only=True, tag=True):
     """The process has done all it had to."""
 
@@ -224,7 +231,7 @@ class Restart(Struct, frozen=True, kw_only=True, tag=True):
     why: str
 
 
-ToSupervisor = Progress | Done | Failed | Restart
+ToSupervisor = Progress | Notice | Done | Failed | Restart
 
 
 # --- supervisor -> orchestrator
