@@ -11,8 +11,8 @@ import numpy as np
 from palestra.algo.advantages import advantages
 from palestra.algo.packing import Packing, pack
 from palestra.algo.shaping import LengthShaping
-from palestra.core.records import RolloutRecord, Sample, Seat
-from palestra.orchestrate.buffer import is_fresh, rewards_by_seat
+from palestra.core.records import RolloutRecord, Sample
+from palestra.orchestrate.buffer import is_fresh, shaped_by_seat
 from palestra.orchestrate.state import Group
 from palestra.wire.batches import Batch
 
@@ -88,27 +88,14 @@ def _rows(groups: list[Group], step: int, rules: BatchRules) -> tuple[list[_Row]
 
 
 def _advantages(group: Group, rules: BatchRules) -> dict[tuple[int, str], float]:
-    """By rollout and seat, from the rewards and what their seats' lengths take off them."""
+    """By rollout and seat."""
     found: dict[tuple[int, str], float] = {}
-    for name, rewards_G in rewards_by_seat(group.valid).items():
-        members = [(record, seat) for record in group.valid for seat in record.seats if seat.name == name]
-        shaped_G = [
-            reward + rules.length.added_to_reward(_sampled_tokens(seat))
-            for reward, (_, seat) in zip(rewards_G, members, strict=True)
-        ]
-        advantage_G = advantages(shaped_G, baseline=rules.baseline, scale=rules.advantage_scale)
-        for (record, _), advantage in zip(members, advantage_G.tolist(), strict=True):
+    for name, rewards_G in shaped_by_seat(group.valid, rules.length).items():
+        advantage_G = advantages(rewards_G, baseline=rules.baseline, scale=rules.advantage_scale)
+        members = [record for record in group.valid if any(seat.name == name for seat in record.seats)]
+        for record, advantage in zip(members, advantage_G.tolist(), strict=True):
             found[record.rollout_id, name] = advantage
     return found
-
-
-def length_added(records: list[RolloutRecord], length: LengthShaping) -> float:
-    """Summed over the seats of these rollouts: what their lengths added to rewards."""
-    return sum(length.added_to_reward(_sampled_tokens(seat)) for record in records for seat in record.seats)
-
-
-def _sampled_tokens(seat: Seat) -> int:
-    return sum(sum(sample.sampled) for sample in seat.samples)
 
 
 def _column(rows: list[_Row], name: str, dtype: type) -> np.ndarray:

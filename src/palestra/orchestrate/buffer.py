@@ -1,6 +1,7 @@
 """The group buffer: which groups are ready, and which of them a batch takes. Pure functions of the state."""
 
 from palestra.algo.filters import is_zero_signal
+from palestra.algo.shaping import LengthShaping
 from palestra.core.records import RolloutRecord, Seat
 from palestra.orchestrate.state import Group, GroupStatus, LoopState
 
@@ -26,6 +27,22 @@ def rewards_by_seat(records: list[RolloutRecord]) -> dict[str, list[float]]:
         for seat in record.seats:
             rewards.setdefault(seat.name, []).append(seat_reward(record, seat))
     return rewards
+
+
+def shaped_by_seat(records: list[RolloutRecord], length: LengthShaping) -> dict[str, list[float]]:
+    """Rewards of each seat's rollouts and what the seat's length takes off them: what advantages are computed from.
+
+    Whether a group has signal is judged by the rewards alone, so that length never trains where the task does not.
+    """
+    rewards: dict[str, list[float]] = {}
+    for record in records:
+        for seat in record.seats:
+            rewards.setdefault(seat.name, []).append(seat_reward(record, seat) + length_added(seat, length))
+    return rewards
+
+
+def length_added(seat: Seat, length: LengthShaping) -> float:
+    return length.added_to_reward(sum(sum(sample.sampled) for sample in seat.samples))
 
 
 def is_fresh(record: RolloutRecord, *, step: int, max_age: int) -> bool:

@@ -189,7 +189,7 @@ def _spike_words(rows: Rows) -> str:
 # --- rollouts
 
 _TRUNCATED, _ZERO = "rollout/truncated", "groups/zero_signal_share"
-_TRAINED, _DISPATCHED = "rollout/trained_tokens", "rollout/dispatched_tokens"
+_DRIFT = "rollout/length_drift"  # of the whole run: (mean trained length / mean dispatched length) - 1
 _TRUNCATED_HIGH = 0.3  # from here on the share itself counts like a rise
 
 
@@ -225,17 +225,15 @@ def _zero_signal_words(rows: Rows) -> str:
 
 
 def _length_drift(rows: Rows) -> float | None:
-    trained, dispatched = _values(rows, _TRAINED), _values(rows, _DISPATCHED)
-    if min(len(trained), len(dispatched)) < 2 * _FEW or not fmean(dispatched):
-        return None
-    return abs(fmean(trained) / fmean(dispatched) - 1)
+    drift = _values(rows, _DRIFT)
+    return abs(drift[-1]) if len(drift) >= 2 * _FEW else None
 
 
 def _length_words(rows: Rows) -> str:
-    trained, dispatched = fmean(_values(rows, _TRAINED)), fmean(_values(rows, _DISPATCHED))
+    drift = _values(rows, _DRIFT)[-1]
     return (
-        f"trained rollouts have {trained:.1f} tokens on average, dispatched ones {dispatched:.1f}: the loop selects by "
-        "length; look at groups/too_old and rollout/invalid, raise algo.max_age or env.stall_s"
+        f"the rollouts that trained are {abs(drift):.0%} {'longer' if drift > 0 else 'shorter'} than those dispatched: the "
+        "loop selects by length; look at groups/too_old and rollout/invalid, and raise algo.max_age or env.stall_s"
     )
 
 
@@ -247,5 +245,5 @@ RULES = (
     Rule("grad_norm", _spike, warn_at=10.0, clear_at=3.0, words=_spike_words),
     Rule("truncated", _truncation, warn_at=0.2, clear_at=0.1, words=_truncation_words),
     Rule("zero_signal", _zero_signal, warn_at=0.8, clear_at=0.65, words=_zero_signal_words),
-    Rule("length_drift", _length_drift, warn_at=0.2, clear_at=0.1, words=_length_words),
+    Rule("length_drift", _length_drift, warn_at=0.1, clear_at=0.05, words=_length_words),
 )

@@ -8,8 +8,8 @@ import asyncio
 
 from palestra.algo.shaping import LengthShaping
 from palestra.core.metrics import Mean, Metrics
-from palestra.orchestrate.batcher import BatchRules, length_added, make_batch
-from palestra.orchestrate.buffer import expired, take
+from palestra.orchestrate.batcher import BatchRules, make_batch
+from palestra.orchestrate.buffer import expired, length_added, take
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.report import trained_metrics
 from palestra.orchestrate.state import BatchShipped, Group, GroupExpired
@@ -44,7 +44,8 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         "wire/bytes_per_token": Mean(path.stat().st_size, batch.num_tokens),
     }
     if not rules.length.is_off:
-        metrics["reward/length_added"] = Mean(length_added(trained, rules.length), len(trained))
+        added = [length_added(seat, rules.length) for record in trained for seat in record.seats]
+        metrics["reward/length_added"] = Mean(sum(added), len(added))
     event = BatchShipped(
         step=step,
         group_ids=[group.group_id for group in groups],

@@ -23,8 +23,7 @@ def healthy(step: int, seed: int = 0) -> dict[str, float]:
         "rollout/truncated": 0.006 * noise.random(),
         "reward/finished": 0.2 + 0.75 * learned + noise.uniform(-0.05, 0.05),
         "groups/zero_signal_share": 0.4 + 0.2 * learned + noise.uniform(-0.1, 0.1),
-        "rollout/trained_tokens": 5.7 + noise.uniform(-0.3, 0.3),
-        "rollout/dispatched_tokens": 6.0 + noise.uniform(-0.3, 0.3),
+        "rollout/length_drift": noise.uniform(-0.02, 0.02),
         "age/mean": 1.0,
     }
 
@@ -73,7 +72,7 @@ COLLAPSES = [
         {"groups/zero_signal_share": lambda s: 0.9},
         ["of the groups all rewards are equal", "harder or easier"],
     ),
-    ("length_drift", {"rollout/trained_tokens": lambda s: 3.0}, ["tokens on average", "algo.max_age"]),
+    ("length_drift", {"rollout/length_drift": lambda s: -0.004 * (s - 60)}, ["10% shorter", "algo.max_age"]),
 ]
 
 

@@ -9,7 +9,8 @@ from palestra.algo.shaping import LengthShaping
 from palestra.config.schema import Source
 from palestra.core.errors import UserError
 from palestra.core.records import Ending, RolloutRecord, Sample, Seat, Span, Task
-from palestra.orchestrate.batcher import BatchRules, length_added, make_batch
+from palestra.orchestrate.batcher import BatchRules, make_batch
+from palestra.orchestrate.buffer import length_added, outcome
 from palestra.orchestrate.sources import TaskSources, seed_for
 from palestra.orchestrate.state import Cursor, Group, GroupOpened, LoopState, RolloutEnded
 from palestra.orchestrate.trainer import Schedule, TrainerLink
@@ -77,9 +78,11 @@ def test_length_is_taken_off_before_advantages_and_the_reward_stays():
     batch, _, trained = make_batch([group(0, members)], step=0, attempt=1, rules=rules)
     np.testing.assert_allclose(batch.advantage[batch.offsets[:-1]], [0.6, -0.1, -0.5], atol=1e-6)
     assert [r.reward for r in trained] == [1.0, 1.0, 0.0]
-    assert length_added(trained, shaping) == pytest.approx(-0.1 - 0.8 - 0.2)
+    assert [length_added(r.seats[0], shaping) for r in trained] == pytest.approx([-0.1, -0.8, -0.2])
     plain, _, _ = make_batch([group(0, members)], step=0, attempt=1, rules=RULES)
     np.testing.assert_allclose(plain.advantage[plain.offsets[:-1]], [1 / 3, 1 / 3, -2 / 3], atol=1e-6)
+    equal = group(0, [record(0, 1.0, tokens=2), record(1, 1.0, tokens=6)])
+    assert outcome(equal, drop_zero_signal=True) == "zero_signal"  # length alone is no signal
 
 
 def test_a_batch_survives_the_wire_to_the_bit():
