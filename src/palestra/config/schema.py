@@ -101,6 +101,24 @@ class Length(Section):
     overlong_penalty: float = Field(default=1.0, ge=0)  # at full and beyond
 
 
+class Frozen(Section):
+    """A model with the policy's tokens whose weights never change, behind an engine of its own (settings: `engine`)."""
+
+    path: str  # Hugging Face directory or hub name
+    weight: PositiveFloat
+    max_in_flight: PositiveInt = 32  # samples that its engine is asked about at once
+
+
+class Reference(Frozen):
+    """What the policy is pulled to: `weight` x KL, a component of the loss beside the policy's."""
+
+
+class Teacher(Frozen):
+    """Who says of every sampled token how likely it is: `weight` x (teacher - engine logprob) is its advantage, too."""
+
+    replaces_reward: bool = False  # advantages are the teacher's alone
+
+
 class Algo(Section):
     """What a step trains on and how a token is weighed."""
 
@@ -112,7 +130,9 @@ class Algo(Section):
     advantage_scale: Literal["none", "std"] = "none"
     masks: Masks = Masks()
     length: Length = Length()
-    drop_zero_signal: bool = True
+    reference: Reference | None = None
+    teacher: Teacher | None = None
+    drop_zero_signal: bool = True  # groups with equal rewards; with a teacher every group has signal
     max_age: int = Field(default=8, ge=0)  # a rollout older than this never trains
     pace_age: float = Field(default=1.0, ge=0)  # dispatch is paced to this mean age (Little's law)
     window_groups: int | None = Field(default=None, ge=0)  # a batch reaches this far past the oldest open group
@@ -127,6 +147,19 @@ class Algo(Section):
         return int(self.rollouts_per_step * (1 + min(self.pace_age, self.max_age)))
 
     @property
+    def frozen(self) -> dict[str, Frozen]:
+        """Models whose weights never change, by name."""
+        return {
+            name: model
+            for name, model in (("reference", self.reference), ("teacher", self.teacher))
+            if model is not None
+        }
+
+    @property
+    def filters_groups(self) -> bool:
+        return self.drop_zero_signal and self.teacher is None
+
+    @property
     def window(self) -> int:
         """In groups. With `max_age` 0 batches take groups strictly in dispatch order."""
         if self.window_groups is not None:
@@ -135,7 +168,7 @@ class Algo(Section):
 
     @model_validator(mode="after")
     def _signal(self) -> Self:
-        if self.group_size == 1 and self.drop_zero_signal:
+        if self.group_size == 1 and self.filters_groups:
             raise ValueError(
                 "algo.group_size=1 has no group to compare with: every group would be dropped; use at least 2"
             )
@@ -315,6 +348,11 @@ class RunConfig(Section):
         """What trainer and engines load: the given model, or the one built into the run directory."""
         return self.model.path or str(self.run_dir / "model")
 
+    def engine_model(self, index: int) -> str:
+        """What engine `index` loads: behind the policy's replicas come the frozen models, in the order of `frozen`."""
+        frozen = [*self.algo.frozen.values()][max(index - self.engine.replicas, 0) :]
+        return frozen[0].path if frozen and index >= self.engine.replicas else self.model_dir
+
     @property
     def engine_dtype(self) -> Dtype:
         return self.engine.dtype or self.model.dtype
@@ -350,6 +388,11 @@ class RunConfig(Section):
         shared = {source.label for source in self.env.mix} & {entry.label for entry in self.eval.sets}
         if shared:
             raise ValueError(f"env.mix and eval.sets both have {sorted(shared)}; give the eval set a different `name`")
+        if self.algo.frozen and self.sampling.temperature != 1:
+            raise ValueError(
+                f"algo.{next(iter(self.algo.frozen))} says how likely tokens are at temperature 1, but the policy "
+                f"samples and trains at sampling.temperature={self.sampling.temperature}; set it to 1"
+            )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
         return self

@@ -18,6 +18,7 @@ from palestra.core.process import life
 from palestra.core.records import RolloutRecord, Sampling
 from palestra.core.spans import SpanLog
 from palestra.orchestrate.fleet import Fleet
+from palestra.orchestrate.frozen import FrozenModels
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.health import Health
 from palestra.orchestrate.journal import Journal
@@ -130,12 +131,18 @@ class Desk:
     pool: WorkerPool
     trainer: TrainerLink
     teller: Teller
+    frozen: FrozenModels
     changed: Changes
     tasks: asyncio.TaskGroup
 
     @property
     def state(self) -> LoopState:
         return self.journal.state
+
+    def close_ledgers(self) -> list[LedgerEntry]:
+        """Of the engines and of the orchestrator, up to now."""
+        engines = [link.ledger.close() for link in self.fleet.links]
+        return [*engines, *self.frozen.close_ledgers(), self.teller.ledger.close()]
 
     @property
     def sampling(self) -> Sampling:

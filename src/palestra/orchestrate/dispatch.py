@@ -169,7 +169,9 @@ class Dispatcher:
             records = await self._score_group(group)
         scored = {record.rollout_id: record for record in records}
         judged = msgspec.structs.replace(group, records=group.records | scored)
-        result = outcome(judged, drop_zero_signal=self._desk.config.algo.drop_zero_signal)
+        result = outcome(judged, drop_zero_signal=self._desk.config.algo.filters_groups)
+        if result == "ready":
+            self._desk.frozen.begin(judged.valid)
         self._desk.journal.record(GroupClosed(group_id=group.group_id, outcome=result, records=records))
         self._desk.teller.note(
             {"groups/zero_signal_share": Mean(outcome(judged, drop_zero_signal=True) == "zero_signal")}

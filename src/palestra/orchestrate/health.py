@@ -232,8 +232,8 @@ def _length_drift(rows: Rows) -> float | None:
 def _length_words(rows: Rows) -> str:
     drift = _values(rows, _DRIFT)[-1]
     return (
-        f"the rollouts that trained are {abs(drift):.0%} {'longer' if drift > 0 else 'shorter'} than those dispatched: the "
-        "loop selects by length; look at groups/too_old and rollout/invalid, and raise algo.max_age or env.stall_s"
+        f"the rollouts that trained are {abs(drift):.0%} {'longer' if drift > 0 else 'shorter'} than those dispatched: "
+        "the loop selects by length; look at groups/too_old and rollout/invalid, and raise algo.max_age or env.stall_s"
     )
 
 

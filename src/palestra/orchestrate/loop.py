@@ -20,6 +20,7 @@ from palestra.orchestrate.checkpoint import write_checkpoint
 from palestra.orchestrate.desk import Changes, Desk, Teller
 from palestra.orchestrate.dispatch import Dispatcher
 from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
+from palestra.orchestrate.frozen import FrozenEngine, FrozenModels, require_same_tokens
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
@@ -73,7 +74,7 @@ class Loop:
         )
         tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
         fleet = Fleet(
-            _make_links(attempt, make_client),
+            _make_links(config, attempt, make_client),
             healthy_s=config.engine.healthy_s,
             restart=lambda name, why: self._ask_restart(name, why),
             changed=changed.tell,
@@ -96,6 +97,7 @@ class Loop:
             ),
             trainer=TrainerLink(self._send_trainer, schedule, next_step=journal.state.next_step),
             teller=Teller(run, attempt, selector),
+            frozen=FrozenModels(_make_frozen(config, attempt, make_client), tasks.create_task),
             changed=changed,
             tasks=tasks,
         )
@@ -119,6 +121,7 @@ class Loop:
                     task.cancel()
         finally:
             await self.desk.gateway.close()
+            await self.desk.frozen.close()
             for owned in (self._listener, self.desk.journal, self.desk.teller):
                 owned.close()
 
@@ -131,13 +134,17 @@ class Loop:
             await self.desk.changed.wait("the last version in the engines")
         dispatching.cancel()
         self._dispatcher.cancel()
+        self.desk.frozen.cancel()
 
     async def _start(self) -> None:
         """Workers and engines; the trainer says by itself when it is ready."""
         desk, healthy_s = self.desk, self.desk.config.engine.healthy_s
         await desk.progress("starting engines and environment workers")
+        paths = {name: model.path for name, model in desk.config.algo.frozen.items()}
+        require_same_tokens(desk.config.model_dir, paths)
         await desk.pool.wait_ready(healthy_s)
         async with asyncio.TaskGroup() as joining:
+            joining.create_task(desk.frozen.start())
             for link in desk.fleet.links:
                 joining.create_task(self._join(link))
 
@@ -157,7 +164,7 @@ class Loop:
             await self._listener.send(worker, Stop())
         while self._gone != set(desk.pool.names):
             await desk.changed.wait("the last ledger entry of every environment worker")
-        teller.note_ledger(*(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
+        teller.note_ledger(*desk.close_ledgers())
         first = desk.config.eval.sets[0].label if desk.config.eval.sets else None
         teller.log.summary(
             summary(teller.totals, desk.state, name=desk.run.name, first_eval=first, attempt=desk.attempt.number)
@@ -216,7 +223,7 @@ class Loop:
         desk, teller = self.desk, self.desk.teller
         desk.trainer.trained = message.step + 1
         teller.totals.note_step(message.ledgers[0])
-        teller.note_ledger(*message.ledgers, *(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
+        teller.note_ledger(*message.ledgers, *desk.close_ledgers())
         in_flight: Metrics = {
             "engine/in_flight": Last(sum(link.in_flight for link in desk.fleet.links)),
             "engine/serving": Last(len(desk.fleet.serving)),
@@ -235,8 +242,29 @@ class Loop:
 _SHOWN = {"reward": "reward/trained", "age": "age/mean"}
 
 
-def _make_links(attempt: Attempt, make_client: Callable[[str], EngineClient]) -> list[EngineLink]:
+def _make_links(config: RunConfig, attempt: Attempt, make_client: Callable[[str], EngineClient]) -> list[EngineLink]:
+    policy_urls = attempt.engines[: len(attempt.engines) - len(config.algo.frozen)]
     return [
         EngineLink(f"engine-{index}", make_client(url), Ledger(f"engine-{index}", since=attempt.started_at))
-        for index, url in enumerate(attempt.engines)
+        for index, url in enumerate(policy_urls)
     ]
+
+
+def _make_frozen(
+    config: RunConfig, attempt: Attempt, make_client: Callable[[str], EngineClient]
+) -> dict[str, FrozenEngine]:
+    """The last engines of the attempt."""
+    frozen = config.algo.frozen
+    urls = attempt.engines[len(attempt.engines) - len(frozen) :]
+    return {
+        name: FrozenEngine(
+            f"{name}-0",
+            make_client(url),
+            Ledger(f"{name}-0", since=attempt.started_at),
+            max_in_flight=model.max_in_flight,
+            max_model_len=config.engine.max_model_len,
+            call_s=config.engine.call_s,
+            healthy_s=config.engine.healthy_s,
+        )
+        for url, (name, model) in zip(urls, frozen.items(), strict=True)
+    }

@@ -5,12 +5,14 @@ Waits for: enough ready groups, and room at the trainer. Woken by: `changed`. En
 """
 
 import asyncio
+import time
 
 from palestra.algo.shaping import LengthShaping
 from palestra.core.metrics import Mean, Metrics
 from palestra.orchestrate.batcher import BatchRules, make_batch
 from palestra.orchestrate.buffer import expired, length_added, take
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.frozen import frozen_metrics
 from palestra.orchestrate.report import trained_metrics
 from palestra.orchestrate.state import BatchShipped, Group, GroupExpired
 
@@ -27,15 +29,19 @@ async def ship_all(desk: Desk) -> None:
 def _take(desk: Desk) -> list[Group] | None:
     algo = desk.config.algo
     for group_id in expired(desk.state, max_age=algo.max_age):
+        desk.frozen.forget(desk.state.groups[group_id].rollout_ids)
         desk.journal.record(GroupExpired(group_id=group_id))
         desk.changed.tell()  # there is room for another group
     return take(desk.state, groups_per_step=algo.groups_per_step, window=algo.window)
 
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
+    began = time.monotonic()
+    logprobs = await desk.frozen.logprobs_of([record for group in groups for record in group.valid])
+    waited_s = time.monotonic() - began
     with desk.teller.ledger.spend("batch"):
         rules = _rules(desk)
-        batch, packing, trained = make_batch(groups, step=step, attempt=desk.attempt.number, rules=rules)
+        batch, packing, trained = make_batch(groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules)
     path = await asyncio.to_thread(desk.run.batches.write, batch)
     if desk.config.log.keep_rollouts:
         await asyncio.to_thread(desk.teller.write_rollouts, f"step-{step:06d}", trained)
@@ -43,6 +49,8 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         "packing/fill": Mean(packing.num_tokens, packing.num_packs * packing.max_tokens),
         "wire/bytes_per_token": Mean(path.stat().st_size, batch.num_tokens),
     }
+    if desk.config.algo.frozen:
+        metrics |= frozen_metrics(trained, logprobs) | {"frozen/wait_s": Mean(waited_s)}
     if not rules.length.is_off:
         added = [length_added(seat, rules.length) for record in trained for seat in record.seats]
         metrics["reward/length_added"] = Mean(sum(added), len(added))
@@ -59,11 +67,12 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
 
 
 def _rules(desk: Desk) -> BatchRules:
-    config, length = desk.config, desk.config.algo.length
+    config, algo = desk.config, desk.config.algo
+    length = algo.length
     return BatchRules(
-        baseline=config.algo.baseline,
-        advantage_scale=config.algo.advantage_scale,
-        max_age=config.algo.max_age,
+        baseline=algo.baseline,
+        advantage_scale=algo.advantage_scale,
+        max_age=algo.max_age,
         max_pack_tokens=config.train.max_pack_tokens,
         num_ranks=config.train.num_ranks,
         temperature=config.sampling.temperature,
@@ -73,4 +82,7 @@ def _rules(desk: Desk) -> BatchRules:
             overlong_tokens=length.overlong_tokens,
             overlong_penalty=length.overlong_penalty,
         ),
+        reference_weight=algo.reference.weight if algo.reference else 0.0,
+        teacher_weight=algo.teacher.weight if algo.teacher else 0.0,
+        reward_weight=0.0 if algo.teacher and algo.teacher.replaces_reward else 1.0,
     )

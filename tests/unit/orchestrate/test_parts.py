@@ -44,12 +44,15 @@ RULES = BatchRules(
     num_ranks=1,
     temperature=0.7,
     length=LengthShaping(max_tokens=8),
+    reference_weight=0.0,
+    teacher_weight=0.0,
+    reward_weight=1.0,
 )
 
 
 def test_advantages_by_hand_and_an_invalid_member_counts_for_nothing():
     members = [record(0, 1.0), record(1, 0.0), record(2, 0.0, ending=Ending.INVALID), record(3, 0.5)]
-    batch, _, trained = make_batch([group(0, members)], step=0, attempt=1, rules=RULES)
+    batch, _, trained = make_batch([group(0, members)], {}, step=0, attempt=1, rules=RULES)
     assert [r.rollout_id for r in trained] == [0, 1, 3]
     np.testing.assert_allclose(batch.advantage[batch.offsets[:-1]], [0.5, -0.5, 0.0])  # mean of 1, 0, 0.5 is 0.5
     assert set(batch.temperature.tolist()) == {np.float32(0.7)}
@@ -57,14 +60,14 @@ def test_advantages_by_hand_and_an_invalid_member_counts_for_nothing():
 
 def test_a_member_past_the_age_bound_is_left_out_but_counts_in_the_baseline():
     members = [record(0, 1.0, version=5), record(1, 0.0, version=2)]
-    batch, _, trained = make_batch([group(0, members)], step=5, attempt=1, rules=RULES)
+    batch, _, trained = make_batch([group(0, members)], {}, step=5, attempt=1, rules=RULES)
     assert [r.rollout_id for r in trained] == [0]
     np.testing.assert_allclose(batch.advantage, 0.5)
 
 
 def test_a_sample_has_the_version_of_its_oldest_token():
     members = [record(0, 1.0, version=5), record(1, 0.0, version=4)]
-    batch, _, _ = make_batch([group(0, members)], step=6, attempt=1, rules=RULES)
+    batch, _, _ = make_batch([group(0, members)], {}, step=6, attempt=1, rules=RULES)
     assert batch.version.tolist() == [5, 4]
     assert batch.age.tolist() == [1, 2]
 
@@ -75,18 +78,18 @@ def test_length_is_taken_off_before_advantages_and_the_reward_stays():
     members = [record(0, 1.0, tokens=2), record(1, 1.0, tokens=6), record(2, 0.0, tokens=4)]
     # 1 - 0.1 = 0.9; 1 - 0.3 - 0.5 = 0.2; 0 - 0.2 = -0.2; their mean is 0.3
     rules = dataclasses.replace(RULES, length=shaping)
-    batch, _, trained = make_batch([group(0, members)], step=0, attempt=1, rules=rules)
+    batch, _, trained = make_batch([group(0, members)], {}, step=0, attempt=1, rules=rules)
     np.testing.assert_allclose(batch.advantage[batch.offsets[:-1]], [0.6, -0.1, -0.5], atol=1e-6)
     assert [r.reward for r in trained] == [1.0, 1.0, 0.0]
     assert [length_added(r.seats[0], shaping) for r in trained] == pytest.approx([-0.1, -0.8, -0.2])
-    plain, _, _ = make_batch([group(0, members)], step=0, attempt=1, rules=RULES)
+    plain, _, _ = make_batch([group(0, members)], {}, step=0, attempt=1, rules=RULES)
     np.testing.assert_allclose(plain.advantage[plain.offsets[:-1]], [1 / 3, 1 / 3, -2 / 3], atol=1e-6)
     equal = group(0, [record(0, 1.0, tokens=2), record(1, 1.0, tokens=6)])
     assert outcome(equal, drop_zero_signal=True) == "zero_signal"  # length alone is no signal
 
 
 def test_a_batch_survives_the_wire_to_the_bit():
-    batch, _, _ = make_batch([group(0, [record(0, 1.0), record(1, 0.0, tokens=7)])], step=1, attempt=2, rules=RULES)
+    batch, _, _ = make_batch([group(0, [record(0, 1.0), record(1, 0.0, tokens=7)])], {}, step=1, attempt=2, rules=RULES)
     assert equal(decode(encode(batch)), batch)
 
 
