@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from palestra.config.schema import Frozen, RunConfig
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.metrics import Mean, Metrics
 from palestra.core.records import RolloutRecord, Sample
 from palestra.wire.policy import EngineClient, EngineError, UnreachableError
+from palestra.wire.rundir import Attempt
 
 Logprobs = dict[str, dict[int, list[NDArray[np.float32]]]]
 """By frozen model and rollout, an array for each of its samples, seat after seat: [T], NaN where there is no answer."""
@@ -30,16 +32,16 @@ Spawn = Callable[[Coroutine[Any, Any, Any]], "asyncio.Task[Any]"]
 _TRIES = 4  # of one sample, each after the engine said that it is healthy
 
 
-def require_same_tokens(policy: str, frozen: Mapping[str, str]) -> None:
-    """Compares tokenizers where both are on this machine; `frozen` has directories by name.
+def require_same_tokens(policy: str, frozen: Mapping[str, Frozen]) -> None:
+    """Compares tokenizers where both are on this machine.
 
     Errors: UserError naming the model whose token ids mean something else.
     """
     own = _vocabulary(policy)
-    for name, path in frozen.items():
-        if own is not None and (theirs := _vocabulary(path)) is not None and theirs != own:
+    for name, model in frozen.items():
+        if own is not None and (theirs := _vocabulary(model.path)) is not None and theirs != own:
             raise UserError(
-                f"algo.{name}.path={path} has other tokens than the policy ({policy}): it would judge other texts; "
+                f"algo.{name}.path={model.path} has other tokens than the policy ({policy}): it would judge other texts; "
                 "give a model with the same tokenizer.json"
             )
 
@@ -109,6 +111,24 @@ class FrozenEngine:
         cause = "score" if self._num_asked else "idle"
         if self.ledger.cause != cause:
             self.ledger.switch(cause)
+
+
+def make_frozen(
+    config: RunConfig, urls: Sequence[str], attempt: Attempt, make_client: Callable[[str], EngineClient]
+) -> dict[str, FrozenEngine]:
+    """The engines at `urls`, in the order of `algo.frozen`."""
+    return {
+        name: FrozenEngine(
+            f"{name}-0",
+            make_client(url),
+            Ledger(f"{name}-0", since=attempt.started_at),
+            max_in_flight=model.max_in_flight,
+            max_model_len=config.engine.max_model_len,
+            call_s=config.engine.call_s,
+            healthy_s=config.engine.healthy_s,
+        )
+        for url, (name, model) in zip(urls, config.algo.frozen.items(), strict=True)
+    }
 
 
 class FrozenModels:

@@ -10,7 +10,7 @@ Ends when: `train.steps` steps are trained and published, the final evaluation i
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
@@ -20,7 +20,7 @@ from palestra.orchestrate.checkpoint import write_checkpoint
 from palestra.orchestrate.desk import Changes, Desk, Teller
 from palestra.orchestrate.dispatch import Dispatcher
 from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
-from palestra.orchestrate.frozen import FrozenEngine, FrozenModels, require_same_tokens
+from palestra.orchestrate.frozen import FrozenModels, make_frozen, require_same_tokens
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
@@ -73,8 +73,9 @@ class Loop:
             attempt.orchestrator, attempt=attempt.number, receives=_FromAll
         )
         tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
+        num_policy = len(attempt.engines) - len(config.algo.frozen)  # the engines of frozen models come last
         fleet = Fleet(
-            _make_links(config, attempt, make_client),
+            _make_links(attempt.engines[:num_policy], attempt, make_client),
             healthy_s=config.engine.healthy_s,
             restart=lambda name, why: self._ask_restart(name, why),
             changed=changed.tell,
@@ -97,7 +98,9 @@ class Loop:
             ),
             trainer=TrainerLink(self._send_trainer, schedule, next_step=journal.state.next_step),
             teller=Teller(run, attempt, selector),
-            frozen=FrozenModels(_make_frozen(config, attempt, make_client), tasks.create_task),
+            frozen=FrozenModels(
+                make_frozen(config, attempt.engines[num_policy:], attempt, make_client), tasks.create_task
+            ),
             changed=changed,
             tasks=tasks,
         )
@@ -140,8 +143,7 @@ class Loop:
         """Workers and engines; the trainer says by itself when it is ready."""
         desk, healthy_s = self.desk, self.desk.config.engine.healthy_s
         await desk.progress("starting engines and environment workers")
-        paths = {name: model.path for name, model in desk.config.algo.frozen.items()}
-        require_same_tokens(desk.config.model_dir, paths)
+        require_same_tokens(desk.config.model_dir, desk.config.algo.frozen)
         await desk.pool.wait_ready(healthy_s)
         async with asyncio.TaskGroup() as joining:
             joining.create_task(desk.frozen.start())
@@ -242,29 +244,8 @@ class Loop:
 _SHOWN = {"reward": "reward/trained", "age": "age/mean"}
 
 
-def _make_links(config: RunConfig, attempt: Attempt, make_client: Callable[[str], EngineClient]) -> list[EngineLink]:
-    policy_urls = attempt.engines[: len(attempt.engines) - len(config.algo.frozen)]
+def _make_links(urls: Sequence[str], attempt: Attempt, make_client: Callable[[str], EngineClient]) -> list[EngineLink]:
     return [
         EngineLink(f"engine-{index}", make_client(url), Ledger(f"engine-{index}", since=attempt.started_at))
-        for index, url in enumerate(policy_urls)
+        for index, url in enumerate(urls)
     ]
-
-
-def _make_frozen(
-    config: RunConfig, attempt: Attempt, make_client: Callable[[str], EngineClient]
-) -> dict[str, FrozenEngine]:
-    """The last engines of the attempt."""
-    frozen = config.algo.frozen
-    urls = attempt.engines[len(attempt.engines) - len(frozen) :]
-    return {
-        name: FrozenEngine(
-            f"{name}-0",
-            make_client(url),
-            Ledger(f"{name}-0", since=attempt.started_at),
-            max_in_flight=model.max_in_flight,
-            max_model_len=config.engine.max_model_len,
-            call_s=config.engine.call_s,
-            healthy_s=config.engine.healthy_s,
-        )
-        for url, (name, model) in zip(urls, frozen.items(), strict=True)
-    }

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from palestra.config.schema import Teacher
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.core.ledger import Ledger
 from palestra.core.records import Ending, RolloutRecord, Sample, Seat, Span, Task
@@ -258,10 +259,10 @@ def test_another_tokenizer_is_refused(tmp_path):
         (tmp_path / name).mkdir()
         if vocab is not None:
             (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
-    paths = {name: str(tmp_path / name) for name in ("same", "other", "none")}
-    require_same_tokens(str(tmp_path / "policy"), {"reference": paths["same"], "teacher": paths["none"]})
+    models = {name: Teacher(path=str(tmp_path / name), weight=1.0) for name in ("same", "other", "none")}
+    require_same_tokens(str(tmp_path / "policy"), {"reference": models["same"], "teacher": models["none"]})
     with pytest.raises(UserError, match=r"algo\.teacher\.path=.*other tokens"):
-        require_same_tokens(str(tmp_path / "policy"), {"teacher": paths["other"]})
+        require_same_tokens(str(tmp_path / "policy"), {"teacher": models["other"]})
 
 
 def test_answers_are_for_temperature_one(tmp_path):
