@@ -41,8 +41,8 @@ def require_same_tokens(policy: str, frozen: Mapping[str, Frozen]) -> None:
     for name, model in frozen.items():
         if own is not None and (theirs := _vocabulary(model.path)) is not None and theirs != own:
             raise UserError(
-                f"algo.{name}.path={model.path} has other tokens than the policy ({policy}): it would judge other texts; "
-                "give a model with the same tokenizer.json"
+                f"algo.{name}.path={model.path} has other tokens than the policy ({policy}): it would judge other "
+                "texts; give a model with the same tokenizer.json"
             )
 
 
