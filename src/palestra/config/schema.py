@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Fraction = float
-Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip"]
+Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip", "none"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -75,6 +75,50 @@ class Data(Section):
     warmup: WarmUp = WarmUp()
 
 
+class Masks(Section):
+    """Rollouts that train nothing although they are in the batch, whatever the loss: see docs/stability.md. All off."""
+
+    geometric_low: float | None = Field(default=None, ge=0)  # a rollout whose geometric mean ratio is below this
+    geometric_high: PositiveFloat | None = None  # or above this
+    negative_mismatch: PositiveFloat | None = None  # of negative advantage, with mean(engine - trainer logprob) above
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.geometric_low, self.geometric_high
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"algo.masks.geometric_low={low} must be less than geometric_high={high}")
+        return self
+
+
+class Length(Section):
+    """What length takes off a reward before advantages; the reward itself is recorded as it was. All off."""
+
+    max_tokens: PositiveInt | None = None  # sampled in a rollout: what counts as full; default: sampling.max_tokens
+    penalty: float = Field(default=0.0, ge=0)  # of a full rollout; shorter ones lose in proportion
+    overlong_tokens: int = Field(
+        default=0, ge=0
+    )  # the last so many tokens before full are where the soft penalty grows
+    overlong_penalty: float = Field(default=1.0, ge=0)  # at full and beyond
+
+
+class Frozen(Section):
+    """A model with the policy's tokens whose weights never change, behind an engine of its own (settings: `engine`)."""
+
+    path: str  # Hugging Face directory or hub name
+    weight: PositiveFloat
+    max_in_flight: PositiveInt = 32  # samples that its engine is asked about at once
+
+
+class Reference(Frozen):
+    """What the policy is pulled to: `weight` x KL, a component of the loss beside the policy's."""
+
+
+class Teacher(Frozen):
+    """Who says of every sampled token how likely it is: `weight` x (teacher - engine logprob) is its advantage, too."""
+
+    replaces_reward: bool = False  # advantages are the teacher's alone
+
+
 class Algo(Section):
     """What a step trains on and how a token is weighed."""
 
@@ -84,7 +128,11 @@ class Algo(Section):
     group_size: PositiveInt = 16
     baseline: Literal["mean", "leave_one_out"] = "mean"
     advantage_scale: Literal["none", "std"] = "none"
-    drop_zero_signal: bool = True
+    masks: Masks = Masks()
+    length: Length = Length()
+    reference: Reference | None = None
+    teacher: Teacher | None = None
+    drop_zero_signal: bool = True  # groups with equal rewards; with a teacher every group has signal
     max_age: int = Field(default=8, ge=0)  # a rollout older than this never trains
     pace_age: float = Field(default=1.0, ge=0)  # dispatch is paced to this mean age (Little's law)
     stuck_s: PositiveFloat = 60  # members without progress for so long do not hold their group up: it trains in parts
@@ -100,6 +148,19 @@ class Algo(Section):
         return int(self.rollouts_per_step * (1 + min(self.pace_age, self.max_age)))
 
     @property
+    def frozen(self) -> dict[str, Frozen]:
+        """Models whose weights never change, by name."""
+        return {
+            name: model
+            for name, model in (("reference", self.reference), ("teacher", self.teacher))
+            if model is not None
+        }
+
+    @property
+    def filters_groups(self) -> bool:
+        return self.drop_zero_signal and self.teacher is None
+
+    @property
     def window(self) -> int:
         """In groups. With `max_age` 0 batches take groups strictly in dispatch order."""
         if self.window_groups is not None:
@@ -108,7 +169,7 @@ class Algo(Section):
 
     @model_validator(mode="after")
     def _signal(self) -> Self:
-        if self.group_size == 1 and self.drop_zero_signal:
+        if self.group_size == 1 and self.filters_groups:
             raise ValueError(
                 "algo.group_size=1 has no group to compare with: every group would be dropped; use at least 2"
             )
@@ -147,6 +208,7 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
     lr_decay_steps: int = Field(default=0, ge=0)  # wsd: length of the decay at the end
+    lr_ess_power: float = Field(default=0.0, ge=0)  # lr x (effective sample share)^this; 0.5 suits Adam, 0 is off
     samples_per_step: PositiveInt = 64  # supervised runs; in RL a step trains groups_per_step x group_size rollouts
     max_pack_tokens: PositiveInt = 4096  # tokens of one forward
     head_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at once
@@ -324,6 +386,11 @@ class RunConfig(Section):
         """What trainer and engines load: the given model, or the one built into the run directory."""
         return self.model.path or str(self.run_dir / "model")
 
+    def engine_model(self, index: int) -> str:
+        """What engine `index` loads: behind the policy's replicas come the frozen models, in the order of `frozen`."""
+        frozen = [*self.algo.frozen.values()][max(index - self.engine.replicas, 0) :]
+        return frozen[0].path if frozen and index >= self.engine.replicas else self.model_dir
+
     @property
     def engine_dtype(self) -> Dtype:
         return self.engine.dtype or self.model.dtype
@@ -369,6 +436,11 @@ class RunConfig(Section):
         shared = {source.label for source in self.env.mix} & {entry.label for entry in self.eval.sets}
         if shared:
             raise ValueError(f"env.mix and eval.sets both have {sorted(shared)}; give the eval set a different `name`")
+        if self.algo.frozen and self.sampling.temperature != 1:
+            raise ValueError(
+                f"algo.{next(iter(self.algo.frozen))} says how likely tokens are at temperature 1, but the policy "
+                f"samples and trains at sampling.temperature={self.sampling.temperature}; set it to 1"
+            )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
         return self

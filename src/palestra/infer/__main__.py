@@ -34,9 +34,9 @@ def _command(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[str], dict[str, str]]:
     """Command line and additional environment of engine `index` of a run."""
-    engine, device = config.engine, _device(config)
+    engine, device, model = config.engine, _device(config), config.engine_model(index)
     command = engine_argv(
-        model=config.model_dir,
+        model=model,
         host=config.launch.host,
         port=port,
         dtype=config.engine_dtype,
@@ -49,7 +49,7 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         args=engine.args,
     )
     environment = engine_environment(
-        model=config.model_dir, device=device, tensor_parallel=engine.tensor_parallel, threads=engine.threads
+        model=model, device=device, tensor_parallel=engine.tensor_parallel, threads=engine.threads
     )
     return command, environment
 

@@ -34,6 +34,8 @@ def show(run: RunDir, *, as_json: bool) -> None:
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(table_of(summary))
+    for warning in summary.get("warnings", []):
+        console.print(f"warning at step {warning['step']}: {warning['text']}")
     if run.export.exists():
         console.print(f"weights: {run.export}")
     console.print(f"where the time went: palestra runs show {run.path}")

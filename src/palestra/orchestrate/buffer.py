@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from palestra.algo.advantages import group_baseline, group_scale
 from palestra.algo.filters import is_zero_signal
+from palestra.algo.shaping import LengthShaping
 from palestra.core.records import RolloutRecord, Seat
 from palestra.orchestrate.state import Baseline, Group, GroupStatus, LoopState
 
@@ -29,6 +30,22 @@ def rewards_by_seat(records: list[RolloutRecord]) -> dict[str, list[float]]:
         for seat in record.seats:
             rewards.setdefault(seat.name, []).append(seat_reward(record, seat))
     return rewards
+
+
+def shaped_by_seat(records: list[RolloutRecord], length: LengthShaping) -> dict[str, list[float]]:
+    """Rewards of each seat's rollouts and what the seat's length takes off them: what advantages are computed from.
+
+    Whether a group has signal is judged by the rewards alone, so that length never trains where the task does not.
+    """
+    rewards: dict[str, list[float]] = {}
+    for record in records:
+        for seat in record.seats:
+            rewards.setdefault(seat.name, []).append(seat_reward(record, seat) + length_added(seat, length))
+    return rewards
+
+
+def length_added(seat: Seat, length: LengthShaping) -> float:
+    return length.added_to_reward(sum(sum(sample.sampled) for sample in seat.samples))
 
 
 def is_fresh(record: RolloutRecord, *, step: int, max_age: int) -> bool:
@@ -83,7 +100,7 @@ def may_part(group: Group, *, drop_zero_signal: bool) -> bool:
     return is_open and is_half and outcome(group, drop_zero_signal=drop_zero_signal) == "ready"
 
 
-def baselines(group: Group) -> dict[str, Baseline]:
+def baselines(group: Group, length: LengthShaping) -> dict[str, Baseline]:
     """By seat, what members of the group that end later are compared with.
 
     It does not depend on what a late member will be worth, so a late member's advantage is as unbiased as with a
@@ -91,7 +108,7 @@ def baselines(group: Group) -> dict[str, Baseline]:
     """
     return {
         seat: Baseline(group_baseline(rewards), group_scale(rewards))
-        for seat, rewards in rewards_by_seat(group.valid).items()
+        for seat, rewards in shaped_by_seat(group.valid, length).items()
     }
 
 

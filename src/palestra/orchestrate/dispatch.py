@@ -14,6 +14,7 @@ from collections import deque
 import msgspec
 
 from palestra.core.errors import InfrastructureError, UserError
+from palestra.core.metrics import Mean
 from palestra.core.records import Ending, Reply, RolloutRecord
 from palestra.orchestrate.buffer import may_part, outcome, too_old_in_flight
 from palestra.orchestrate.curriculum import draw_metrics
@@ -142,7 +143,7 @@ class Dispatcher:
         if (
             out
             and all(pulse is not None and pulse.is_quiet for pulse in out)
-            and may_part(group, drop_zero_signal=self._desk.config.algo.drop_zero_signal)
+            and may_part(group, drop_zero_signal=self._desk.config.algo.filters_groups)
         ):
             self._desk.journal.record(GroupParted(group_id=group.group_id))
             self._tails.closed(group)
@@ -227,11 +228,16 @@ class Dispatcher:
             return
         scored = {record.rollout_id: record for record in records}
         judged = msgspec.structs.replace(group, records=group.records | scored)
-        result = outcome(judged, drop_zero_signal=self._desk.config.algo.drop_zero_signal)
+        result = outcome(judged, drop_zero_signal=self._desk.config.algo.filters_groups)
+        if result == "ready":
+            self._desk.frozen.begin(judged.unsettled)
         observed = observe_group(self._desk.config, judged)
         closed = GroupClosed(group_id=group.group_id, outcome=result, records=records, observed=observed)
         self._desk.journal.record(closed)
         rate_if_long_without_batch(self._desk)
+        self._desk.teller.note(
+            {"groups/zero_signal_share": Mean(outcome(judged, drop_zero_signal=True) == "zero_signal")}
+        )
         await self._watch_outcomes(judged, result)
 
     def _quarantined(self, group: Group) -> bool:

@@ -11,7 +11,7 @@ Ends when: `train.steps` steps are trained and published, the final evaluation i
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
@@ -22,6 +22,7 @@ from palestra.orchestrate.checkpoint import write_checkpoint
 from palestra.orchestrate.desk import Changes, Desk, Teller
 from palestra.orchestrate.dispatch import Dispatcher
 from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
+from palestra.orchestrate.frozen import FrozenModels, make_frozen, require_same_tokens
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
@@ -53,7 +54,7 @@ from palestra.wire.messages import (
 )
 from palestra.wire.policy import EngineClient
 from palestra.wire.rundir import Attempt, RunDir, newest_checkpoint
-from palestra.wire.runlog import as_rows, read_ledger, read_restarts
+from palestra.wire.runlog import as_rows, read_ledger, read_restarts, read_warnings
 
 TRAINER = "trainer"
 _FromAll = FromWorker | FromTrainer
@@ -79,8 +80,9 @@ class Loop:
             attempt.orchestrator, attempt=attempt.number, receives=_FromAll, life=life
         )
         tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
+        num_policy = len(attempt.engines) - len(config.algo.frozen)  # the engines of frozen models come last
         fleet = Fleet(
-            _make_links(run, attempt, make_client, is_inherited=life > 0),
+            _make_links(run, attempt.engines[:num_policy], attempt, make_client, is_inherited=life > 0),
             healthy_s=config.engine.healthy_s,
             restart=self._ask_restart,
             changed=changed.tell,
@@ -116,6 +118,9 @@ class Loop:
                 published=journal.state.published,
             ),
             teller=Teller(run, attempt, selector),
+            frozen=FrozenModels(
+                make_frozen(config, attempt.engines[num_policy:], attempt, make_client), tasks.create_task
+            ),
             changed=changed,
             tasks=tasks,
         )
@@ -140,6 +145,7 @@ class Loop:
                     task.cancel()
         finally:
             await self.desk.gateway.close()
+            await self.desk.frozen.close()
             for owned in (self._listener, self.desk.journal, self.desk.teller):
                 owned.close()
 
@@ -152,18 +158,22 @@ class Loop:
             await self.desk.changed.wait("the last version in the engines")
         dispatching.cancel()
         self._dispatcher.cancel()
+        self.desk.frozen.cancel()
 
     async def _start(self) -> None:
         """Workers and engines; the trainer says by itself when it is ready."""
         desk = self.desk
         if self._life:
             await desk.progress(f"going on from step {desk.state.next_step}, with the processes that are there")
+            desk.tasks.create_task(desk.frozen.start())
             for link in desk.fleet.links:
                 desk.tasks.create_task(self._rejoin(link))
             return
         await desk.progress("starting engines and environment workers")
+        require_same_tokens(desk.config.model_dir, desk.config.algo.frozen)
         await desk.pool.wait_ready()
         async with asyncio.TaskGroup() as joining:
+            joining.create_task(desk.frozen.start())
             for link in desk.fleet.links:
                 joining.create_task(self._join(link))
 
@@ -191,10 +201,11 @@ class Loop:
             await self._send(worker, Stop())
         while not self._gone >= stopped:
             await desk.changed.wait("the last ledger entry of every environment worker")
-        teller.note_ledger(*(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
+        teller.note_ledger(*desk.close_ledgers())
         first = desk.config.eval.sets[0].label if desk.config.eval.sets else None
         told = summary(teller.totals, desk.state, name=desk.run.name, first_eval=first, attempt=desk.attempt.number)
-        teller.log.summary(told | {"restarts": as_rows(read_restarts(desk.run))})
+        also = {"restarts": as_rows(read_restarts(desk.run)), "warnings": read_warnings(desk.run)}
+        teller.log.summary(told | also)
         await teller.send(Done(process="orchestrator"))
 
     async def _hear_supervisor(self) -> None:
@@ -289,13 +300,14 @@ class Loop:
         desk, teller = self.desk, self.desk.teller
         desk.trainer.note_trained(message.step)
         teller.totals.note_step(message.ledgers[0])
-        teller.note_ledger(*message.ledgers, *(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
+        teller.note_ledger(*message.ledgers, *desk.close_ledgers())
         in_flight: Metrics = {
             "engine/in_flight": Last(sum(link.in_flight for link in desk.fleet.links)),
             "engine/serving": Last(len(desk.fleet.serving)),
         }
         batch = desk.state.batch_metrics.get(message.step, {})
         row = teller.step_row(message, batch, teller.totals.metrics(desk.state), in_flight)
+        await teller.watch(message.step, row)
         shown = {name: row[key].value for name, key in _SHOWN.items() if key in row}
         totals = {"tokens_per_s": teller.totals.tokens_per_s, "trainer_idle": teller.totals.trainer_idle}
         await teller.progress("training", message.step + 1, desk.config.train.steps, **shown, **totals)
@@ -312,7 +324,12 @@ _SHOWN = {"reward": "reward/trained", "age": "age/mean"}
 
 
 def _make_links(
-    run: RunDir, attempt: Attempt, make_client: Callable[[str], EngineClient], *, is_inherited: bool
+    run: RunDir,
+    urls: Sequence[str],
+    attempt: Attempt,
+    make_client: Callable[[str], EngineClient],
+    *,
+    is_inherited: bool,
 ) -> list[EngineLink]:
     """The ledgers of inherited engines go on where those that the dead orchestrator kept for them end."""
     entries = read_ledger(run) if is_inherited else []
@@ -322,4 +339,4 @@ def _make_links(
         cause = "lost" if is_inherited else "start"
         return EngineLink(name, make_client(url), Ledger(name, cause, since=since), is_inherited=is_inherited)
 
-    return [link(f"engine-{index}", url) for index, url in enumerate(attempt.engines)]
+    return [link(f"engine-{index}", url) for index, url in enumerate(urls)]

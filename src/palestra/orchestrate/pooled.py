@@ -71,9 +71,7 @@ class PooledSources:
     async def open(self, group_id: int, size: int) -> GroupOpened:
         """As `TaskSources.open`. Errors: UserError, also if a task is not found again at its place."""
         label = self._sources.source_of(group_id)
-        if self._pools(label).is_whole and not self._pools(label).num_tasks:
-            raise UserError(f"every task of environment {label!r} is quarantined; see the log of the orchestrator")
-        while (pool := decide(self._pools(label), self._rules, group_id=group_id)) is None:
+        while (pool := self._decide(label, group_id)) is None:
             await self._read_on(label)
         key = self._pools(label)[pool].head
         task = await self._fetch(label, key, self._pools(label)[pool][key])
@@ -90,6 +88,12 @@ class PooledSources:
             pool=pool,
         )
 
+    def _decide(self, label: str, group_id: int) -> Pool | None:
+        pools = self._pools(label)
+        if pools.is_whole and not pools.num_tasks:
+            raise UserError(f"every task of environment {label!r} is quarantined; see the log of the orchestrator")
+        return decide(pools, self._rules, group_id=group_id)
+
     def _pools(self, label: str) -> SourcePools:
         return self._desk.state.pools.get(label) or SourcePools()
 
@@ -100,7 +104,8 @@ class PooledSources:
         listed = await self._chunk(label, cursor.epoch, cursor.taken)
         order = self._sources.order_of_chunk(cursor.epoch, cursor.taken, len(listed.tasks))
         placed = [(cursor.taken + i, listed.tasks[i]) for i in order]
-        found = find(known, state.seeds, placed, self._rules, epoch=cursor.epoch)
+        playable = [(place, task) for place, task in placed if not self._sources.refuses(label, task)]
+        found = find(known, state.seeds, playable, self._rules, epoch=cursor.epoch)
         barren, taken = (0 if found else known.barren + len(placed)), cursor.taken + len(placed)
         ended = listed.exhausted or not placed
         is_whole = knows_whole(known, barren=barren, taken=taken, chunk_tasks=self._chunk_tasks, exhausted=ended)

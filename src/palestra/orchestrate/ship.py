@@ -7,10 +7,14 @@ Waits for: enough ready groups, and room at the trainer. Woken by: `changed`. En
 import asyncio
 import time
 
+import msgspec
+
+from palestra.algo.shaping import LengthShaping
 from palestra.core.metrics import Mean, Metrics, Sum
 from palestra.orchestrate.batcher import BatchRules, make_batch
-from palestra.orchestrate.buffer import baselines, expired, last_chances, may_part, num_nearly_ready, take
+from palestra.orchestrate.buffer import baselines, expired, last_chances, length_added, may_part, num_nearly_ready, take
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.frozen import frozen_metrics
 from palestra.orchestrate.ratings import observe_unclosed, rate_tasks
 from palestra.orchestrate.report import trained_metrics
 from palestra.orchestrate.state import BatchShipped, Group, GroupExpired, GroupParted, GroupStatus
@@ -37,6 +41,7 @@ def _take(desk: Desk) -> list[Group] | None:
     """The groups of the next batch; with them go those that it would leave behind for ever."""
     algo, state = desk.config.algo, desk.state
     for group_id in expired(state, max_age=algo.max_age):
+        desk.frozen.forget(state.groups[group_id].rollout_ids)
         desk.journal.record(GroupExpired(group_id=group_id))
         desk.changed.tell()  # there is room for another group
     rules = {"groups_per_step": algo.groups_per_step, "window": algo.window, "max_age": algo.max_age}
@@ -46,7 +51,7 @@ def _take(desk: Desk) -> list[Group] | None:
     leaving = [
         group
         for group in last_chances(state, before=newest, max_age=algo.max_age)
-        if may_part(group, drop_zero_signal=algo.drop_zero_signal)
+        if may_part(group, drop_zero_signal=algo.filters_groups)
     ]
     for group in leaving:
         desk.journal.record(GroupParted(group_id=group.group_id))
@@ -54,11 +59,17 @@ def _take(desk: Desk) -> list[Group] | None:
 
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
-    kept = {group.group_id: baselines(group) for group in groups if not group.all_ended and not group.settled}
+    """Members that end while the batch is made are not in it."""
+    groups = [msgspec.structs.replace(group, records={**group.records}) for group in groups]
+    rules = _rules(desk)
+    kept = {g.group_id: baselines(g, rules.length) for g in groups if not g.all_ended and not g.settled}
     num_late = sum(len(group.unsettled) for group in groups if group.status is GroupStatus.LATE)
-    considered = [record.rollout_id for group in groups for record in group.unsettled]
+    considered = [record for group in groups for record in group.unsettled]
+    began = time.monotonic()
+    logprobs = await desk.frozen.logprobs_of(considered)
+    waited_s = time.monotonic() - began
     with desk.teller.ledger.spend("batch"):
-        batch, packing, trained = make_batch(groups, step=step, attempt=desk.attempt.number, rules=_rules(desk))
+        batch, packing, trained = make_batch(groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules)
     path = await asyncio.to_thread(desk.run.batches.write, batch)
     if desk.config.log.keep_rollouts:
         await asyncio.to_thread(desk.teller.write_rollouts, f"step-{step:06d}", trained)
@@ -67,15 +78,21 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         "wire/bytes_per_token": Mean(path.stat().st_size, batch.num_tokens),
         "rollout/late": Mean(num_late, len(trained)),
     }
+    if desk.config.algo.frozen:
+        metrics |= frozen_metrics(trained, logprobs) | {"frozen/wait_s": Mean(waited_s)}
+    if not rules.length.is_off:
+        added = [length_added(seat, rules.length) for record in trained for seat in record.seats]
+        metrics["reward/length_added"] = Mean(sum(added), len(added))
     rollout_ids = [record.rollout_id for record in trained]
+    group_ids, live = [group.group_id for group in groups], desk.state.groups
     event = BatchShipped(
         step=step,
-        group_ids=[group.group_id for group in groups],
+        group_ids=group_ids,
         rollout_ids=rollout_ids,
-        too_old=sorted(set(considered) - set(rollout_ids)),
+        too_old=sorted({record.rollout_id for record in considered} - set(rollout_ids)),
         baselines=kept,
         metrics=metrics,
-        observed=observe_unclosed(desk.config, groups),
+        observed=observe_unclosed(desk.config, [live[group_id] for group_id in group_ids if group_id in live]),
     )
     rate_tasks(desk)
     desk.journal.record(event)
@@ -85,12 +102,22 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
 
 
 def _rules(desk: Desk) -> BatchRules:
-    config = desk.config
+    config, algo = desk.config, desk.config.algo
+    length = algo.length
     return BatchRules(
-        baseline=config.algo.baseline,
-        advantage_scale=config.algo.advantage_scale,
-        max_age=config.algo.max_age,
+        baseline=algo.baseline,
+        advantage_scale=algo.advantage_scale,
+        max_age=algo.max_age,
         max_pack_tokens=config.train.max_pack_tokens,
         num_ranks=config.train.num_ranks,
         temperature=config.sampling.temperature,
+        length=LengthShaping(
+            max_tokens=length.max_tokens or config.sampling.max_tokens,
+            penalty=length.penalty,
+            overlong_tokens=length.overlong_tokens,
+            overlong_penalty=length.overlong_penalty,
+        ),
+        reference_weight=algo.reference.weight if algo.reference else 0.0,
+        teacher_weight=algo.teacher.weight if algo.teacher else 0.0,
+        reward_weight=0.0 if algo.teacher and algo.teacher.replaces_reward else 1.0,
     )

@@ -47,7 +47,7 @@ class TaskSources:
         refuses: Callable[[str, Task], bool] = lambda source, task: False,
     ):
         """`refuses` says which tasks are passed over."""
-        self._refuses = refuses
+        self.refuses = refuses
         self._list_tasks, self._seed, self._chunk_tasks = list_tasks, seed, chunk_tasks
         self._labels = [source.label for source in mix]
         weights = np.asarray([source.weight for source in mix])
@@ -84,7 +84,7 @@ class TaskSources:
         label = self.source_of(group_id)
         shelf = self._shelves.setdefault(label, _Shelf(Cursor()))
         epoch = shelf.cursor.epoch
-        while self._refuses(label, task := await self._take(label, shelf)):
+        while self.refuses(label, task := await self._take(label, shelf)):
             if shelf.cursor.epoch > epoch + 1:
                 raise UserError(f"every task of environment {label!r} is quarantined; see the log of the orchestrator")
         return label, task, shelf.cursor

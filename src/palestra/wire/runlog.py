@@ -20,6 +20,8 @@ from palestra.core.metrics import Metric, values
 from palestra.wire.batches import write_atomically
 from palestra.wire.rundir import RunDir
 
+WARNING = "warning"  # phase of a row of metrics.jsonl that says something in words: `rule` and `text`
+
 
 class RunLog:
     """Appends rows; each reaches the operating system before the call returns."""
@@ -109,6 +111,12 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
 def read_moves(run: RunDir) -> list[dict[str, Any]]:
     """Moves between the pools of the curriculum, in the order they happened."""
     return [json.loads(line) for line in _whole_lines(run.moves)]
+
+
+def read_warnings(run: RunDir) -> list[dict[str, Any]]:
+    """`step`, `rule` and `text` of every warning of the run, in the order they were said."""
+    rows = [row for row in read_metrics(run) if row.get("phase") == WARNING]
+    return [{key: row[key] for key in ("step", "rule", "text")} for row in rows]
 
 
 def read_ledger(run: RunDir) -> list[LedgerEntry]:

@@ -12,6 +12,7 @@ from palestra.config.schema import RunConfig
 from palestra.core.records import Ending, RolloutRecord, Task
 from palestra.orchestrate.curriculum import Pool, SourcePools
 from palestra.orchestrate.pooled import PooledSources, open_sources
+from palestra.orchestrate.quarantine import Quarantine
 from palestra.orchestrate.ratings import observe_group, rate_tasks
 from palestra.orchestrate.state import Event, Group, GroupClosed, GroupOpened, LoopState
 from palestra.wire.messages import Tasks
@@ -57,7 +58,9 @@ class Drawing:
             run=run,
             state=self.state,
             journal=SimpleNamespace(record=self.record, state=self.state),
-            pool=SimpleNamespace(list_tasks=self._list_tasks),
+            pool=SimpleNamespace(
+                list_tasks=self._list_tasks, quarantine=Quarantine(self.state.quarantined, self.record)
+            ),
             teller=SimpleNamespace(log=log),
             progress=self._progress,
         )

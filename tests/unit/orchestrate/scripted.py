@@ -9,6 +9,7 @@ from pathlib import Path
 
 from palestra.config.schema import RunConfig
 from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
+from palestra.core.metrics import Metrics
 from palestra.core.records import Ending, Reply, RolloutRecord, Sample, Sampling, Seat, Span, Task
 from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.loop import Loop
@@ -203,6 +204,7 @@ class ScriptedTrainer:
         )
         self.trained: list[tuple[int, list[int]]] = []
         self.batches: list = []
+        self.metrics: Callable[[int], Metrics] = lambda step: {}
 
     async def run(self) -> None:
         await self._channel.send(TrainerReady(version=self._version))
@@ -222,7 +224,7 @@ class ScriptedTrainer:
         self.trained.append((step, sorted(set(batch.rollout.tolist()))))
         self.batches.append(batch)
         self._version += 1
-        await self._channel.send(StepTrained(step=step, metrics={}, ledgers=[_entry()]))
+        await self._channel.send(StepTrained(step=step, metrics=self.metrics(step), ledgers=[_entry()]))
         if publish:
             await self._stage()
         if save:

@@ -7,8 +7,11 @@ from collections import Counter
 import msgspec
 import pytest
 
+from palestra.core.metrics import Last
 from palestra.core.records import Ending
 from palestra.orchestrate.journal import recover
+from palestra.wire.messages import Notice
+from palestra.wire.runlog import read_metrics, read_warnings
 from tests.unit.orchestrate.scripted import (
     GROUP_SIZE,
     GROUPS,
@@ -162,6 +165,38 @@ async def test_rollouts_in_flight_at_a_kill_are_answered_from_the_journal(tmp_pa
     second.loop.desk.gateway.call = count
     await second.play()
     assert second.worker.num_played == len(asked) + answered
+
+
+async def test_a_warning_is_said_once_in_the_view_the_metrics_and_the_summary(tmp_path):
+    life = Life(make_config(tmp_path), reward=reward_by_seed)
+    life.trainer.metrics = lambda step: {"train/rl/effective_share": Last(0.2)}
+    heard: list[Notice] = []
+
+    async def view():
+        while True:
+            _, message = await life.supervisor.receive()
+            heard.extend([message] if isinstance(message, Notice) else [])
+
+    viewing = asyncio.create_task(view())
+    await life.play()
+    viewing.cancel()
+    (warning,) = read_warnings(life.run)
+    assert (warning["rule"], warning["step"]) == ("effective_share", 4)  # five steps are enough
+    assert json.loads(life.run.summary.read_text())["warnings"] == [warning]
+    assert [notice.text for notice in heard] == [f"warning at step 4: {warning['text']}"]
+
+
+async def test_groups_without_signal_are_a_share_of_each_step(tmp_path):
+    def reward(record):
+        return 0.0 if "task 1" in str(record.task.prompt) else reward_by_seed(record)
+
+    for drops in (True, False):
+        config = make_config(tmp_path, log={"name": str(drops)}, algo={"drop_zero_signal": drops})
+        life = Life(config, reward=reward)
+        await life.play()
+        rows = read_metrics(life.run)
+        shares = [row["groups/zero_signal_share"] for row in rows if "groups/zero_signal_share" in row]
+        assert 0 <= min(shares) < max(shares) <= 1
 
 
 async def test_equal_prompts_of_a_group_are_one_request(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from palestra.core.errors import UserError
 from palestra.orchestrate.curriculum import Pool
 from palestra.orchestrate.journal import recover
-from palestra.orchestrate.state import BatchShipped, Event, GroupOpened, TasksRated
+from palestra.orchestrate.state import BatchShipped, Event, GroupOpened, TaskQuarantined, TasksRated
 from palestra.wire.framelog import read_frames
 from palestra.wire.runlog import read_moves
 from tests.unit.orchestrate.drawing import Drawing, drawing_config
@@ -36,6 +36,25 @@ def test_every_task_is_drawn_once_before_any_is_drawn_twice(tmp_path):
         assert sorted(drawn[start : start + 10]) == sorted(f"t{i}" for i in range(10))
     assert drawn[:4] != ["t0", "t1", "t2", "t3"]
     assert drawing.pools().is_whole
+
+
+def test_a_quarantined_task_is_never_drawn_again(tmp_path):
+    drawing = Drawing(drawing_config(tmp_path, chunk_tasks=4), finite(6))
+    assert "t3" in {drawing.play(lambda key, group_id: [1, 1, 0, 0]) for _ in range(6)}
+    drawing.record(TaskQuarantined(task="s/t3", reason="workers die of it"))
+    drawing.restart()
+    drawn = {
+        drawing.play(lambda key, group_id: [1, 1, 0, 0]) for _ in range(40)
+    }  # the source is read over again meanwhile
+    assert drawn == {f"t{i}" for i in range(6)} - {"t3"}
+
+
+def test_with_every_task_quarantined_the_run_ends_in_words(tmp_path):
+    drawing = Drawing(drawing_config(tmp_path, chunk_tasks=4), finite(1))
+    drawing.play(mixed)
+    drawing.record(TaskQuarantined(task="s/t0", reason="workers die of it"))
+    with pytest.raises(UserError, match="quarantined"):
+        drawing.play(mixed)
 
 
 def test_a_source_is_read_no_more_once_an_epoch_brought_nothing_new(tmp_path):

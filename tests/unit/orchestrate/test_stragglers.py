@@ -2,6 +2,7 @@
 selects nothing by length."""
 
 import asyncio
+import dataclasses
 import json
 import random
 
@@ -10,7 +11,7 @@ import pytest
 
 from palestra.core.records import Ending, Reply, Span
 from palestra.orchestrate import dispatch, gateway
-from palestra.orchestrate.batcher import BatchRules, make_batch
+from palestra.orchestrate.batcher import make_batch
 from palestra.orchestrate.buffer import baselines, last_chances, may_part, take, too_old_in_flight
 from palestra.orchestrate.pulse import Pulse
 from palestra.orchestrate.sources import seed_for
@@ -28,9 +29,10 @@ from palestra.orchestrate.state import (
     RolloutEnded,
 )
 from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, reward_by_seed
+from tests.unit.orchestrate.test_parts import RULES as PLAIN
 from tests.unit.orchestrate.test_parts import record
 
-RULES = BatchRules(baseline="mean", advantage_scale="std", max_age=2, max_pack_tokens=64, num_ranks=1, temperature=1.0)
+RULES = dataclasses.replace(PLAIN, advantage_scale="std", max_pack_tokens=64)
 
 
 def opened(*group_ids: int, size: int = 4) -> LoopState:
@@ -46,8 +48,8 @@ def opened(*group_ids: int, size: int = 4) -> LoopState:
 def ship(state: LoopState, groups: list[Group]) -> np.ndarray:
     """What `orchestrate.ship` does, without files; the advantages in the batch, by rollout."""
     step = state.next_step
-    kept = {g.group_id: baselines(g) for g in groups if not g.all_ended and not g.settled}
-    batch, _, trained = make_batch(groups, step=step, attempt=1, rules=RULES)
+    kept = {g.group_id: baselines(g, RULES.length) for g in groups if not g.all_ended and not g.settled}
+    batch, _, trained = make_batch(groups, {}, step=step, attempt=1, rules=RULES)
     ids = [r.rollout_id for r in trained]
     state.apply(
         BatchShipped(step=step, group_ids=[g.group_id for g in groups], rollout_ids=ids, baselines=kept, metrics={})
