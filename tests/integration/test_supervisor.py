@@ -7,14 +7,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from palestra.launch.ports import holder_of
 from palestra.launch.status import State, locked, read_status
 from palestra.wire.rundir import Attempt, Manifest, RunDir, checkpoint_dir, write_manifest
-from palestra.wire.runlog import read_ledger
+from palestra.wire.runlog import read_ledger, read_restarts
 
 SCRIPT = Path(__file__).parent / "scripted" / "run.py"
 SOURCES = Path(__file__).parents[2] / "src"
@@ -49,6 +50,27 @@ class Scripted:
             time.sleep(0.02)
         return int(path.read_text())
 
+    def wait_for_life(self, name: str, number: int) -> int:
+        """The pid of a later life."""
+        path = self.run.path / f"{name}.lives"
+        wait_until(lambda: path.exists() and path.read_text().count("\n") > number, f"life {number} of {name}")
+        return int(path.read_text().splitlines()[number].split()[1])
+
+    def wait_for_restarts(self, number: int) -> None:
+        wait_until(lambda: len(read_restarts(self.run)) == number, f"{number} restarts")
+
+    def num_lives(self, name: str) -> int:
+        return (self.run.path / f"{name}.lives").read_text().count("\n")
+
+    def heard(self) -> list[str]:
+        """What the leader was told, over all its lives."""
+        path = self.run.path / "orchestrator.heard"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def let_go(self) -> None:
+        """The leader may end."""
+        (self.run.path / "go").touch()
+
     def pids(self) -> list[int]:
         return [int(path.read_text()) for path in self.run.path.glob("*.pid")]
 
@@ -65,6 +87,13 @@ class Scripted:
 @pytest.fixture
 def scripted(tmp_path: Path) -> Scripted:
     return Scripted(tmp_path)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
@@ -283,3 +312,170 @@ def test_nothing_to_resume(scripted: Scripted):
     code, said = scripted.ends("orchestrator:lead:done", "--resume")
     assert code == 2
     assert "no run to resume" in said
+
+
+# --- restarts
+
+
+def go_on(scripted: Scripted, process: subprocess.Popen) -> str:
+    """Let the leader end well; what was said."""
+    scripted.let_go()
+    _, said = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, said
+    assert not any(map(is_alive, scripted.pids()))
+    return said
+
+
+def test_a_killed_member_is_started_again_and_everybody_hears_of_it(scripted: Scripted):
+    process = scripted.start("orchestrator:lead:listen", "env-0:member:work_with_child")
+    for name in ("orchestrator", "env-0", "env-0-child"):
+        scripted.wait_for(name)
+    first, child = scripted.wait_for("env-0"), scripted.wait_for("env-0-child")
+    os.kill(first, signal.SIGKILL)
+    second = scripted.wait_for_life("env-0", 1)
+    assert not is_alive(child), "what the first life left behind is ended before the second begins"
+    scripted.wait_for_restarts(1)
+    wait_until(lambda: len(scripted.heard()) == 2, "the leader to hear of it")
+    said = go_on(scripted, process)
+    assert second != first
+    assert "env-0 died (killed by SIGKILL); it is started again in 0.5 s" in said
+    assert "env-0 is back after" in said
+    assert scripted.heard() == [
+        "ProcessEnded(process='env-0', why='killed by SIGKILL', life=0)",
+        "ProcessStarted(process='env-0', life=1)",
+    ]
+    [restarted] = read_restarts(scripted.run)
+    assert (restarted.process, restarted.life, restarted.why) == ("env-0", 1, "killed by SIGKILL")
+    assert restarted.gone_s is not None
+    assert 0.5 < restarted.gone_s < 30
+    [entry] = [entry for entry in read_ledger(scripted.run) if entry.process == "env-0"]
+    assert 0.5 < entry.parts_s["restart"] <= restarted.gone_s
+    assert entry.closure < 0.01
+
+
+def test_where_no_restart_is_allowed_the_same_kill_ends_the_run(scripted: Scripted):
+    """Control of the test above."""
+    process = scripted.start("orchestrator:lead:listen", "env-0:member:work", launch={"max_restarts": 0})
+    scripted.wait_for("orchestrator")
+    os.kill(scripted.wait_for("env-0"), signal.SIGKILL)
+    _, said = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1
+    assert "env-0 ended the run (killed by SIGKILL)" in said
+    assert read_restarts(scripted.run) == []
+
+
+def test_a_killed_leader_is_started_again_and_hears_how_things_stand(scripted: Scripted):
+    process = scripted.start("orchestrator:lead:listen", "env-0:member:work", "trainer:member:do_all")
+    for name in ("orchestrator", "env-0", "trainer"):
+        scripted.wait_for(name)
+    os.kill(scripted.wait_for("env-0"), signal.SIGKILL)
+    scripted.wait_for_restarts(1)
+    os.kill(scripted.wait_for("orchestrator"), signal.SIGKILL)
+    scripted.wait_for_restarts(2)
+    scripted.wait_for_life("trainer", 1)  # it was done, but for an orchestrator that is gone
+    wait_until(lambda: len(scripted.heard()) >= 4, "the successor to hear of its peers")
+    go_on(scripted, process)
+    assert scripted.heard()[2:4] == [
+        "ProcessStarted(process='env-0', life=1)",
+        "ProcessStarted(process='trainer', life=1)",
+    ]
+    assert scripted.num_lives("env-0") == 2, "it went on beside its leaders"
+
+
+def test_a_storm_ends_the_run_with_its_cause_and_how_often(scripted: Scripted):
+    code, said = scripted.ends("orchestrator:lead:listen", "env-0:member:work_shortly", launch={"max_restarts": 2})
+    assert code == 1
+    assert "env-0 ended the run (exit code 1; 3 ends within 600 s, launch.max_restarts=2)" in said
+    assert scripted.num_lives("env-0") == 3
+    assert [restarted.life for restarted in read_restarts(scripted.run)] == [1, 2]
+
+
+def test_a_process_that_is_never_ready_again_ends_the_run_with_the_end_of_its_log(scripted: Scripted):
+    process = scripted.start("orchestrator:lead:listen", "env-0:member:work_once")
+    os.kill(scripted.wait_for("env-0"), signal.SIGKILL)
+    _, said = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1
+    assert "env-0 ended the run (exit code 1; 2 starts in a row failed)" in said
+    assert "planted fault" in said
+
+
+def test_the_same_error_again_and_again_ends_the_run(scripted: Scripted):
+    code, said = scripted.ends("orchestrator:lead:listen", "trainer:member:same_words")
+    assert code == 1
+    assert "the same error 3 times in a row" in said
+    assert "the batch is torn" in said
+    assert scripted.num_lives("trainer") == 3
+
+
+@pytest.mark.parametrize(("behaviour", "code"), [("final", 1), ("user_error_later", 2)])
+def test_what_cannot_go_on_is_not_started_again(scripted: Scripted, behaviour: str, code: int):
+    if behaviour == "final":
+        ended, said = scripted.ends("orchestrator:lead:final")
+        assert "no engine is left" in said
+    else:
+        process = scripted.start("orchestrator:lead:listen", "env-0:member:user_error_later")
+        os.kill(scripted.wait_for("env-0"), signal.SIGKILL)
+        _, said = process.communicate(timeout=DEADLINE_S)
+        ended = process.returncode
+        assert "give a file" in said
+    assert ended == code
+
+
+def test_the_orchestrator_may_ask_for_a_restart_of_the_life_it_knows(scripted: Scripted):
+    process = scripted.start("orchestrator:lead:listen", "env-0:member:work")
+    for name in ("orchestrator", "env-0"):
+        scripted.wait_for(name)
+    ask = scripted.run.path / "ask"
+    ask.write_text("env-0 7")  # control: not this life
+    wait_until(lambda: not ask.exists(), "the leader to ask")
+    ask.write_text("env-0 0")
+    scripted.wait_for_restarts(1)
+    go_on(scripted, process)
+    [restarted] = read_restarts(scripted.run)
+    assert restarted.why == "the orchestrator gave it up: it is planted"
+    assert scripted.num_lives("env-0") == 2
+
+
+def port_of(scripted: Scripted) -> int:
+    return int(scripted.attempt.engines[0].rpartition(":")[2])
+
+
+def test_an_engine_comes_back_at_its_port(scripted: Scripted):
+    process = scripted.start("orchestrator:lead:listen", "engine-0:member:serve_noted")
+    scripted.wait_for("orchestrator")
+    pid = scripted.wait_for("engine-0")
+    wait_until(lambda: bool(holder_of("127.0.0.1", port_of(scripted))), "the engine to listen")
+    time.sleep(0.5)  # it answered
+    os.kill(pid, signal.SIGKILL)
+    scripted.wait_for_restarts(1)
+    assert f"process {scripted.wait_for_life('engine-0', 1)} " in holder_of("127.0.0.1", port_of(scripted))
+    go_on(scripted, process)
+    assert not [
+        entry for entry in read_ledger(scripted.run) if entry.process == "engine-0"
+    ]  # the orchestrator's affair
+
+
+def test_a_port_that_somebody_took_meanwhile_is_named(scripted: Scripted):
+    process = scripted.start("orchestrator:lead:listen", "engine-0:member:serve_noted")
+    scripted.wait_for("orchestrator")
+    pid = scripted.wait_for("engine-0")
+    wait_until(lambda: bool(holder_of("127.0.0.1", port_of(scripted))), "the engine to listen")
+    time.sleep(0.5)  # it answered
+    with socket.socket() as thief:
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not holder_of("127.0.0.1", port_of(scripted)), "the port to be free")
+        thief.bind(("127.0.0.1", port_of(scripted)))
+        thief.listen()
+        _, said = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1
+    assert f"its port {port_of(scripted)} on 127.0.0.1 is in use by process {os.getpid()}" in said
+    assert "2 starts in a row failed" in said
+
+
+def test_a_supervised_run_goes_on_after_its_trainer_was_killed(scripted: Scripted):
+    process = scripted.start("trainer:lead:train")
+    os.kill(scripted.wait_for("trainer"), signal.SIGKILL)
+    _, said = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, said
+    assert scripted.num_lives("trainer") == 2

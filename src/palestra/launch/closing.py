@@ -46,6 +46,8 @@ def table_of(summary: dict[str, Any]) -> Table:
     for key, text, form in _ROWS:
         if isinstance(summary.get(key), int | float):
             table.add_row(text, form.format(summary[key]), style="bold" if key.startswith("reward") else "")
+    if summary.get("restarts"):
+        table.add_row("processes started again", str(len(summary["restarts"])))
     if isinstance(summary.get("wall_s"), int | float):
         table.add_row("wall time", duration(summary["wall_s"]))
     return table

@@ -18,7 +18,7 @@ from palestra.launch.closing import table_of
 from palestra.launch.live import describe, duration
 from palestra.launch.status import Status, read_status
 from palestra.wire.rundir import RunDir, read_manifests, require_run
-from palestra.wire.runlog import read_ledger, read_metrics, read_summary
+from palestra.wire.runlog import Restarted, as_rows, read_ledger, read_metrics, read_restarts, read_summary
 
 OUTPUTS = Path("outputs")
 _SHOWN_METRICS = (
@@ -98,6 +98,7 @@ def show_one(run: RunDir, *, as_json: bool) -> None:
                 "status": msgspec.to_builtins(status) if status else None,
                 "config": config.model_dump(mode="json"),
                 "summary": read_summary(run),
+                "restarts": as_rows(read_restarts(run)),
                 "metrics": metrics,
                 "checkpoints": [manifest.version for manifest in read_manifests(run)],
                 "ledger": [ledger_view.as_dict(process) for process in account],
@@ -112,9 +113,22 @@ def show_one(run: RunDir, *, as_json: bool) -> None:
         console.print(f"step {metrics['step']}: {describe(numbers)}", soft_wrap=True)
     if (summary := read_summary(run)) is not None:
         console.print(table_of(summary))
+    for line in restart_lines(read_restarts(run)):
+        console.print(line, soft_wrap=True)
     if account:
         console.print(ledger_view.table(account))
     console.print(f"\n{words}", soft_wrap=True)
+
+
+def restart_lines(restarts: list[Restarted]) -> list[str]:
+    """`env-0 was started again once, gone 1.5 s in all; the last time: killed by SIGKILL`: a line for each process."""
+    lines = []
+    for name in sorted({restarted.process for restarted in restarts}):
+        mine = [restarted for restarted in restarts if restarted.process == name]
+        gone_s = sum(restarted.gone_s or 0.0 for restarted in mine)
+        times = "once" if len(mine) == 1 else f"{len(mine)} times"
+        lines.append(f"{name} was started again {times}, gone {gone_s:.1f} s in all; the last time: {mine[-1].why}")
+    return lines
 
 
 def _state(status: Status | None) -> str:

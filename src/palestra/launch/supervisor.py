@@ -49,7 +49,7 @@ from palestra.wire.runlog import Restarted, account_for_gap, append_restart
 
 _LAST_WORD_S = 1.0  # what a process said before it ended has arrived by then
 _ASK_EVERY_S = 0.25
-_PORT_FREE_S = 20.0  # from the death of an engine until the kernel has buried all of it
+_PORT_FREE_S = 5.0  # from the death of an engine until the kernel has buried all of it
 _USER_ERROR = 2  # exit code of a process whose log names the fix
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -100,17 +100,7 @@ class Loop:
                 call_s=config.engine.call_s,
                 stream_tokens=config.engine.stream_tokens,
             ),
-            pool=WorkerPool(
-                self._send,
-                tasks.create_task,
-                num_workers=config.env.workers,
-                deadlines=Deadlines(
-                    ready_s=config.engine.healthy_s, stall_s=config.env.stall_s, answer_s=config.env.answer_s
-                ),
-                quarantine=Quarantine(journal.state.quarantined, self._note_quarantine),
-                restart=self._ask_restart,
-                life=life,
-            ),
+            pool=self._make_pool(config, journal, tasks),
             trainer=TrainerLink(
                 lambda message: self._send(TRAINER, message),
                 schedule,
@@ -130,6 +120,18 @@ class Loop:
         self._exported = asyncio.Event()
         self._gone: set[str] = set()  # workers that said their last word, or died before it
         self._lives: dict[str, int] = {}  # of the processes that had more than one
+
+    def _make_pool(self, config: RunConfig, journal: Journal, tasks: asyncio.TaskGroup) -> WorkerPool:
+        env = config.env
+        return WorkerPool(
+            self._send,
+            tasks.create_task,
+            num_workers=env.workers,
+            deadlines=Deadlines(ready_s=config.engine.healthy_s, stall_s=env.stall_s, answer_s=env.answer_s),
+            quarantine=Quarantine(journal.state.quarantined, self._note_quarantine),
+            restart=self._ask_restart,
+            life=self._life,
+        )
 
     async def run(self) -> None:
         """Errors: an ExceptionGroup of whatever ended the attempt."""
@@ -217,7 +219,7 @@ class Loop:
                     self._process_ended(ended)
                 case ProcessStarted(process=process) as started if started.life > self._lives.get(process, 0):
                     self._lives[process] = started.life
-                    if process in self._engine_names:
+                    if process in {link.name for link in self.desk.fleet.of_state(EngineState.OUT)}:
                         self.desk.tasks.create_task(self._rejoin(self.desk.fleet.engine_started(process)))
 
     def _process_ended(self, ended: ProcessEnded) -> None:

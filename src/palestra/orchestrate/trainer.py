@@ -42,10 +42,14 @@ class TrainerLink:
         `staged` is the newest version of a trainer that outlived the orchestrator before this one: publishes go on
         with it.
         """
-        if staged is not None and self.loaded < 0 and staged >= self.published:
-            self.catch_up = min(self.catch_up, staged)
+        first = version
+        if staged is not None and self.loaded < 0:
+            if staged >= self.published:
+                self.catch_up = min(self.catch_up, staged)
+            elif version == self.catch_up:
+                first = version - 1  # it caught up, and nobody asked it to stage where it is: now somebody does
         self.trained = version
-        for step in range(version, self._next_step):
+        for step in range(first, self._next_step):
             await self._send_batch(step)
         if self.is_finishing:
             await self._send(Finish())

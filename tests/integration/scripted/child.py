@@ -84,6 +84,19 @@ def work() -> None:
     time.sleep(600)
 
 
+def work_with_child() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with (run.path / f"{name}-child.pid").open("w") as file:
+        file.write(str(child.pid))
+    work()
+
+
+def do_all() -> None:
+    """A member that is done and ends before its leader is."""
+    note_pid()
+    say(Ready(process=name), Done(process=name))
+
+
 def work_once() -> None:
     """Later lives of it never get ready."""
     if life():

@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from palestra.config.schema import RunConfig
 from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
 from palestra.core.metrics import Metrics
 from palestra.core.records import Ending, Reply, RolloutRecord, Sample, Sampling, Seat, Span, Task
 from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.loop import Loop
-from palestra.wire.channel import Caller, Listener
+from palestra.wire.channel import Caller, Listener, Reconnected
 from palestra.wire.draft import Draft
 from palestra.wire.messages import (
     Call,
@@ -125,9 +127,10 @@ class ScriptedEngine:
 class ScriptedWorker:
     """Plays one turn per rollout; `reward(record)` says what it is worth, or raises to make it invalid."""
 
-    def __init__(self, attempt: Attempt, reward: Callable[[RolloutRecord], float]):
+    def __init__(self, attempt: Attempt, reward: Callable[[RolloutRecord], float], *, index: int = 0, life: int = 0):
+        self.index, self.name, self.life = index, f"env-{index}", life
         self._channel: Caller[ToWorker, object] = Caller(
-            attempt.orchestrator, name="env-0", attempt=attempt.number, receives=ToWorker
+            attempt.orchestrator, name=self.name, attempt=attempt.number, receives=ToWorker, life=life
         )
         self._reward = reward
         self._plays: dict[int, Play] = {}
@@ -135,7 +138,7 @@ class ScriptedWorker:
         self.num_tasks = 10**9
 
     async def run(self) -> None:
-        await self._channel.send(WorkerReady(index=0, pid=0))
+        await self._say_ready()
         while True:
             message = await self._channel.receive(deadline_s=20, waiting_for="the loop")
             match message:
@@ -144,6 +147,9 @@ class ScriptedWorker:
                     tasks = [Task(prompt=name, key=name) for name in names[: max(self.num_tasks - message.offset, 0)]]
                     ended = len(tasks) < message.count
                     await self._channel.send(Tasks(request_id=message.request_id, tasks=tasks, exhausted=ended))
+                case Reconnected():
+                    self._plays.clear()
+                    await self._say_ready()
                 case Play():
                     self.num_played += 1
                     self._plays[message.rollout_id] = message
@@ -155,8 +161,11 @@ class ScriptedWorker:
                     self._plays.pop(message.rollout_id, None)
                     await self._channel.send(Cancelled(rollout_id=message.rollout_id))
                 case Stop():
-                    await self._channel.send(LedgerClosed(entry=_entry("env-0"), is_last=True))
+                    await self._channel.send(LedgerClosed(entry=_entry(self.name), is_last=True))
                     return
+
+    async def _say_ready(self) -> None:
+        await self._channel.send(WorkerReady(index=self.index, pid=0, life=self.life))
 
     def _record(self, play: Play, answer: CallReply) -> RolloutRecord:
         record = RolloutRecord(
@@ -197,11 +206,12 @@ class ScriptedWorker:
 class ScriptedTrainer:
     """Counts steps. `trained` lists (step, rollouts) in the order trained, over all its lives."""
 
-    def __init__(self, run: RunDir, attempt: Attempt, *, version: int, step_s: float = 0.0):
+    def __init__(self, run: RunDir, attempt: Attempt, *, version: int, step_s: float = 0.0, life: int = 0):
         self._run, self._attempt, self._version, self._step_s = run, attempt, version, step_s
         self._channel: Caller[ToTrainer, object] = Caller(
-            attempt.orchestrator, name="trainer", attempt=attempt.number, receives=ToTrainer
+            attempt.orchestrator, name="trainer", attempt=attempt.number, receives=ToTrainer, life=life
         )
+        self._told = TrainerReady(version=version)  # for an orchestrator that takes another's place
         self.trained: list[tuple[int, list[int]]] = []
         self.batches: list = []
         self.metrics: Callable[[int], Metrics] = lambda step: {}
@@ -213,27 +223,39 @@ class ScriptedTrainer:
             match await self._channel.receive(deadline_s=20, waiting_for="a batch"):
                 case TrainBatch(step=step, publish=publish, save=save):
                     await self._train(step, publish, save)
+                case Reconnected():
+                    await self._channel.send(self._told)
                 case Finish():
                     await self._channel.send(Exported(directory="", ledgers=[_entry()]))
                     return
 
     async def _train(self, step: int, publish: bool, save: bool) -> None:
+        if step < self._version:
+            return  # trained, and asked for by an orchestrator that did not know
         assert step == self._version, f"step {step} at version {self._version}"
         batch = self._run.batches.read(step, attempt=self._attempt.number)
         await asyncio.sleep(self._step_s)
         self.trained.append((step, sorted(set(batch.rollout.tolist()))))
         self.batches.append(batch)
         self._version += 1
-        await self._channel.send(StepTrained(step=step, metrics=self.metrics(step), ledgers=[_entry()]))
+        trained = StepTrained(step=step, metrics=self.metrics(step), ledgers=[_entry()])
+        self._tell(version=self._version, steps=[*self._told.steps, trained][-2:])
+        await self._channel.send(trained)
         if publish:
             await self._stage()
         if save:
             (self._run.checkpoints / f"{self._version:06d}" / "trainer").mkdir(parents=True, exist_ok=True)
-            await self._channel.send(TrainerSaved(version=self._version, directory=""))
+            saved = TrainerSaved(version=self._version, directory="")
+            self._tell(saved=saved)
+            await self._channel.send(saved)
 
     async def _stage(self) -> None:
         staged = Staged(version=self._version, directory="", probe=Probe(token_ids=PROMPT, logprobs=[-1.0, -1.0]))
+        self._tell(staged=staged)
         await self._channel.send(WeightsStaged(staged=staged))
+
+    def _tell(self, **fields) -> None:
+        self._told = msgspec.structs.replace(self._told, **fields)
 
 
 def _entry(process: str = "trainer") -> LedgerEntry:
