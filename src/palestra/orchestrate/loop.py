@@ -99,7 +99,9 @@ class Loop:
             trainer=TrainerLink(self._send_trainer, schedule, next_step=journal.state.next_step),
             teller=Teller(run, attempt, selector),
             frozen=FrozenModels(
-                make_frozen(config, attempt.engines[num_policy:], attempt, make_client), tasks.create_task
+                make_frozen(config, attempt.engines[num_policy:], attempt, make_client),
+                tasks.create_task,
+                deadline_s=config.train.batch_deadline_s,
             ),
             changed=changed,
             tasks=tasks,

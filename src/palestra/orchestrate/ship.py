@@ -8,7 +8,8 @@ import asyncio
 import time
 
 from palestra.algo.shaping import LengthShaping
-from palestra.core.metrics import Mean, Metrics
+from palestra.core.metrics import Mean, Metrics, Sum
+from palestra.core.records import RolloutRecord
 from palestra.orchestrate.batcher import BatchRules, make_batch
 from palestra.orchestrate.buffer import expired, length_added, take
 from palestra.orchestrate.desk import Desk
@@ -22,8 +23,20 @@ async def ship_all(desk: Desk) -> None:
         groups = _take(desk) if desk.trainer.has_room(step) else None
         if groups is None:
             await desk.changed.wait(f"{desk.config.algo.groups_per_step} ready groups for step {step}")
+        elif not desk.frozen.has_answers(_records(groups)):
+            await _wait_for_answers(desk, groups)  # meanwhile other groups may have become the ones to take
         else:
             await _ship(desk, step, groups)
+
+
+def _records(groups: list[Group]) -> list[RolloutRecord]:
+    return [record for group in groups for record in group.valid]
+
+
+async def _wait_for_answers(desk: Desk, groups: list[Group]) -> None:
+    began = time.monotonic()
+    await desk.frozen.wait(_records(groups))
+    desk.teller.note({"frozen/wait_s": Sum(time.monotonic() - began)})
 
 
 def _take(desk: Desk) -> list[Group] | None:
@@ -36,9 +49,7 @@ def _take(desk: Desk) -> list[Group] | None:
 
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
-    began = time.monotonic()
-    logprobs = await desk.frozen.logprobs_of([record for group in groups for record in group.valid])
-    waited_s = time.monotonic() - began
+    logprobs = desk.frozen.take(_records(groups))
     with desk.teller.ledger.spend("batch"):
         rules = _rules(desk)
         batch, packing, trained = make_batch(groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules)
@@ -50,7 +61,7 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         "wire/bytes_per_token": Mean(path.stat().st_size, batch.num_tokens),
     }
     if desk.config.algo.frozen:
-        metrics |= frozen_metrics(trained, logprobs) | {"frozen/wait_s": Mean(waited_s)}
+        metrics |= frozen_metrics(trained, logprobs)
     if not rules.length.is_off:
         added = [length_added(seat, rules.length) for record in trained for seat in record.seats]
         metrics["reward/length_added"] = Mean(sum(added), len(added))
