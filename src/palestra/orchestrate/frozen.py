@@ -1,7 +1,8 @@
 """Frozen models: engines whose weights never change say how likely they find what the policy sampled.
 
 Consumes: finished rollouts. Produces: the log-probability of every sampled token under each frozen model.
-Waits for: those engines, `engine.call_s` for an answer and `engine.healthy_s` for one that is started again.
+Waits for: those engines, `engine.call_s` for an answer and `engine.healthy_s` for one that is started again; for all
+that is asked before, `train.batch_deadline_s`.
 Woken by: groups that are ready to train (so it runs beside generation), and the shipper, who needs the answers.
 Ends when: cancelled. Nothing of it is in the journal: tokens and weights give the same numbers again, so the ready
 groups are asked about once more after a restart; a batch that was shipped has them in its file.
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palestra.config.schema import Frozen, RunConfig
+from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.metrics import Mean, Metrics
@@ -68,11 +70,13 @@ class FrozenEngine:
         max_model_len: int,
         call_s: float,
         healthy_s: float,
+        turn_s: float,
     ):
+        """`turn_s`: how long a sample may wait until those before it are answered."""
         self.name, self.client, self.ledger = name, client, ledger
         self._slots, self._num_asked = asyncio.Semaphore(max_in_flight), 0
         self._room = max_model_len - 1  # the engine wants to sample a token behind what it is asked about
-        self._call_s, self._healthy_s = call_s, healthy_s
+        self._call_s, self._healthy_s, self._turn_s = call_s, healthy_s, turn_s
 
     async def start(self) -> None:
         """Errors: DeadlineError, if it does not become healthy."""
@@ -82,12 +86,13 @@ class FrozenEngine:
     async def logprobs(self, sample: Sample) -> NDArray[np.float32]:
         """[T] at temperature 1. NaN for the first token, which follows nothing, and for the last one of a sample that
         fills the whole context. Errors: InfrastructureError, if the engine gave no answer in several tries."""
-        async with self._slots:
-            self._book(1)
-            try:
-                answer = await self._ask(sample.token_ids[: self._room])
-            finally:
-                self._book(-1)
+        await within(self._turn_s, self._slots.acquire(), waiting_for=f"a turn at {self.name}")
+        self._book(1)
+        try:
+            answer = await self._ask(sample.token_ids[: self._room])
+        finally:
+            self._book(-1)
+            self._slots.release()
         padded = np.full(len(sample.token_ids), np.nan, np.float32)
         padded[1 : 1 + len(answer)] = answer
         return padded
@@ -126,6 +131,7 @@ def make_frozen(
             max_model_len=config.engine.max_model_len,
             call_s=config.engine.call_s,
             healthy_s=config.engine.healthy_s,
+            turn_s=config.train.batch_deadline_s,
         )
         for url, (name, model) in zip(urls, config.algo.frozen.items(), strict=True)
     }
@@ -134,8 +140,9 @@ def make_frozen(
 class FrozenModels:
     """All frozen models of a run; there may be none. `spawn` starts a task whose error ends the loop."""
 
-    def __init__(self, engines: dict[str, FrozenEngine], spawn: Spawn):
-        self._engines, self._spawn = engines, spawn
+    def __init__(self, engines: dict[str, FrozenEngine], spawn: Spawn, *, deadline_s: float):
+        """`deadline_s`: how long the answers about one rollout may take, with all that is asked before."""
+        self._engines, self._spawn, self._deadline_s = engines, spawn, deadline_s
         self._asked: dict[int, asyncio.Task[dict[str, list[NDArray[np.float32]]]]] = {}  # by rollout
 
     async def start(self) -> None:
@@ -149,12 +156,23 @@ class FrozenModels:
             if record.rollout_id not in self._asked:
                 self._asked[record.rollout_id] = self._spawn(self._ask(record))
 
-    async def logprobs_of(self, records: Sequence[RolloutRecord]) -> Logprobs:
-        """The answers about these rollouts, asked for by now. They are handed out once."""
+    def has_answers(self, records: Iterable[RolloutRecord]) -> bool:
+        """Whether everything is known about these rollouts."""
+        asked = [self._asked.get(record.rollout_id) for record in records] if self._engines else []
+        return all(task is not None and task.done() for task in asked)
+
+    async def wait(self, records: Sequence[RolloutRecord]) -> None:
+        """Until it is, or until they were forgotten."""
         self.begin(records)
+        asked = [self._asked[record.rollout_id] for record in records]
+        waiting_for = f"the answers of {' and '.join(self._engines)} about {len(asked)} rollouts"
+        await within(self._deadline_s, asyncio.wait(asked), waiting_for=waiting_for)
+
+    def take(self, records: Iterable[RolloutRecord]) -> Logprobs:
+        """The answers about rollouts that it has answers about; they are handed out once."""
         found: Logprobs = {name: {} for name in self._engines}
         for record in records if self._engines else ():
-            for name, answers in (await self._asked.pop(record.rollout_id)).items():
+            for name, answers in self._asked.pop(record.rollout_id).result().items():
                 found[name][record.rollout_id] = answers
         return found
 
@@ -177,7 +195,9 @@ class FrozenModels:
     async def _ask(self, record: RolloutRecord) -> dict[str, list[NDArray[np.float32]]]:
         samples = [sample for seat in record.seats for sample in seat.samples]
         pairs = [(name, sample) for name in self._engines for sample in samples]
-        answers = await asyncio.gather(*(self._engines[name].logprobs(sample) for name, sample in pairs))
+        asking = asyncio.gather(*(self._engines[name].logprobs(sample) for name, sample in pairs))
+        waiting_for = f"the answers of {' and '.join(self._engines)} about rollout {record.rollout_id}"
+        answers = await within(self._deadline_s, asking, waiting_for=waiting_for)
         found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self._engines}
         for (name, _), answer in zip(pairs, answers, strict=True):
             found[name].append(answer)

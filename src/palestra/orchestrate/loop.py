@@ -109,7 +109,9 @@ class Loop:
             ),
             teller=Teller(run, attempt, selector),
             frozen=FrozenModels(
-                make_frozen(config, attempt.engines[num_policy:], attempt, make_client), tasks.create_task
+                make_frozen(config, attempt.engines[num_policy:], attempt, make_client),
+                tasks.create_task,
+                deadline_s=config.train.batch_deadline_s,
             ),
             changed=changed,
             tasks=tasks,

@@ -7,10 +7,9 @@ Waits for: enough ready groups, and room at the trainer. Woken by: `changed`. En
 import asyncio
 import time
 
-import msgspec
-
 from palestra.algo.shaping import LengthShaping
 from palestra.core.metrics import Mean, Metrics, Sum
+from palestra.core.records import RolloutRecord
 from palestra.orchestrate.batcher import BatchRules, make_batch
 from palestra.orchestrate.buffer import baselines, expired, last_chances, length_added, may_part, num_nearly_ready, take
 from palestra.orchestrate.desk import Desk
@@ -25,6 +24,8 @@ async def ship_all(desk: Desk) -> None:
         groups = _take(desk) if desk.trainer.has_room(step) else None
         if groups is None:
             await _wait_for_groups(desk, step)
+        elif not desk.frozen.has_answers(_untrained(groups)):
+            await _wait_for_answers(desk, groups)  # meanwhile other groups may have become the ones to take
         else:
             await _ship(desk, step, groups)
 
@@ -35,6 +36,16 @@ async def _wait_for_groups(desk: Desk, step: int) -> None:
     began = time.monotonic()
     await desk.changed.wait(f"{desk.config.algo.groups_per_step} ready groups for step {step}")
     desk.teller.note({"batch/tail_wait_s": Sum(time.monotonic() - began if is_for_tails else 0.0)})
+
+
+def _untrained(groups: list[Group]) -> list[RolloutRecord]:
+    return [record for group in groups for record in group.unsettled]
+
+
+async def _wait_for_answers(desk: Desk, groups: list[Group]) -> None:
+    began = time.monotonic()
+    await desk.frozen.wait(_untrained(groups))
+    desk.teller.note({"frozen/wait_s": Sum(time.monotonic() - began)})
 
 
 def _take(desk: Desk) -> list[Group] | None:
@@ -59,15 +70,10 @@ def _take(desk: Desk) -> list[Group] | None:
 
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
-    """Members that end while the batch is made are not in it."""
-    groups = [msgspec.structs.replace(group, records={**group.records}) for group in groups]
-    rules = _rules(desk)
+    rules, considered = _rules(desk), _untrained(groups)
     kept = {g.group_id: baselines(g, rules.length) for g in groups if not g.all_ended and not g.settled}
     num_late = sum(len(group.unsettled) for group in groups if group.status is GroupStatus.LATE)
-    considered = [record for group in groups for record in group.unsettled]
-    began = time.monotonic()
-    logprobs = await desk.frozen.logprobs_of(considered)
-    waited_s = time.monotonic() - began
+    logprobs = desk.frozen.take(considered)
     with desk.teller.ledger.spend("batch"):
         batch, packing, trained = make_batch(groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules)
     path = await asyncio.to_thread(desk.run.batches.write, batch)
@@ -79,7 +85,7 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         "rollout/late": Mean(num_late, len(trained)),
     }
     if desk.config.algo.frozen:
-        metrics |= frozen_metrics(trained, logprobs) | {"frozen/wait_s": Mean(waited_s)}
+        metrics |= frozen_metrics(trained, logprobs)
     if not rules.length.is_off:
         added = [length_added(seat, rules.length) for record in trained for seat in record.seats]
         metrics["reward/length_added"] = Mean(sum(added), len(added))

@@ -94,7 +94,7 @@ class Failing:
         self.healthy_waits += 1
 
 
-def engine(client, *, max_in_flight: int = 4, max_model_len: int = 8) -> FrozenEngine:
+def engine(client, *, max_in_flight: int = 4, max_model_len: int = 8, turn_s: float = 5.0) -> FrozenEngine:
     return FrozenEngine(
         "reference-0",
         client,
@@ -103,6 +103,7 @@ def engine(client, *, max_in_flight: int = 4, max_model_len: int = 8) -> FrozenE
         max_model_len=max_model_len,
         call_s=1.0,
         healthy_s=1.0,
+        turn_s=turn_s,
     )
 
 
@@ -145,9 +146,33 @@ async def test_no_more_than_max_in_flight_are_asked_at_once_and_the_ledger_says_
     assert entry.closure < 0.01
 
 
+class Silent(Failing):
+    async def score(self, token_ids, *, deadline_s):
+        await asyncio.Event().wait()
+
+
+async def test_every_wait_ends_and_says_what_it_was_for():
+    one = engine(Silent([]), max_in_flight=1, turn_s=0.02)
+    first = asyncio.create_task(one.logprobs(sample(3)))
+    await asyncio.sleep(0)
+    with pytest.raises(DeadlineError, match="a turn at reference-0"):
+        await one.logprobs(sample(3))
+    first.cancel()
+    tasks = []
+    models = FrozenModels(
+        {"reference": engine(Silent([]))},
+        lambda asking: tasks.append(asyncio.create_task(asking)) or tasks[-1],
+        deadline_s=0.05,
+    )
+    with pytest.raises(DeadlineError, match="the answers of reference about 1 rollouts"):
+        await models.wait([record(0, 1.0)])
+    await asyncio.wait(tasks)
+    assert "the answers of reference about rollout 0" in str(tasks[0].exception())
+
+
 async def test_a_rollout_is_asked_about_once_and_can_be_forgotten():
     client = Failing([])
-    models = FrozenModels({"reference": engine(client)}, asyncio.create_task)
+    models = FrozenModels({"reference": engine(client)}, asyncio.create_task, deadline_s=5.0)
     one, other = (
         RolloutRecord(
             rollout_id=i,
@@ -160,16 +185,19 @@ async def test_a_rollout_is_asked_about_once_and_can_be_forgotten():
     )
     models.begin([one, other])
     models.begin([one])
+    assert not models.has_answers([one])
     models.forget([other.rollout_id])
-    found = await models.logprobs_of([one])
+    await models.wait([one])
+    found = models.take([one])
     assert [len(answer) for answer in found["reference"][0]] == [3, 4, 5]  # seat after seat
     assert sorted(client.lengths) == [3, 4, 5]
 
 
 async def test_without_frozen_models_nothing_happens():
-    models = FrozenModels({}, asyncio.create_task)
+    models = FrozenModels({}, asyncio.create_task, deadline_s=5.0)
     models.begin([record(0, 1.0)])
-    assert await models.logprobs_of([record(0, 1.0)]) == {}
+    assert models.has_answers([record(0, 1.0)])
+    assert models.take([record(0, 1.0)]) == {}
 
 
 # --- in the loop
@@ -215,7 +243,8 @@ async def test_every_sampled_token_of_every_batch_has_both_answers(tmp_path):
             from_reward = batch.advantage[where][0]
             np.testing.assert_allclose(batch.advantage[where], from_reward + np.where(trained, 2.0 * gap, 0), atol=1e-5)
     rows = [row for row in read_metrics(life.run) if "phase" not in row]
-    assert all("frozen/reference/kl" in row and "frozen/teacher/kl" in row and "frozen/wait_s" in row for row in rows)
+    assert all("frozen/reference/kl" in row and "frozen/teacher/kl" in row for row in rows)
+    assert any("frozen/wait_s" in row for row in rows)
     assert {"engine-0", "reference-0", "teacher-0"} <= {
         json.loads(line)["process"] for line in life.run.ledger.read_text().splitlines()
     }
