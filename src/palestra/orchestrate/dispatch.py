@@ -14,6 +14,7 @@ from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.records import Ending, Reply, RolloutRecord
 from palestra.orchestrate.buffer import outcome
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.pacing import predicted_age
 from palestra.orchestrate.report import finished_metrics
 from palestra.orchestrate.sources import TaskSources, seed_for
 from palestra.orchestrate.state import (
@@ -52,14 +53,26 @@ class Dispatcher:
     async def run(self) -> None:
         await self._take_up()
         while True:
-            if self._waiting and len(self._plays) < self._desk.capacity and self._desk.trainer.is_current:
-                play = self._desk.tasks.create_task(self._play_to_end(self._waiting.popleft()))
-                self._plays.add(play)
-                play.add_done_callback(self._free_slot)
+            if self._waiting and self._desk.fleet.room > 0 and self._desk.trainer.is_current:
+                self._start(self._waiting.popleft())
             elif not self._waiting and self._may_open():
                 await self._open_group()
             else:
                 await self._desk.changed.wait("a free slot to dispatch a rollout")
+
+    def _start(self, rollout_id: int) -> None:
+        desk, group = self._desk, self._group_of(rollout_id)
+        desk.fleet.admit(rollout_id, group.group_id)
+        if rollout_id not in desk.state.replies and rollout_id not in desk.state.begun:  # its first token is to come
+            groups_per_step, loaded = desk.config.algo.groups_per_step, desk.trainer.loaded
+            age = predicted_age(desk.state, group.group_id, groups_per_step=groups_per_step, loaded=loaded)
+            desk.teller.note_predicted_age(age)
+        play = desk.tasks.create_task(self._play_to_end(rollout_id))
+        self._plays.add(play)
+        play.add_done_callback(self._free_slot)
+
+    def _group_of(self, rollout_id: int) -> Group:
+        return self._desk.state.groups[rollout_id // self._desk.config.algo.group_size]
 
     def cancel(self) -> None:
         """Rollouts that no step is left for."""
@@ -105,18 +118,25 @@ class Dispatcher:
 
     async def _play_to_end(self, rollout_id: int) -> None:
         """Play a rollout until it is valid or its retries are used up. Infrastructure failures are never rewards."""
-        desk, group = self._desk, self._desk.state.groups[rollout_id // self._desk.config.algo.group_size]
-        while True:
-            record = await desk.pool.play(self._order(group, rollout_id))
-            if record.ending != Ending.INVALID or group.tries.get(rollout_id, 0) >= desk.config.env.retries:
-                break
-            print(f"rollout {rollout_id} of {group.source} is invalid and retried: {record.error}", file=sys.stderr)
-            desk.journal.record(RolloutRetried(rollout_id=rollout_id, error=record.error))
+        desk, group = self._desk, self._group_of(rollout_id)
+        try:
+            record = await self._play(group, rollout_id)
+        finally:
+            desk.fleet.release(rollout_id)
         desk.journal.record(RolloutEnded(record=record))
         desk.teller.note(finished_metrics(record))
         desk.teller.totals.note_tokens(record.num_sampled_tokens)
         if group.all_ended:
             await self._close_group(group)
+
+    async def _play(self, group: Group, rollout_id: int) -> RolloutRecord:
+        desk = self._desk
+        while True:
+            record = await desk.pool.play(self._order(group, rollout_id))
+            if record.ending != Ending.INVALID or group.tries.get(rollout_id, 0) >= desk.config.env.retries:
+                return record
+            print(f"rollout {rollout_id} of {group.source} is invalid and retried: {record.error}", file=sys.stderr)
+            desk.journal.record(RolloutRetried(rollout_id=rollout_id, error=record.error))
 
     def _order(self, group: Group, rollout_id: int) -> PlayOrder:
         seed = self._desk.config.train.seed
@@ -149,7 +169,7 @@ class Dispatcher:
                 self._desk.journal.record(PartlyReplied(rollout_id=rollout_id, piece=journalled(piece)))
 
         reply = await self._desk.gateway.call(
-            group.group_id,
+            rollout_id,
             call.token_ids,
             call.sampling,
             seed=seed,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
 from palestra.core.ledger import Ledger, LedgerSelector
-from palestra.core.metrics import Last, Metrics
+from palestra.core.metrics import Last, Metrics, Sum
 from palestra.orchestrate.checkpoint import write_checkpoint
 from palestra.orchestrate.desk import Changes, Desk, Teller
 from palestra.orchestrate.dispatch import Dispatcher
@@ -23,6 +23,7 @@ from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
+from palestra.orchestrate.pressure import Pressure
 from palestra.orchestrate.publisher import Publisher
 from palestra.orchestrate.report import summary
 from palestra.orchestrate.ship import ship_all
@@ -72,7 +73,7 @@ class Loop:
         )
         tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
         fleet = Fleet(
-            _make_links(attempt, make_client),
+            _make_links(attempt, make_client, config.engine.max_in_flight),
             healthy_s=config.engine.healthy_s,
             restart=lambda name, why: self._ask_restart(name, why),
             changed=changed.tell,
@@ -101,6 +102,7 @@ class Loop:
         self._evaluations = Evaluations(self.desk)
         self._publisher = Publisher(self.desk, self._evaluations)
         self._dispatcher = Dispatcher(self.desk)
+        self._pressure = Pressure(self.desk)
         self._exported = asyncio.Event()
         self._gone: set[str] = set()  # workers that said their last word
 
@@ -108,9 +110,8 @@ class Loop:
         """Errors: an ExceptionGroup of whatever ended the attempt."""
         try:
             async with self.desk.tasks as tasks:
-                serving = [
-                    tasks.create_task(serve()) for serve in (self._receive, self._hear_supervisor, self._publisher.run)
-                ]
+                loops = (self._receive, self._hear_supervisor, self._publisher.run, self._pressure.run)
+                serving = [tasks.create_task(serve()) for serve in loops]
                 await self._train(tasks)
                 await self._evaluations.run_last()
                 await self._finish()
@@ -143,6 +144,7 @@ class Loop:
     async def _join(self, link: EngineLink) -> None:
         """Errors: DeadlineError, if the engine does not become healthy."""
         await link.client.wait_healthy(self.desk.config.engine.healthy_s)
+        await self._pressure.meet(link)
         if link.state is EngineState.STARTING:
             self.desk.fleet.healthy(link)
 
@@ -218,6 +220,9 @@ class Loop:
         in_flight: Metrics = {
             "engine/in_flight": Last(sum(link.in_flight for link in desk.fleet.links)),
             "engine/serving": Last(len(desk.fleet.serving)),
+            "engine/limit": Last(desk.capacity),
+            "engine/preemptions": Sum(0),
+            "rollout/in_flight": Last(sum(link.sessions for link in desk.fleet.links)),
         }
         batch = desk.state.batch_metrics.get(message.step, {})
         row = teller.step_row(message, batch, teller.totals.metrics(desk.state), in_flight)
@@ -229,11 +234,12 @@ class Loop:
         await self._listener.send(TRAINER, message)
 
 
-_SHOWN = {"reward": "reward/trained", "age": "age/mean"}
+_SHOWN = {"reward": "reward/trained", "age": "age/mean", "in_flight": "rollout/in_flight", "limit": "engine/limit"}
 
 
-def _make_links(attempt: Attempt, make_client: Callable[[str], EngineClient]) -> list[EngineLink]:
+def _make_links(attempt: Attempt, make_client: Callable[[str], EngineClient], limit: int) -> list[EngineLink]:
+    names = [f"engine-{index}" for index in range(len(attempt.engines))]
     return [
-        EngineLink(f"engine-{index}", make_client(url), Ledger(f"engine-{index}", since=attempt.started_at))
-        for index, url in enumerate(attempt.engines)
+        EngineLink(name, make_client(url), Ledger(name, since=attempt.started_at), limit=limit)
+        for name, url in zip(names, attempt.engines, strict=True)
     ]
