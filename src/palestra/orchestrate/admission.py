@@ -132,7 +132,8 @@ class Admission:
 def begin(reading: Reading, *, most: int, safe: float | None) -> Admission:
     """With the `safe` rollouts that have room at their full length; `most`, where the engine does not say how many."""
     limit = most if safe is None else max(1, min(most, int(safe)))
-    return Admission(limit=limit, most=most, last=reading, now=Generation(began=reading.ended))
+    now, braked = Generation(began=reading.ended), reading.kv_use >= _FULL
+    return Admission(limit=limit, most=most, last=reading, now=now, is_braked=braked)
 
 
 def expected_kv(before: Reading, now: Reading) -> float:

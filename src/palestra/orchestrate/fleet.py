@@ -64,10 +64,10 @@ class EngineLink:
         self.gone = asyncio.Event()  # set while the engine is out
         self._is_stopped = self._refills = False
 
-    @property
-    def backlog(self) -> float:
-        """How long its sessions will take, relative to other engines: a slow engine gets less."""
-        return (self.sessions + 1) / (self.tokens_per_s or 1.0)
+    def backlog(self, typical: float) -> float:
+        """How long its sessions will take, relative to other engines: a slow engine gets less. `typical` is the speed
+        of an engine that has not replied yet."""
+        return (self.sessions + 1) / (self.tokens_per_s or typical)
 
     @property
     def room(self) -> int:
@@ -265,7 +265,10 @@ class Fleet:
 
     def _soonest(self) -> EngineLink:
         """Of the serving engines with room, or of all where none has any."""
-        return min([link for link in self.serving if link.room] or self.serving, key=lambda link: link.backlog)
+        known = [link.tokens_per_s for link in self.serving if link.tokens_per_s]
+        typical = sum(known) / len(known) if known else 1.0
+        able = [link for link in self.serving if link.room] or self.serving
+        return min(able, key=lambda link: link.backlog(typical))
 
     def _settle(self, session: int, link: EngineLink) -> None:
         self._home[session] = link
