@@ -26,9 +26,9 @@ the rollouts, the measure is wrong (lengths have jumped, or the gauge hides a fu
 end; until they are down to it, nothing is cut again. Lower aims are kept until rollouts hold `_OTHER` times as much or
 as little: those are others, measured anew.
 
-**Not used: tokens per second.** Where an engine samples no faster with more requests, more of them only take longer.
-But between generations tokens/s moves with lengths, publishes and evaluations by more than a step of growth adds, and a
-wrong verdict leaves an engine half idle. `engine.max_in_flight` is that bound, and pacing bounds age.
+**Not used: tokens per second.** An engine may sample no faster with more requests although its cache has room. To hold
+it there, engines with room would have to be held back, and gain nothing but age, which pacing bounds already. For such
+an engine `engine.max_in_flight` is the bound.
 """
 
 import dataclasses

@@ -58,11 +58,11 @@ class EngineLink:
         self.is_braked = False  # no room now, whatever the limit
         self.sessions = 0
         self.ended = 0  # sessions, so far
-        self.stops = 0  # for publishes, so far
+        self.stops = 0  # and goings on, by publishes, so far
         self.in_flight = 0  # calls
         self.tokens_per_s: float | None = None  # of one reply, smoothed
         self.gone = asyncio.Event()  # set while the engine is out
-        self._is_stopped = self._refills = False
+        self.is_stopped = self._refills = False
 
     def backlog(self, typical: float) -> float:
         """How long its sessions will take, relative to other engines: a slow engine gets less. `typical` is the speed
@@ -79,7 +79,7 @@ class EngineLink:
             raise ValueError(f"{self.name} cannot go from {self.state} to {state}")
         self.state = state
         (self.gone.set if state is EngineState.OUT else self.gone.clear)()
-        self._is_stopped = self._refills = False
+        self.is_stopped = self._refills = False
         self._book()
 
     @contextmanager
@@ -95,8 +95,8 @@ class EngineLink:
 
     def stop(self, is_stopped: bool, *, refills: bool) -> None:
         """A publish stops it, or lets it go on; `refills`: running requests are prefilled again then."""
-        self._is_stopped = is_stopped
-        self.stops += is_stopped
+        self.is_stopped = is_stopped
+        self.stops += 1
         self._refills = refills and not is_stopped and self.in_flight > 0
         self._book()
 
@@ -120,7 +120,7 @@ class EngineLink:
     def _cause(self) -> str:
         if self.state is not EngineState.SERVING:
             return _BEFORE_SERVING[self.state]
-        if self._is_stopped:
+        if self.is_stopped:
             return "publish"
         if self._refills:
             return "prefill again"

@@ -82,7 +82,7 @@ class _Gauge:
         """One reading. Returns the requests preempted since the last."""
         link = self._link
         preempted = 0 if self._preemptions is None else max(0, load.preemptions - self._preemptions)
-        is_forced = link.stops != self._stops  # a publish may preempt everything, to prefill it again
+        is_forced = link.is_stopped or link.stops != self._stops  # a publish may preempt all, to prefill it again
         self._preemptions, self._stops = load.preemptions, link.stops
         reading = Reading(
             kv_use=load.kv_use,

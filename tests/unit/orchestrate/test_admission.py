@@ -101,7 +101,7 @@ def test_more_preemptions_than_three_quarters_of_the_rollouts_cut_the_limit_once
 # --- loads
 
 POOL = 20_000
-SETTLED = 800
+SETTLED = 600
 
 
 def engine(*, shown: float = 1.0) -> SimulatedEngine:
@@ -109,7 +109,7 @@ def engine(*, shown: float = 1.0) -> SimulatedEngine:
 
 
 def steady(limit_of, seed: int = 0, **kind: float) -> Trace:
-    return simulate(engine(**kind), log_normal(50), limit_of, seconds=2000, seed=seed)
+    return simulate(engine(**kind), log_normal(50), limit_of, seconds=1600, seed=seed)
 
 
 def is_calm(trace: Trace) -> bool:
@@ -120,16 +120,31 @@ def is_calm(trace: Trace) -> bool:
 def best() -> float:
     """Tokens per second of the best fixed limit: about 170, which nobody knows beforehand."""
     limits = (110, 140, 155, 170, 190)
-    runs = [simulate(engine(), log_normal(50), fixed(limit), seconds=1000) for limit in limits]
+    runs = [simulate(engine(), log_normal(50), fixed(limit), seconds=600) for limit in limits]
     return max(run.tokens_per_s(200) for run in runs)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_under_a_step_it_converges_near_the_best_fixed_limit(best: float, seed: int):
     trace = steady(Controlled(), seed)
     assert trace.tokens_per_s(SETTLED) > 0.96 * best
-    assert trace.preempted_share(SETTLED) < 0.1
+    assert trace.preempted_share(SETTLED) < 0.15
     assert is_calm(trace)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_where_few_rollouts_fit_it_is_careful(seed: int):
+    """About 30: chance moves cache use by a third. The best fixed limit preempts every rollout more than once."""
+
+    def small(limit_of) -> Trace:
+        engine = SimulatedEngine(pool_tokens=4000, max_tokens=20 + 16 * 50)
+        return simulate(engine, log_normal(50), limit_of, seconds=2000, seed=seed)
+
+    careful, best = small(Controlled()), small(fixed(46))
+    assert best.preempted_share(SETTLED) > 1
+    assert careful.preempted_share(SETTLED) < 0.15
+    assert careful.tokens_per_s(SETTLED) > 0.8 * best.tokens_per_s(SETTLED)
+    assert careful.turns(SETTLED) <= 8
 
 
 def test_a_limit_that_is_too_high_costs_little_with_the_brake_and_much_without():

@@ -135,17 +135,31 @@ def test_preemptions_are_counted_from_reading_to_reading_through_a_restart():
     assert gauge.take(reports(preemptions=1)) == 0, "restarted unnoticed"
 
 
-@pytest.mark.parametrize(("publishes", "limit"), [(True, 100), (False, 80)])
-def test_what_a_publish_preempts_to_prefill_it_again_cuts_nothing(publishes: bool, limit: int):
+@pytest.mark.parametrize("read_at", ["before the stop", "stopped", "preempted", "going on"])
+def test_what_a_publish_preempts_to_prefill_it_again_cuts_nothing(read_at: str):
+    """Whenever readings fall; the last one sees what is left to see."""
+    link, gauge = make_gauge()
+    gauge.take(reports(safe_requests=100.0))
+    link.sessions, preemptions = 100, 0
+    for moment in ("before the stop", "stopped", "preempted", "going on"):
+        if moment in ("stopped", "going on"):
+            link.stop(moment == "stopped", refills=True)
+        preemptions = 100 if moment in ("preempted", "going on") else 0
+        if read_at == moment:
+            gauge.take(reports(preemptions=preemptions))
+    gauge.take(reports(preemptions=100))
+    assert gauge.admission is not None
+    assert gauge.admission.limit == 100
+
+
+def test_as_many_without_a_publish_cut_the_limit():
+    """Control for the test above."""
     link, gauge = make_gauge()
     gauge.take(reports(safe_requests=100.0))
     link.sessions = 100
-    if publishes:
-        link.stop(True, refills=True)
-        link.stop(False, refills=True)
     assert gauge.take(reports(preemptions=100)) == 100
     assert gauge.admission is not None
-    assert gauge.admission.limit == limit
+    assert gauge.admission.limit == 80
 
 
 # --- ages
