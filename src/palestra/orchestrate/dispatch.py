@@ -60,27 +60,28 @@ class Dispatcher:
             else:
                 await self._desk.changed.wait("a free slot to dispatch a rollout")
 
-    def _start(self, rollout_id: int) -> None:
-        desk, group = self._desk, self._group_of(rollout_id)
-        desk.fleet.admit(rollout_id, group.group_id)
-        if rollout_id not in desk.state.replies and rollout_id not in desk.state.begun:  # its first token is to come
-            groups_per_step, loaded = desk.config.algo.groups_per_step, desk.trainer.loaded
-            age = predicted_age(desk.state, group.group_id, groups_per_step=groups_per_step, loaded=loaded)
-            desk.teller.note_predicted_age(age)
-        play = desk.tasks.create_task(self._play_to_end(rollout_id))
-        self._plays.add(play)
-        play.add_done_callback(self._free_slot)
-
-    def _group_of(self, rollout_id: int) -> Group:
-        return self._desk.state.groups[rollout_id // self._desk.config.algo.group_size]
-
     def cancel(self) -> None:
         """Rollouts that no step is left for."""
         for play in self._plays:
             play.cancel()
 
-    def _free_slot(self, play: asyncio.Task[None]) -> None:
+    def _start(self, rollout_id: int) -> None:
+        self._admit(rollout_id)
+        play = self._desk.tasks.create_task(self._play_to_end(rollout_id))
+        self._plays.add(play)
+        play.add_done_callback(lambda _: self._free_slot(rollout_id, play))
+
+    def _admit(self, rollout_id: int) -> None:
+        desk, group_id = self._desk, rollout_id // self._desk.config.algo.group_size
+        desk.fleet.admit(rollout_id, group_id)
+        if rollout_id not in desk.state.replies and rollout_id not in desk.state.begun:  # its first token is to come
+            groups_per_step, loaded = desk.config.algo.groups_per_step, desk.trainer.loaded
+            age = predicted_age(desk.state, group_id, groups_per_step=groups_per_step, loaded=loaded)
+            desk.teller.note_predicted_age(age)
+
+    def _free_slot(self, rollout_id: int, play: asyncio.Task[None]) -> None:
         self._plays.discard(play)
+        self._desk.fleet.release(rollout_id)  # of a play that was cancelled, too
         self._desk.changed.tell()
 
     async def _take_up(self) -> None:
@@ -118,18 +119,16 @@ class Dispatcher:
 
     async def _play_to_end(self, rollout_id: int) -> None:
         """Play a rollout until it is valid or its retries are used up. Infrastructure failures are never rewards."""
-        desk, group = self._desk, self._group_of(rollout_id)
-        try:
-            record = await self._play(group, rollout_id)
-        finally:
-            desk.fleet.release(rollout_id)
+        desk, group = self._desk, self._desk.state.groups[rollout_id // self._desk.config.algo.group_size]
+        record = await self._play_validly(group, rollout_id)
+        desk.fleet.release(rollout_id)  # before it is scored
         desk.journal.record(RolloutEnded(record=record))
         desk.teller.note(finished_metrics(record))
         desk.teller.totals.note_tokens(record.num_sampled_tokens)
         if group.all_ended:
             await self._close_group(group)
 
-    async def _play(self, group: Group, rollout_id: int) -> RolloutRecord:
+    async def _play_validly(self, group: Group, rollout_id: int) -> RolloutRecord:
         desk = self._desk
         while True:
             record = await desk.pool.play(self._order(group, rollout_id))
