@@ -14,7 +14,7 @@ def predicted_age(state: LoopState, group_id: int, *, groups_per_step: int, load
     """
     before = [group.status for known, group in state.groups.items() if known < group_id]
     num_ready = before.count(GroupStatus.READY)
-    ahead = num_ready + kept_share(state) * (len(before) - num_ready)
+    ahead = num_ready + kept_share(state) * before.count(GroupStatus.OPEN)
     return state.next_step + int(ahead / groups_per_step) - loaded
 
 
