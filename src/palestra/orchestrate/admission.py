@@ -16,9 +16,9 @@ Growth also needs that every slot was used and no request waits, and is at most 
 generation are younger than later ones.
 
 **Brake.** While cache use is above `_FULL`, or will be at the next reading if it goes on as since the last, nothing is
-admitted, whatever the limit. It takes what chance adds to the average use, which is why `_AIM` may be above 1: without
-the brake the best fixed limit is lower, wastes more, and is known only afterwards. The trend counts as far as the same
-rollouts are still there.
+admitted, whatever the limit, unless there is room at full length. It takes what chance adds to the average use, so
+`_AIM` may be above 1: without the brake the best fixed limit is lower, wastes more, and is known only afterwards. The
+trend counts as far as the same rollouts are still there.
 
 **Cut.** Preemptions are the price of a full cache: a prefill each. If in one generation there are more than `_SHARE` of
 the rollouts, the measure is wrong (lengths have jumped, or the gauge hides a full part of the cache): the limit becomes
@@ -77,13 +77,15 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """The limit of one engine, never more than `most`, and what it rests on. `is_braked`: nothing is admitted now.
+    """The limit of one engine, never more than `most`, and what it rests on. `is_braked`: nothing is admitted now; up
+    to `safe` rollouts, which have room at their full length, always are.
 
     `kv_each` is the share of the cache that one rollout holds, averaged over the last `known` that ended.
     """
 
     limit: int
     most: int
+    safe: int
     last: Reading
     now: Generation
     is_braked: bool = False
@@ -93,7 +95,7 @@ class Admission:
 
     def next(self, reading: Reading) -> "Admission":
         """After one more reading."""
-        braked = expected_kv(self.last, reading) >= _FULL
+        braked = reading.rollouts >= self.safe and expected_kv(self.last, reading) >= _FULL
         seen = dataclasses.replace(self, last=reading, now=self.now.seen(reading), is_braked=braked)
         ended = reading.ended - self.now.began
         if seen.now.preempted > _SHARE * max(ended, self.limit, _FEW_IN_FLIGHT):
@@ -132,8 +134,14 @@ class Admission:
 def begin(reading: Reading, *, most: int, safe: float | None) -> Admission:
     """With the `safe` rollouts that have room at their full length; `most`, where the engine does not say how many."""
     limit = most if safe is None else max(1, min(most, int(safe)))
-    now, braked = Generation(began=reading.ended), reading.kv_use >= _FULL
-    return Admission(limit=limit, most=most, last=reading, now=now, is_braked=braked)
+    return Admission(
+        limit=limit,
+        most=most,
+        safe=int(safe or 0),
+        last=reading,
+        now=Generation(began=reading.ended),
+        is_braked=reading.rollouts >= int(safe or 0) and reading.kv_use >= _FULL,
+    )
 
 
 def expected_kv(before: Reading, now: Reading) -> float:

@@ -85,6 +85,7 @@ def test_the_brake_looks_one_reading_ahead_as_far_as_the_same_rollouts_are_there
     assert state.is_braked  # from 0.0
     assert not state.next(reading(0.8, rollouts=100)).is_braked
     assert state.next(reading(0.91, rollouts=100)).is_braked
+    assert not state.next(reading(0.91, rollouts=99)).is_braked, "there is room for 100 at their full length"
 
 
 def test_more_preemptions_than_three_quarters_of_the_rollouts_cut_the_limit_once_until_it_has_taken_effect():

@@ -66,8 +66,9 @@ def rows(life: Life) -> list[dict]:
     [
         (CALM, 8),
         (reports(safe_requests=3.5), 3),
-        (reports(kv_use=0.95), 1),
-        (reports(kv_use=0.95, safe_requests=3.5), 1),
+        (reports(kv_use=0.95, safe_requests=None), 1),
+        (reports(kv_use=0.95), 8),
+        (reports(kv_use=0.95, safe_requests=3.5), 3),
     ],
 )
 async def test_the_dispatcher_holds_back_as_far_as_the_engine_reports_pressure(tmp_path, gauges, most):
@@ -82,7 +83,8 @@ async def test_the_brake_is_let_go_when_the_pressure_ends_and_the_run_is_told(tm
 
         async def load(self, *, deadline_s=None):
             self.readings += 1
-            return reports(kv_use=0.95 if self.readings < 10 else 0.2, preemptions=self.readings, waiting=2)
+            kv_use = 0.95 if self.readings < 10 else 0.2
+            return reports(kv_use=kv_use, preemptions=self.readings, waiting=2, safe_requests=None)
 
     life = await play(tmp_path, Relieved)
     assert life.engines[0].most == 8  # type: ignore[attr-defined]
@@ -108,7 +110,11 @@ async def test_an_engine_that_cannot_be_read_gets_the_most_and_no_run_ends_by_it
 
 async def test_at_age_zero_pressure_changes_nothing_that_trains(tmp_path):
     trained = []
-    for name, gauges in (("calm", CALM), ("pressed", reports(safe_requests=2.0)), ("braked", reports(kv_use=0.95))):
+    for name, gauges in (
+        ("calm", CALM),
+        ("pressed", reports(safe_requests=2.0)),
+        ("braked", reports(kv_use=0.95, safe_requests=None)),
+    ):
         log = {"name": name, "outputs": str(tmp_path)}
         algo = {"groups_per_step": GROUPS, "group_size": GROUP_SIZE, "max_age": 0}
         life = await play(tmp_path, pressed(gauges), log=log, algo=algo)
