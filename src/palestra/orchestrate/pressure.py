@@ -4,13 +4,13 @@ Consumes: each engine's gauges, every `engine.load_every_s`. Produces: its limit
 Waits for: the clock (no engine says by itself that a gauge has moved) and each reading, with a deadline.
 Woken by: the clock. Ends when: cancelled.
 
-A reading that fails is no verdict: the limit stays and the brake is off, until calls, publishes or the supervisor find
-out whether the engine is dead.
+A reading that comes too late says that the engine is busy: limit and brake stay. One that fails is no verdict: the
+limit stays and the brake is off, until calls, publishes or the supervisor find out whether the engine is dead.
 """
 
 import asyncio
 
-from palestra.core.errors import PalestraError
+from palestra.core.errors import DeadlineError, PalestraError
 from palestra.core.metrics import Max, Mean, Sum
 from palestra.orchestrate.admission import Admission, Reading, begin
 from palestra.orchestrate.desk import Desk
@@ -47,6 +47,8 @@ class Pressure:
     async def _read(self, link: EngineLink, gauge: "_Gauge") -> None:
         try:
             load = await link.client.load(deadline_s=_READING_S)
+        except DeadlineError:
+            return  # it is busy
         except PalestraError:
             self._desk.fleet.limit(link, link.limit, is_braked=False)
             return

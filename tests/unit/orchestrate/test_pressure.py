@@ -13,7 +13,7 @@ from palestra.orchestrate.fleet import EngineLink
 from palestra.orchestrate.pacing import kept_share, predicted_age
 from palestra.orchestrate.pressure import _Gauge
 from palestra.orchestrate.state import Group, GroupStatus, LoopState
-from palestra.wire.policy import EngineLoad
+from palestra.wire.policy import EngineLoad, RefusedError
 from tests.unit.orchestrate.scripted import GROUP_SIZE, GROUPS, Life, ScriptedEngine, make_config, reward_by_seed
 
 CALM = EngineLoad(
@@ -98,13 +98,31 @@ async def test_the_brake_is_let_go_when_the_pressure_ends_and_the_run_is_told(tm
     assert all(0 <= row["rollout/in_flight"] <= 8 for row in told)
 
 
-async def test_an_engine_that_cannot_be_read_gets_the_most_and_no_run_ends_by_it(tmp_path):
-    class Mute(Pressed):
-        async def load(self, *, deadline_s=None):
-            raise DeadlineError("/metrics", 5.0)
+class Mute(Pressed):
+    """Braked by its first reading, and then not to be read."""
 
+    failure: Exception = RefusedError("no such route")
+
+    def __init__(self, url: str):
+        super().__init__(url)
+        self.readings = 0
+
+    async def load(self, *, deadline_s=None):
+        self.readings += 1
+        if self.readings > 1:
+            raise self.failure
+        return reports(kv_use=0.95, safe_requests=None)
+
+
+async def test_an_engine_that_cannot_be_read_gets_the_most_and_no_run_ends_by_it(tmp_path):
     life = await play(tmp_path, Mute)
     assert life.engines[0].most == 8  # type: ignore[attr-defined]
+    assert len(life.trainer.trained) == 6
+
+
+async def test_an_engine_that_is_too_busy_to_answer_stays_braked(tmp_path):
+    life = await play(tmp_path, type("Busy", (Mute,), {"failure": DeadlineError("/metrics", 5.0)}))
+    assert life.engines[0].most == 1  # type: ignore[attr-defined]
     assert len(life.trainer.trained) == 6
 
 
