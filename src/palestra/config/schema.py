@@ -230,7 +230,8 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype | None = None  # default: model.dtype
     max_model_len: PositiveInt = 4096
-    max_in_flight: PositiveInt = 256  # rollouts per engine
+    max_in_flight: PositiveInt = 256  # rollouts per engine, at most; fewer where its cache is too small for them
+    load_every_s: PositiveFloat = 1.0  # between two readings of an engine's gauges, by which rollouts are admitted
     join_max_tokens: int = Field(default=64, ge=0)  # up to here equal prompts of a group share a request
     kv_cache_gib: PositiveFloat = 1.0  # CPU
     threads: PositiveInt = 1  # CPU

@@ -20,6 +20,7 @@ _ROWS = (
     ("publish_max_abs_logprob_gap", "largest trainer-engine gap", "{:.1e}"),
     ("max_versions_in_a_rollout", "policy versions in a rollout, at most", "{:.0f}"),
     ("mean_age", "mean age", "{:.2f}"),
+    ("predicted_mean_age", "mean age, foretold at dispatch", "{:.2f}"),
     ("trainer_idle", "trainer idle", "{:.1%}"),
     ("sample_tokens_per_s", "sampled tokens/s", "{:,.0f}"),
 )

@@ -26,6 +26,7 @@ _HARMLESS = (
     "train.batch_deadline_s",
     "engine.healthy_s",
     "engine.call_s",
+    "engine.load_every_s",
     "engine.stream_tokens",
     "engine.kv_cache_gib",
     "engine.threads",

@@ -13,7 +13,7 @@ import msgspec
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
 from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
-from palestra.core.metrics import Last, Max, Metric, Metrics, add_to, merge, values
+from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, add_to, merge, values
 from palestra.core.process import life
 from palestra.core.records import RolloutRecord, Sampling
 from palestra.core.spans import SpanLog
@@ -73,6 +73,11 @@ class Teller:
     def note(self, metrics: dict[str, Metric]) -> None:
         """Metrics of whatever happens between two steps."""
         add_to(self._since_step, metrics)
+
+    def note_predicted_age(self, age: float) -> None:
+        """Of one rollout at its dispatch."""
+        self.note({"age/predicted": Mean(age)})
+        self.totals.predicted_age += Mean(age)
 
     def note_ledger(self, *entries: LedgerEntry) -> None:
         for entry in entries:
@@ -151,7 +156,7 @@ class Desk:
     @property
     def capacity(self) -> int:
         """Rollouts that may be in flight at once."""
-        return self.config.engine.max_in_flight * len(self.fleet.serving)
+        return sum(link.limit for link in self.fleet.serving)
 
     async def progress(self, stage: str, **numbers: float) -> None:
         await self.teller.progress(stage, self.state.next_step, self.config.train.steps, **numbers)

@@ -19,6 +19,7 @@ from palestra.core.records import Ending, Reply, RolloutRecord
 from palestra.orchestrate.buffer import may_part, outcome, too_old_in_flight
 from palestra.orchestrate.curriculum import draw_metrics
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.pacing import predicted_age
 from palestra.orchestrate.pooled import open_sources
 from palestra.orchestrate.pulse import Pulse
 from palestra.orchestrate.ratings import observe_group, rate_if_long_without_batch
@@ -61,7 +62,7 @@ class Dispatcher:
         await self._take_up()
         while True:
             await self._cut_too_old()
-            if self._waiting and len(self._plays) < self._desk.capacity and self._desk.trainer.is_current:
+            if self._waiting and self._desk.fleet.room > 0 and self._desk.trainer.is_current:
                 self._start(self._waiting.popleft())
             elif not self._waiting and self._may_open():
                 await self._open_group()
@@ -74,11 +75,21 @@ class Dispatcher:
             play.cancel()
 
     def _start(self, rollout_id: int) -> None:
+        self._admit(rollout_id)
         self._plays[rollout_id] = play = self._desk.tasks.create_task(self._play_to_end(rollout_id))
         play.add_done_callback(lambda _: self._free_slot(rollout_id))
 
+    def _admit(self, rollout_id: int) -> None:
+        desk, group_id = self._desk, rollout_id // self._desk.config.algo.group_size
+        desk.fleet.admit(rollout_id, group_id)
+        if rollout_id not in desk.state.replies and rollout_id not in desk.state.begun:  # its first token is to come
+            groups_per_step, loaded = desk.config.algo.groups_per_step, desk.trainer.loaded
+            age = predicted_age(desk.state, group_id, groups_per_step=groups_per_step, loaded=loaded)
+            desk.teller.note_predicted_age(age)
+
     def _free_slot(self, rollout_id: int) -> None:
         del self._plays[rollout_id]
+        self._desk.fleet.release(rollout_id)  # of a play that was cancelled, too
         self._desk.changed.tell()
 
     async def _take_up(self) -> None:
@@ -114,6 +125,7 @@ class Dispatcher:
                 record = await self._play_validly(group, rollout_id)
             finally:
                 del self._pulses[rollout_id]
+        desk.fleet.release(rollout_id)  # before it is scored
         if record is None:
             return
         desk.journal.record(RolloutEnded(record=record))
@@ -197,7 +209,7 @@ class Dispatcher:
                 self._desk.journal.record(PartlyReplied(rollout_id=rollout_id, piece=journalled(piece)))
 
         reply = await self._desk.gateway.call(
-            group.group_id,
+            rollout_id,
             call.token_ids,
             call.sampling,
             seed=seed,

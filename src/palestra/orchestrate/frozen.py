@@ -119,9 +119,10 @@ class FrozenEngine:
 
 
 def make_frozen(
-    config: RunConfig, urls: Sequence[str], attempt: Attempt, make_client: Callable[[str], EngineClient]
+    config: RunConfig, attempt: Attempt, make_client: Callable[[str], EngineClient]
 ) -> dict[str, FrozenEngine]:
-    """The engines at `urls`, in the order of `algo.frozen`."""
+    """The engines behind those of the policy, in the order of `algo.frozen`."""
+    urls = attempt.engines[len(attempt.engines) - len(config.algo.frozen) :]
     return {
         name: FrozenEngine(
             f"{name}-0",

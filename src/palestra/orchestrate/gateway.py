@@ -60,7 +60,7 @@ class Gateway:
 
     async def call(
         self,
-        home: int,
+        session: int,
         token_ids: list[int],
         sampling: Sampling,
         *,
@@ -69,7 +69,7 @@ class Gateway:
         note: Note = lambda piece: None,
         beat: Callable[[], None] = lambda: None,
     ) -> Reply:
-        """One reply. Calls of the same `home` (a group) go to the same engine.
+        """One reply. Calls of one session (a rollout) go to the same engine.
 
         `begun` is what is known of the reply from before; `note` hears what follows it, in pieces, while it is on its
         way, and all of it when an engine breaks off; `beat` is called whenever tokens arrive.
@@ -79,7 +79,7 @@ class Gateway:
         while not is_whole(reply):
             if breaks == _BREAKS:
                 raise InfrastructureError(f"a reply broke off {breaks} times, after {len(reply.token_ids)} tokens")
-            link = await self.fleet.engine_for(home)
+            link = await self.fleet.engine_for(session)
             with link.busy():
                 pieces = _Pieces(link, note, beat)
                 rest = await self._go_on(pieces, token_ids, reply, sampling, seed=seed)

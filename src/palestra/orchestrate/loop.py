@@ -11,13 +11,13 @@ Ends when: `train.steps` steps are trained and published, the final evaluation i
 
 import asyncio
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.ledger import Ledger, LedgerSelector
-from palestra.core.metrics import Last, Metrics
+from palestra.core.metrics import Last, Metrics, Sum
 from palestra.orchestrate.checkpoint import write_checkpoint
 from palestra.orchestrate.desk import Changes, Desk, Teller
 from palestra.orchestrate.dispatch import Dispatcher
@@ -26,6 +26,7 @@ from palestra.orchestrate.frozen import FrozenModels, make_frozen, require_same_
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
+from palestra.orchestrate.pressure import Pressure
 from palestra.orchestrate.publisher import Publisher
 from palestra.orchestrate.quarantine import Quarantine
 from palestra.orchestrate.report import summary
@@ -80,9 +81,8 @@ class Loop:
             attempt.orchestrator, attempt=attempt.number, receives=_FromAll, life=life
         )
         tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
-        num_policy = len(attempt.engines) - len(config.algo.frozen)  # the engines of frozen models come last
         fleet = Fleet(
-            _make_links(run, attempt.engines[:num_policy], attempt, make_client, is_inherited=life > 0),
+            _make_links(run, attempt, config, make_client, is_inherited=life > 0),
             healthy_s=config.engine.healthy_s,
             restart=self._ask_restart,
             changed=changed.tell,
@@ -109,7 +109,7 @@ class Loop:
             ),
             teller=Teller(run, attempt, selector),
             frozen=FrozenModels(
-                make_frozen(config, attempt.engines[num_policy:], attempt, make_client),
+                make_frozen(config, attempt, make_client),
                 tasks.create_task,
                 deadline_s=config.train.batch_deadline_s,
             ),
@@ -119,6 +119,7 @@ class Loop:
         self._evaluations = Evaluations(self.desk)
         self._publisher = Publisher(self.desk, self._evaluations)
         self._dispatcher = Dispatcher(self.desk)
+        self._pressure = Pressure(self.desk)
         self._exported = asyncio.Event()
         self._gone: set[str] = set()  # workers that said their last word, or died before it
         self._lives: dict[str, int] = {}  # of the processes that had more than one
@@ -139,9 +140,8 @@ class Loop:
         """Errors: an ExceptionGroup of whatever ended the attempt."""
         try:
             async with self.desk.tasks as tasks:
-                serving = [
-                    tasks.create_task(serve()) for serve in (self._receive, self._hear_supervisor, self._publisher.run)
-                ]
+                loops = (self._receive, self._hear_supervisor, self._publisher.run, self._pressure.run)
+                serving = [tasks.create_task(serve()) for serve in loops]
                 await self._train(tasks)
                 await self._evaluations.run_last()
                 await self._finish()
@@ -184,6 +184,7 @@ class Loop:
     async def _join(self, link: EngineLink) -> None:
         """Errors: DeadlineError, if the engine does not become healthy."""
         await link.client.wait_healthy(self.desk.config.engine.healthy_s)
+        await self._pressure.meet(link)
         if link.state is EngineState.STARTING:
             self.desk.fleet.healthy(link)
 
@@ -308,6 +309,9 @@ class Loop:
         in_flight: Metrics = {
             "engine/in_flight": Last(sum(link.in_flight for link in desk.fleet.links)),
             "engine/serving": Last(len(desk.fleet.serving)),
+            "engine/limit": Last(desk.capacity),
+            "engine/preemptions": Sum(0),
+            "rollout/in_flight": Last(sum(link.sessions for link in desk.fleet.links)),
         }
         batch = desk.state.batch_metrics.get(message.step, {})
         row = teller.step_row(message, batch, teller.totals.metrics(desk.state), in_flight)
@@ -324,13 +328,13 @@ class Loop:
             print(f"{type(message).__name__} was not sent: {error}", file=sys.stderr)
 
 
-_SHOWN = {"reward": "reward/trained", "age": "age/mean"}
+_SHOWN = {"reward": "reward/trained", "age": "age/mean", "in_flight": "rollout/in_flight", "limit": "engine/limit"}
 
 
 def _make_links(
     run: RunDir,
-    urls: Sequence[str],
     attempt: Attempt,
+    config: RunConfig,
     make_client: Callable[[str], EngineClient],
     *,
     is_inherited: bool,
@@ -340,7 +344,9 @@ def _make_links(
 
     def link(name: str, url: str) -> EngineLink:
         since = max([attempt.started_at, *(e.started_at + e.wall_s for e in entries if e.process == name)])
-        cause = "lost" if is_inherited else "start"
-        return EngineLink(name, make_client(url), Ledger(name, cause, since=since), is_inherited=is_inherited)
+        ledger = Ledger(name, "lost" if is_inherited else "start", since=since)
+        limit = config.engine.max_in_flight
+        return EngineLink(name, make_client(url), ledger, limit=limit, is_inherited=is_inherited)
 
-    return [link(f"engine-{index}", url) for index, url in enumerate(urls)]
+    policy = attempt.engines[: len(attempt.engines) - len(config.algo.frozen)]  # those of frozen models come behind
+    return [link(f"engine-{index}", url) for index, url in enumerate(policy)]

@@ -73,6 +73,7 @@ class Totals:
     publishes: int = 0
     max_gap: float = 0.0
     age: Mean = field(default_factory=lambda: Mean(0, 0))
+    predicted_age: Mean = field(default_factory=lambda: Mean(0, 0))
     sampled_tokens: int = 0
     sampling_since: float | None = None
     ledgers: dict[str, LedgerEntry] = field(default_factory=dict)  # by process
@@ -148,6 +149,7 @@ def summary(totals: Totals, state: LoopState, *, name: str, first_eval: str | No
         "ledger_closure": totals.ledger_closure,
         "trainer_idle": totals.trainer_idle,
         "mean_age": totals.age.value if totals.age.count else None,
+        "predicted_mean_age": totals.predicted_age.value if totals.predicted_age.count else None,
         "sample_tokens_per_s": totals.tokens_per_s,
         "length_drift": state.length_drift,
         "counts": dict(sorted(state.counts.items())),

@@ -7,6 +7,7 @@ reply to a request of its own with that seed, up to what batching does to floati
 """
 
 import asyncio
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Self, TypeVar
@@ -27,6 +28,7 @@ _FIRST_PAUSE_S = 0.1  # doubles with every retry
 _KEEPALIVE_S = 3.0  # shorter than the 5 s after which vLLM's server hangs up
 _HEALTH_S, _HEALTH_PAUSE_S = 5.0, 0.2
 _GENERATE = "/inference/v1/generate"
+_SAFE = re.compile(r'^vllm:cache_config_info\{.*kv_cache_max_concurrency="([0-9.]+)"', re.MULTILINE)
 
 
 class RefusedError(PalestraError):
@@ -42,7 +44,10 @@ class UnreachableError(InfrastructureError):
 
 
 class EngineLoad(Struct, frozen=True, kw_only=True):
-    """Gauges and counters of one engine. `kv_use` is a share of the cache; the last three count since its start."""
+    """Gauges and counters of one engine. `kv_use` is a share of the cache; three count since the engine's start.
+
+    `safe_requests`: how many requests have room in the cache at their full length; None if the engine does not say.
+    """
 
     running: int
     waiting: int
@@ -50,6 +55,7 @@ class EngineLoad(Struct, frozen=True, kw_only=True):
     preemptions: int
     prompt_tokens: int
     sampled_tokens: int
+    safe_requests: float | None = None
 
 
 class EngineClient:
@@ -321,6 +327,7 @@ def parse_metrics(text: str) -> EngineLoad:
         preemptions=total("num_preemptions_total"),
         prompt_tokens=total("prompt_tokens_total"),
         sampled_tokens=total("generation_tokens_total"),
+        safe_requests=sum(map(float, safe)) if (safe := _SAFE.findall(text)) else None,
     )
 
 

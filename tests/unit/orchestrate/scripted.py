@@ -40,6 +40,7 @@ from palestra.wire.messages import (
     WeightsStaged,
     WorkerReady,
 )
+from palestra.wire.policy import EngineLoad
 from palestra.wire.rundir import Attempt, RunDir, read_manifests
 from palestra.wire.weights.manifest import Probe, Staged
 
@@ -98,6 +99,11 @@ class ScriptedEngine:
 
     async def score(self, token_ids, *, deadline_s=None):
         return [-1.0] * (len(token_ids) - 1)
+
+    async def load(self, *, deadline_s=None) -> EngineLoad:
+        return EngineLoad(
+            running=0, waiting=0, kv_use=0.0, preemptions=0, prompt_tokens=0, sampled_tokens=0, safe_requests=1000.0
+        )
 
     async def wait_healthy(self, deadline_s):
         pass

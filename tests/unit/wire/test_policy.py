@@ -167,9 +167,21 @@ async def test_pause_says_what_becomes_of_the_cache(engine: FakeEngine, client: 
 
 
 async def test_load_of_an_engine(client: EngineClient) -> None:
-    expected = EngineLoad(running=5, waiting=2, kv_use=0.25, preemptions=3, prompt_tokens=676, sampled_tokens=2143)
+    expected = EngineLoad(
+        running=5,
+        waiting=2,
+        kv_use=0.25,
+        preemptions=3,
+        prompt_tokens=676,
+        sampled_tokens=2143,
+        safe_requests=12.5,
+    )
     assert parse_metrics(METRICS) == expected
     assert await client.load() == expected
+
+
+def test_an_engine_that_does_not_say_what_has_room_in_its_cache() -> None:
+    assert parse_metrics(METRICS.replace('"12.5"', '"None"')).safe_requests is None
 
 
 # --- streamed replies
