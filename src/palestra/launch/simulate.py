@@ -68,18 +68,22 @@ def variants(wish: Wish, config: RunConfig, curves: Curves) -> dict[str, Outcome
     ways = {
         "as the recipe says": rules,
         "updates wait for rollouts": replace(rules, updates="drain"),
+        "batch by batch": replace(rules, updates="batches"),
         "generate and train in turns": in_turns,
     }
-    return {name: simulate(way, curves, seed=wish.seed, skip=_SKIP) for name, way in ways.items()}
+    return {name: simulate(way, curves, seed=wish.seed, skip=_SKIP, steps=wish.steps) for name, way in ways.items()}
 
 
 def search_for(wish: Wish, config: RunConfig, curves: Curves) -> list[Split]:
     assert wish.gpus is not None
-    return search(_rules(wish, config), curves, gpus=wish.gpus, seed=wish.seed, skip=_SKIP)
+    return search(_rules(wish, config), curves, gpus=wish.gpus, seed=wish.seed, skip=_SKIP, steps=wish.steps)
 
 
 def _rules(wish: Wish, config: RunConfig) -> Rules:
-    return replace(rules_of(config), steps=_SKIP + 1 + wish.steps)
+    """Enough steps that what counts is far from both ends."""
+    algo = config.algo
+    ahead = -(-algo.max_outstanding // algo.rollouts_per_step)
+    return replace(rules_of(config), steps=_SKIP + 1 + wish.steps + ahead)
 
 
 # --- tables

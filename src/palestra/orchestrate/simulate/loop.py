@@ -21,23 +21,12 @@ from palestra.orchestrate.simulate.rules import Rules
 from palestra.orchestrate.simulate.work import Want, Work
 
 
-def simulate(rules: Rules, curves: Curves, *, seed: int = 0, skip: int = 0) -> Outcome:
-    """Means over the steps after the first `skip` + 1. Errors: UserError, if the recipe cannot ever fill a batch."""
-    return outcome_of(course_of(rules, curves, seed=seed), skip=skip)
-
-
-def course_of(rules: Rules, curves: Curves, *, seed: int = 0) -> Course:
-    """Errors: UserError."""
+def simulate(rules: Rules, curves: Curves, *, seed: int = 0, skip: int = 0, steps: int | None = None) -> Outcome:
+    """Means over `steps` steps after the first `skip` + 1, or all of them: the last ones are short, since nothing is
+    dispatched that no step is left for. Errors: UserError, if the recipe cannot ever fill a batch."""
     loop = Loop(rules, curves, seed=seed)
-    while len(loop.course.tallies) < rules.steps:
-        loop.settle()
-        if not loop.clock.tick():
-            raise UserError(
-                f"the loop stands still at step {loop.step}: {len(loop.buffer)} groups of {rules.group_size} are out, "
-                f"a step needs {rules.groups_per_step} and at most {rules.max_outstanding} rollouts may be out; "
-                "raise algo.pace_age or algo.window_groups"
-            )
-    return loop.course
+    loop.run(rules.steps if steps is None else skip + 1 + steps)
+    return outcome_of(loop.course, skip=skip)
 
 
 class Loop:
@@ -59,16 +48,32 @@ class Loop:
         self.publisher = Publisher(self.clock, curves.publish, rules, self.fleet, loaded=self._loaded)
         self.step, self.in_flight = 0, 0
         self._next_group = 0
+        self._round_left = 0  # groups of this round that were not opened yet, where batches come one by one
         self._waiting: deque[tuple[Group, int]] = deque()  # members that were opened and not started
         self._unsettled: dict[int, int] = {}  # rollouts of shipped batches whose weights are not in the engines
         self._tally = _Tally()
 
+    def run(self, steps: int | None = None) -> None:
+        """All of the rules' steps, or the first `steps`. Errors: UserError."""
+        rules = self.rules
+        while len(self.course.tallies) < (steps or rules.steps):
+            self.settle()
+            if not self.clock.tick():
+                raise UserError(
+                    f"the loop stands still at step {self.step}: {len(self.buffer)} groups of {rules.group_size} are "
+                    f"out, a step needs {rules.groups_per_step}, and at most {rules.max_outstanding} rollouts may be "
+                    "out; raise algo.pace_age or algo.window_groups"
+                )
+
     def settle(self) -> None:
         while self._ship():
             pass
-        if self.publisher.is_waiting and (self.rules.updates == "in_flight" or not self.in_flight):
+        in_flight = self.rules.updates == "in_flight"
+        if self.publisher.is_waiting and (in_flight or not self.in_flight):
             self.publisher.start()
-        if self.rules.updates == "in_flight" or not self.publisher.is_waiting:
+        if in_flight or not self.publisher.is_waiting:
+            if not self._round_left and not self.in_flight and not self._waiting and not self.publisher.is_publishing:
+                self._round_left = self.rules.groups_per_step
             self._dispatch()
 
     # --- rollouts
@@ -96,6 +101,8 @@ class Loop:
         rules = self.rules
         outstanding = len(self.buffer) * rules.group_size + sum(self._unsettled.values())
         needed = (rules.steps - self.step) * rules.groups_per_step
+        if rules.updates == "batches" and not self._round_left:
+            return False
         return len(self.buffer) < needed and outstanding + rules.group_size <= rules.max_outstanding
 
     def _open_group(self) -> None:
@@ -103,6 +110,7 @@ class Loop:
         group = Group(self._next_group, want, begun=[-1] * self.rules.group_size)
         self.buffer.open[group.group_id] = group
         self._next_group += 1
+        self._round_left -= 1
         self._waiting += [(group, member) for member in range(self.rules.group_size)]
 
     def _start(self, group: Group, members: list[int]) -> None:
@@ -130,6 +138,7 @@ class Loop:
         if group.ended == self.rules.group_size:
             self._tally.groups_closed += 1
             self._tally.groups_dropped += not group.want.trains
+            self._round_left += not group.want.trains  # replaced
             self.buffer.close(group)
 
     # --- batches

@@ -59,7 +59,7 @@ def curves_from(run: RunDir) -> Curves:
     since, until = rows[skip]["time"], rows[-1]["time"]
     publishes = [span for span in read_spans(run, "orchestrator") if span["name"] == "publish"]
     publishes = [span for span in publishes if since <= span["started_at"] <= until]
-    groups, records = _groups(run, config)
+    groups, records = groups_of(run, config)
     return Curves(
         source=f"measured from {run.path}, {len(rows) - skip - 1} steps",
         engine=fit_speed(_flights(records, since, until), _stops(publishes), engines=config.engine.replicas),
@@ -93,7 +93,7 @@ def _skip(run: RunDir, rows: Sequence[dict[str, Any]]) -> int:
 # --- rollouts
 
 
-def _groups(run: RunDir, config: RunConfig) -> tuple[list[RecordedGroup], list[RolloutRecord]]:
+def groups_of(run: RunDir, config: RunConfig) -> tuple[list[RecordedGroup], list[RolloutRecord]]:
     """Groups whose members ended, in dispatch order, and all rollouts that did. Errors: UserError."""
     positions: dict[int, float] = {}
     outcomes: dict[int, str] = {}

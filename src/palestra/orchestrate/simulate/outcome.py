@@ -36,7 +36,7 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Means over the steps after the first `skipped` ones. Shares are of the wall clock, of all engines together."""
+    """Means over the steps that count. Shares are of the wall clock, of all engines together."""
 
     steps: int
     step_s: float

@@ -118,6 +118,10 @@ class Publisher:
         """A version is staged and none is being published."""
         return self._newest is not None and not self._under_way
 
+    @property
+    def is_publishing(self) -> bool:
+        return self._under_way > 0
+
     def stage(self, version: int) -> None:
         self._newest = version
 

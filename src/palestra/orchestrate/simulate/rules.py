@@ -5,14 +5,15 @@ from typing import Literal
 
 from palestra.config.schema import RunConfig
 
-Updates = Literal["in_flight", "drain"]
+Updates = Literal["in_flight", "drain", "batches"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """`updates`: a publish stops engines in the middle of rollouts (`in_flight`), or waits until all rollouts have ended,
-    while nothing new is dispatched (`drain`). `joins`: rollouts of a group that start together are one request, and end
-    together. `is_shared`: trainer and engines take turns on the same devices."""
+    """`updates`: a publish stops engines in the middle of rollouts (`in_flight`), or waits for all rollouts to end,
+    while nothing new is dispatched (`drain`), or comes between two batches: all rollouts of a batch start with it, and
+    the next one starts when they have ended (`batches`). `joins`: rollouts of a group that start together are one
+    request, and end together. `is_shared`: trainer and engines take turns on the same devices."""
 
     steps: int
     group_size: int

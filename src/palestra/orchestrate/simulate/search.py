@@ -22,7 +22,9 @@ class Split:
     is_shared: bool = False
 
 
-def search(rules: Rules, curves: Curves, *, gpus: int, seed: int = 0, skip: int = 0) -> list[Split]:
+def search(
+    rules: Rules, curves: Curves, *, gpus: int, seed: int = 0, skip: int = 0, steps: int | None = None
+) -> list[Split]:
     """The splits that were simulated, by engines; the best one has the shortest step.
 
     The step is short in between and long at both ends, so that the best of a few shares is looked around.
@@ -33,7 +35,7 @@ def search(rules: Rules, curves: Curves, *, gpus: int, seed: int = 0, skip: int 
         raise UserError(f"--gpus {gpus}: an engine needs {width} and the trainer {fewest}, on the same ones if need be")
     most = (gpus - fewest) // width
     if not most:
-        return [_shared(rules, curves, gpus, seed, skip)]
+        return [_shared(rules, curves, gpus, seed, skip, steps)]
     known: dict[int, Split] = {}
 
     def look(engines: int) -> None:
@@ -41,7 +43,7 @@ def search(rules: Rules, curves: Curves, *, gpus: int, seed: int = 0, skip: int 
         if engines not in known:
             trainer_gpus = gpus - engines * width
             split = replace(rules, engines=engines, trainer_gpus=trainer_gpus, at_once=_at_once(rules, engines))
-            known[engines] = Split(trainer_gpus, engines, simulate(split, curves, seed=seed, skip=skip))
+            known[engines] = Split(trainer_gpus, engines, simulate(split, curves, seed=seed, skip=skip, steps=steps))
 
     for share in _SHARES:
         look(round(gpus * (1 - share) / width))
@@ -63,7 +65,7 @@ def _at_once(rules: Rules, engines: int) -> int:
     return max(round(rules.at_once / rules.engines * engines), 1)
 
 
-def _shared(rules: Rules, curves: Curves, gpus: int, seed: int, skip: int) -> Split:
+def _shared(rules: Rules, curves: Curves, gpus: int, seed: int, skip: int, steps: int | None) -> Split:
     engines = gpus // curves.engine.gpus
     split = replace(rules, engines=engines, trainer_gpus=gpus, is_shared=True, at_once=engines)
-    return Split(gpus, engines, simulate(split, curves, seed=seed, skip=skip), is_shared=True)
+    return Split(gpus, engines, simulate(split, curves, seed=seed, skip=skip, steps=steps), is_shared=True)

@@ -1,0 +1,41 @@
+"""The simulator does what the loop's own code does, given engines and a trainer of the same speed."""
+
+import pytest
+
+from palestra.orchestrate.simulate.curves import Curves, LogNormal, PublishCurve, TrainerCurve
+from palestra.orchestrate.simulate.loop import Loop
+from palestra.orchestrate.simulate.outcome import Outcome, outcome_of
+from palestra.orchestrate.simulate.rules import rules_of
+from tests.unit.orchestrate.simulate.paced import CURVE, STEP_S, STOP_S, SameWork, config_of, really
+
+CURVES = Curves(
+    source="the peers' own",
+    engine=CURVE,
+    trainer=TrainerCurve(base_s=STEP_S, s_per_token=1e-9),
+    publish=PublishCurve(stop_s=STOP_S),
+    work=LogNormal(median_tokens=1, sigma=0, max_tokens=1),  # not used: `SameWork`
+)
+
+
+def simulated(config, *, skip: int) -> Outcome:
+    loop = Loop(rules_of(config), CURVES, seed=0)
+    loop.work = SameWork(config)  # type: ignore[assignment]
+    loop.run()
+    return outcome_of(loop.course, skip=skip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algo", "engines"),
+    [({"pace_age": 1.0}, 1), ({"pace_age": 0.0}, 1), ({"pace_age": 3.0, "groups_per_step": 2}, 2)],
+    ids=["paced", "in turns", "deep, two engines"],
+)
+async def test_step_time_and_age_agree(tmp_path, algo, engines):
+    config = config_of(tmp_path, steps=14, engines=engines, **algo)
+    real = await really(config)
+    same = simulated(config, skip=real.skipped)
+    print(
+        f"step {real.step_s:.3f} s, simulated {same.step_s:.3f}; age {real.mean_age:.2f}, simulated {same.mean_age:.2f}"
+    )
+    assert same.step_s == pytest.approx(real.step_s, rel=0.1)
+    assert same.mean_age == pytest.approx(real.mean_age, rel=0.15, abs=0.05)
