@@ -1,13 +1,18 @@
 """The simulator does what the loop's own code does, given engines and a trainer of the same speed."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from palestra.launch.cli import main
 from palestra.orchestrate.simulate.curves import Curves, LogNormal, PublishCurve, TrainerCurve
 from palestra.orchestrate.simulate.loop import Loop
 from palestra.orchestrate.simulate.outcome import Outcome, outcome_of
 from palestra.orchestrate.simulate.rules import rules_of
 from tests.unit.orchestrate.simulate.paced import CURVE, STEP_S, STOP_S, SameWork, config_of, really
 
+PRESET = [str(Path(__file__).parents[2] / "benchmarks" / f"intellect3-{name}.toml") for name in ("report", "curves")]
 CURVES = Curves(
     source="the peers' own",
     engine=CURVE,
@@ -39,3 +44,12 @@ async def test_step_time_and_age_agree(tmp_path, algo, engines):
     )
     assert same.step_s == pytest.approx(real.step_s, rel=0.1)
     assert same.mean_age == pytest.approx(real.mean_age, rel=0.15, abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_reports_run(capsys):
+    """About 1,500 s a step, and more than twice as long without in-flight updates: docs/simulate.md."""
+    assert main(["simulate", PRESET[0], "--curves", PRESET[1], "--steps", "6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["variants"]["as the recipe says"]["step_s"] == pytest.approx(1500, rel=0.1)
+    assert found["in_flight_factor"] > 2

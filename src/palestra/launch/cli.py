@@ -134,7 +134,7 @@ def _add_simulate(commands) -> None:
     parser.add_argument("--curves", type=Path, help="read the curves from this file")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the curves as JSON")
     parser.add_argument("--gpus", type=int, help="find the best split of so many between trainer and engines")
-    parser.add_argument("--steps", type=int, default=30, help="steps to average over (default: 30)")
+    parser.add_argument("--steps", type=int, default=20, help="steps to average over (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
     _add_json(parser)
 

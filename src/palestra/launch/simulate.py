@@ -34,7 +34,7 @@ class Wish:
     curves: Path | None = None
     save: Path | None = None
     gpus: int | None = None
-    steps: int = 30
+    steps: int = 20
     seed: int = 0
 
 
@@ -101,14 +101,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Outcome], str]], ...] = (
 
 
 def _show_variants(found: dict[str, Outcome], curves: Curves, *, as_json: bool) -> None:
-    recipe, draining, _ = found.values()
-    factor = draining.step_s / recipe.step_s
+    recipe, _, batches, _ = found.values()
+    factor = batches.step_s / recipe.step_s
     if as_json:
         outcomes = {name: asdict(outcome) for name, outcome in found.items()}
         _print_json({"curves": curves.source, "variants": outcomes, "in_flight_factor": factor})
         return
     table = _table(("",), [((name,), outcome) for name, outcome in found.items()])
-    words = f"Without in-flight updates a step takes {factor:.2f} times as long."
+    words = f"Without in-flight updates, batch by batch, a step takes {factor:.2f} times as long."
     _print(table, f"{words}\nCurves: {curves.source}.")
 
 

@@ -14,6 +14,7 @@ class Fleet:
         self._clock = clock
         self.engines = [Engine(curve) for _ in range(size)]
         self._in_flight = np.zeros(size, np.int64)
+        self._changed: set[int] = set()  # engines whose next end was not planned yet
 
     def least_busy(self) -> int:
         return int(self._in_flight.argmin())
@@ -22,27 +23,30 @@ class Fleet:
         engine = self.engines[index]
         engine.admit(self._clock.now, request)
         self._in_flight[index] = engine.in_flight
-        self._plan(index)
+        self._changed.add(index)
 
     def stop(self, index: int, seconds: float, version: int, *, recompute: bool) -> None:
         self.engines[index].stop(self._clock.now, seconds, version, recompute=recompute)
-        self._plan(index)
+        self._changed.add(index)
 
     def lend(self, seconds: float) -> None:
         """All devices, to the trainer."""
         for index, engine in enumerate(self.engines):
             engine.lend(self._clock.now, seconds)
-            self._plan(index)
+            self._changed.add(index)
 
     def advance(self) -> None:
         """Bring all accounts up to now."""
         for engine in self.engines:
             engine.advance(self._clock.now)
 
-    def _plan(self, index: int) -> None:
-        engine = self.engines[index]
-        if (end := engine.next_end()) is not None:
-            self._clock.at(end, partial(self._ends, index, engine.stamp))
+    def plan(self) -> None:
+        """What ends next, after everything that happens now."""
+        for index in self._changed:
+            engine = self.engines[index]
+            if (end := engine.next_end()) is not None:
+                self._clock.at(end, partial(self._ends, index, engine.stamp))
+        self._changed.clear()
 
     def _ends(self, index: int, stamp: int) -> None:
         """Unless something came in between: then another call was planned."""
@@ -50,5 +54,5 @@ class Fleet:
         if engine.stamp == stamp:
             request = engine.end_next(self._clock.now)
             self._in_flight[index] = engine.in_flight
+            self._changed.add(index)
             request.ends()
-            self._plan(index)

@@ -58,6 +58,7 @@ class Loop:
         rules = self.rules
         while len(self.course.tallies) < (steps or rules.steps):
             self.settle()
+            self.fleet.plan()
             if not self.clock.tick():
                 raise UserError(
                     f"the loop stands still at step {self.step}: {len(self.buffer)} groups of {rules.group_size} are "
