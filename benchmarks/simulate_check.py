@@ -1,8 +1,9 @@
 """Simulated against measured: `python benchmarks/simulate_check.py RUN [RUN ...]`.
 
-The curves are measured from the first run; every run, with its own settings, is predicted from them. Where a machine is
-shared with other work its speed differs from run to run, so each prediction is made a second time (`same machine`) with
-the speeds of that run itself: then what is compared is the loop alone.
+Curves are measured from the first run; every run, with its own settings, is predicted from them. A machine that other
+work shares is not as fast in one run as in another, so each prediction is made twice more: `at its speed`, lengths and
+the shape of the engine's curve from the first run, with the machine as fast as it was in that run; `its own`, all curves
+from the run itself, which leaves only the loop to be compared.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from rich.table import Table
 from palestra.config import read_resolved
 from palestra.orchestrate.simulate.curves import Curves
 from palestra.orchestrate.simulate.loop import simulate
-from palestra.orchestrate.simulate.measure import curves_from, measured
+from palestra.orchestrate.simulate.measure import at_speed_of, curves_from, measured
 from palestra.orchestrate.simulate.rules import rules_of
 from palestra.wire.rundir import RunDir, require_run
 
@@ -69,7 +70,8 @@ def main() -> None:
     runs = [require_run(path) for path in arguments.runs]
     first = curves_from(runs[0])
     rows = [compare(run, first, runs[0].name) for run in runs]
-    rows += [compare(run, curves_from(run), "same machine") for run in runs[1:]]
+    for run in runs[1:]:
+        rows += [compare(run, at_speed_of(run, first), "at its speed"), compare(run, curves_from(run), "its own")]
     if arguments.json:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
         return

@@ -7,9 +7,11 @@ import pytest
 
 from palestra.launch.cli import main
 from palestra.orchestrate.simulate.curves import Curves, LogNormal, PublishCurve, TrainerCurve
-from palestra.orchestrate.simulate.loop import Loop
+from palestra.orchestrate.simulate.loop import Loop, simulate
+from palestra.orchestrate.simulate.measure import Measured, curves_from
 from palestra.orchestrate.simulate.outcome import Outcome, outcome_of
 from palestra.orchestrate.simulate.rules import rules_of
+from palestra.wire.rundir import RunDir
 from tests.unit.orchestrate.simulate.paced import CURVE, STEP_S, STOP_S, SameWork, config_of, really
 
 PRESET = [str(Path(__file__).parents[2] / "benchmarks" / f"intellect3-{name}.toml") for name in ("report", "curves")]
@@ -44,6 +46,17 @@ async def test_step_time_and_age_agree(tmp_path, algo, engines):
     )
     assert same.step_s == pytest.approx(real.step_s, rel=0.1)
     assert same.mean_age == pytest.approx(real.mean_age, rel=0.15, abs=0.05)
+    _measured_curves_agree(RunDir(config.run_dir), config, real)
+
+
+def _measured_curves_agree(run: RunDir, config, real: Measured) -> None:
+    """What the run's files tell is what its peers were made to do, and predicts the run itself."""
+    found = curves_from(run)
+    assert found.publish.stop_s == pytest.approx(STOP_S, rel=0.3)
+    assert found.engine.per_request(4) == pytest.approx(CURVE.per_request(4), rel=0.25)
+    predicted = simulate(rules_of(config), found, skip=real.skipped)
+    assert found.trainer.step_s(round(predicted.tokens_per_step), 1) == pytest.approx(STEP_S, rel=0.1)
+    assert predicted.step_s == pytest.approx(real.step_s, rel=0.2)  # a few groups, drawn again by chance
 
 
 @pytest.mark.slow

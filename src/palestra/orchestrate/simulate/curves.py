@@ -25,7 +25,7 @@ class EngineCurve(Section):
     max_running: PositiveInt | None = None  # further requests wait, first come first served
     gpus: PositiveInt = 1
 
-    def per_request(self, num_running: int) -> float:
+    def per_request(self, num_running: float) -> float:
         """Tokens per second that each of them gets."""
         total = np.interp(num_running, (0.0, *self.concurrency), (0.0, *self.tokens_per_s))
         return float(total) / num_running

@@ -42,7 +42,7 @@ class Loop:
             curves.trainer,
             rules,
             trained=self._trained,
-            staged=lambda version: self.publisher.stage(version),
+            staged=self._staged,
             computes=self.fleet.lend if rules.is_shared else lambda seconds: None,
         )
         self.publisher = Publisher(self.clock, curves.publish, rules, self.fleet, loaded=self._loaded)
@@ -52,12 +52,15 @@ class Loop:
         self._waiting: deque[tuple[Group, int]] = deque()  # members that were opened and not started
         self._unsettled: dict[int, int] = {}  # rollouts of shipped batches whose weights are not in the engines
         self._tally = _Tally()
+        self._has_changed = True  # what was told last may allow something
 
     def run(self, steps: int | None = None) -> None:
         """All of the rules' steps, or the first `steps`. Errors: UserError."""
         rules = self.rules
         while len(self.course.tallies) < (steps or rules.steps):
-            self.settle()
+            if self._has_changed:
+                self._has_changed = False
+                self.settle()
             self.fleet.plan()
             if not self.clock.tick():
                 raise UserError(
@@ -141,6 +144,9 @@ class Loop:
             self._tally.groups_dropped += not group.want.trains
             self._round_left += not group.want.trains  # replaced
             self.buffer.close(group)
+            self._has_changed = True
+        elif self._waiting or not self.in_flight:
+            self._has_changed = True
 
     # --- batches
 
@@ -176,7 +182,12 @@ class Loop:
 
     # --- versions
 
+    def _staged(self, version: int) -> None:
+        self.publisher.stage(version)
+        self._has_changed = True
+
     def _trained(self, batch: Shipped) -> None:
+        self._has_changed = True
         if not self.rules.publishes(batch.step):
             self._unsettled.pop(batch.step)
         self._tally.change(self.clock.now, self.in_flight)
@@ -184,6 +195,7 @@ class Loop:
         self.course.tallies.append(self._tally.reading(self.clock.now, self.trainer.waited_s, self.fleet.engines))
 
     def _loaded(self, version: int) -> None:
+        self._has_changed = True
         self._unsettled = {step: count for step, count in self._unsettled.items() if step >= version}
         self.trainer.loaded(version)
 

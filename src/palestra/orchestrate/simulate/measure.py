@@ -11,8 +11,15 @@ from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import UserError
 from palestra.core.ledger import LedgerEntry, total
 from palestra.core.records import Ending, RolloutRecord
-from palestra.orchestrate.simulate.curves import Curves, PublishCurve, Recorded, RecordedGroup, TrainerCurve
-from palestra.orchestrate.simulate.speed import Flights, Stop, fit_speed
+from palestra.orchestrate.simulate.curves import (
+    Curves,
+    EngineCurve,
+    PublishCurve,
+    Recorded,
+    RecordedGroup,
+    TrainerCurve,
+)
+from palestra.orchestrate.simulate.speed import Flights, Stop, fit_speed, relative_speed
 from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, GroupOpened, RolloutEnded
 from palestra.wire.framelog import read_frames
 from palestra.wire.rundir import RunDir
@@ -57,8 +64,7 @@ def curves_from(run: RunDir) -> Curves:
     config, rows = read_resolved(run.config), _steps(run)
     skip = _skip(run, rows)
     since, until = rows[skip]["time"], rows[-1]["time"]
-    publishes = [span for span in read_spans(run, "orchestrator") if span["name"] == "publish"]
-    publishes = [span for span in publishes if since <= span["started_at"] <= until]
+    publishes = _publishes(run, since, until)
     groups, records = groups_of(run, config)
     return Curves(
         source=f"measured from {run.path}, {len(rows) - skip - 1} steps",
@@ -68,6 +74,20 @@ def curves_from(run: RunDir) -> Curves:
         batch_s=_batch_s(run, since, until, len(rows) - skip - 1),
         work=Recorded(groups=tuple(groups)),
     )
+
+
+def at_speed_of(run: RunDir, curves: Curves) -> Curves:
+    """Curves of another run, on a machine as fast as it was in this one: one factor for the engine, and this run's
+    times of trainer and publishes. The shape of the engine's curve and the work stay the other's. Errors: UserError."""
+    own, config, rows = curves_from(run), read_resolved(run.config), _steps(run)
+    since, until = rows[_skip(run, rows)]["time"], rows[-1]["time"]
+    _, records = groups_of(run, config)
+    flights, stops = _flights(records, since, until), _stops(_publishes(run, since, until))
+    factor = relative_speed(flights, stops, curves.engine, engines=config.engine.replicas)
+    speeds = tuple(factor * speed for speed in curves.engine.tokens_per_s)
+    engine = EngineCurve.model_validate({**curves.engine.model_dump(), "tokens_per_s": speeds})
+    times = {"trainer": own.trainer, "publish": own.publish, "batch_s": own.batch_s}
+    return curves.model_copy(update={"engine": engine, **times})
 
 
 def _steps(run: RunDir) -> list[dict[str, Any]]:
@@ -171,6 +191,11 @@ def _trainer(run: RunDir, config: RunConfig, rows: list[dict[str, Any]], skip: i
         stage_s=sum(spent.get(cause, 0.0) for cause in _OF_A_STAGE) / len(window) * config.sync.every,
         checkpoint_s=_mean(saves),
     )
+
+
+def _publishes(run: RunDir, since: float, until: float) -> list[dict[str, Any]]:
+    spans = [span for span in read_spans(run, "orchestrator") if span["name"] == "publish"]
+    return [span for span in spans if since <= span["started_at"] <= until]
 
 
 def _publish(publishes: list[dict[str, Any]], rows: list[dict[str, Any]], config: RunConfig) -> PublishCurve:

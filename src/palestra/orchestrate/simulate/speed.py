@@ -38,14 +38,16 @@ class Stop:
 
 def fit_speed(flights: Flights, stops: list[Stop], *, engines: int) -> EngineCurve:
     """Errors: ValueError, if nothing ran."""
-    edges = [edge for stop in stops for edge in (stop.began_s, stop.ended_s)]
-    moments_B = np.unique(np.concatenate([flights.began_s, flights.ended_s, edges]))
-    running_B = _running(flights, moments_B) / engines
-    if not running_B.any():
-        raise ValueError("no rollout was in flight")
-    knots_K, exposure_RK = _covered(flights, moments_B, running_B, _going(moments_B, stops))
+    knots_K, exposure_RK = _covered(flights, stops, engines)
     total_K = _speed(exposure_RK, flights.tokens) * knots_K
     return EngineCurve(concurrency=tuple(knots_K.tolist()), tokens_per_s=tuple(total_K.tolist()))
+
+
+def relative_speed(flights: Flights, stops: list[Stop], curve: EngineCurve, *, engines: int) -> float:
+    """The tokens there were over those that `curve` would have given in the same time. Errors: as `fit_speed`."""
+    knots_K, exposure_RK = _covered(flights, stops, engines)
+    speed_K = np.array([curve.per_request(knot) for knot in knots_K])
+    return float(flights.tokens.sum() / (exposure_RK @ speed_K).sum())
 
 
 def _running(flights: Flights, moments_B: np.ndarray) -> np.ndarray:
@@ -64,10 +66,13 @@ def _going(moments_B: np.ndarray, stops: list[Stop]) -> np.ndarray:
     return going_B
 
 
-def _covered(
-    flights: Flights, moments_B: np.ndarray, running_B: np.ndarray, going_B: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The knots that rollouts spent time near, and that time."""
+def _covered(flights: Flights, stops: list[Stop], engines: int) -> tuple[np.ndarray, np.ndarray]:
+    """The knots that rollouts spent time near, and that time. Errors: ValueError, if nothing ran."""
+    edges = [edge for stop in stops for edge in (stop.began_s, stop.ended_s)]
+    moments_B = np.unique(np.concatenate([flights.began_s, flights.ended_s, edges]))
+    running_B, going_B = _running(flights, moments_B) / engines, _going(moments_B, stops)
+    if not running_B.any():
+        raise ValueError("no rollout was in flight")
     knots_K = _knots(running_B.max())
     while True:
         exposure_RK = _exposure(flights, moments_B, running_B, going_B, knots_K)

@@ -7,13 +7,24 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from palestra.core.ledger import LedgerEntry
+from palestra.core.metrics import Sum
 from palestra.core.records import Reply, RolloutRecord, Span
 from palestra.orchestrate.simulate.curves import EngineCurve
 from palestra.orchestrate.simulate.engine import Engine, Request
 from palestra.orchestrate.simulate.measure import Measured, measured
 from palestra.orchestrate.simulate.work import GroupWant, Want
 from palestra.orchestrate.sources import seed_for
-from tests.unit.orchestrate.scripted import PROMPT, Life, ScriptedEngine, ScriptedWorker, make_config, reward_by_seed
+from palestra.wire.messages import StepTrained
+from tests.unit.orchestrate.scripted import (
+    PROMPT,
+    Life,
+    ScriptedEngine,
+    ScriptedTrainer,
+    ScriptedWorker,
+    make_config,
+    reward_by_seed,
+)
 
 CURVE = EngineCurve(concurrency=(1, 4, 16), tokens_per_s=(200, 600, 1000))
 STOP_S, STEP_S = 0.06, 0.5
@@ -90,6 +101,26 @@ class PacedWorker(ScriptedWorker):
         return msgspec.structs.replace(record, wall_s=wall_s, engine_s=wall_s, ended_at=time.time())
 
 
+class PacedTrainer(ScriptedTrainer):
+    """Says what its time went into, and how much it trained."""
+
+    async def _train(self, step: int, publish: bool, save: bool) -> None:
+        batch, began = self._run.batches.read(step, attempt=self._attempt.number), time.time()
+        await asyncio.sleep(STEP_S)
+        self._version += 1
+        wall_s = time.time() - began
+        entry = LedgerEntry(
+            process="trainer",
+            started_at=began,
+            wall_s=wall_s,
+            parts_s={"forward_backward": wall_s, "wait_for_batch": 0.0},
+        )
+        metrics = {"train/tokens": Sum(batch.num_tokens)}
+        await self._channel.send(StepTrained(step=step, metrics=metrics, ledgers=[entry]))
+        if publish:
+            await self._stage()
+
+
 class _Timed(dict):
     def __init__(self):
         super().__init__()
@@ -112,8 +143,10 @@ def config_of(outputs: Path, *, steps: int, engines: int = 1, **algo):
 
 async def really(config) -> Measured:
     """What the loop's own code does with them."""
-    life = Life(config, reward=reward_by_seed, engine=PacedEngine, step_s=STEP_S, num_engines=config.engine.replicas)
+    life = Life(config, reward=reward_by_seed, engine=PacedEngine, num_engines=config.engine.replicas)
     life.worker._channel.close()
     life.worker = PacedWorker(life.attempt, reward_by_seed)
+    life.trainer._channel.close()
+    life.trainer = PacedTrainer(life.run, life.attempt, version=0)
     await life.play()
     return measured(life.run)
