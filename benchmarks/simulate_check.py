@@ -1,8 +1,8 @@
 """Simulated against measured: `python benchmarks/simulate_check.py RUN [RUN ...]`.
 
 Curves are measured from the first run; every run, with its own settings, is predicted from them. A machine that other
-work shares is not as fast in one run as in another, so each prediction is made twice more: `at its speed`, lengths and
-the shape of the engine's curve from the first run, with the machine as fast as it was in that run; `its own`, all curves
+work shares is not as fast in one run as in another, so each prediction is made twice more. `at its speed`: lengths and
+the shape of the engine's curve from the first run, the machine as fast as it was in that run. `its own`: all curves
 from the run itself, which leaves only the loop to be compared.
 """
 

@@ -113,7 +113,7 @@ class PacedTrainer(ScriptedTrainer):
             process="trainer",
             started_at=began,
             wall_s=wall_s,
-            parts_s={"forward_backward": wall_s, "wait_for_batch": 0.0},
+            parts_s={"forward_backward": wall_s},
         )
         metrics = {"train/tokens": Sum(batch.num_tokens)}
         await self._channel.send(StepTrained(step=step, metrics=metrics, ledgers=[entry]))
