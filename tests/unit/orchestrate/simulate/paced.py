@@ -10,6 +10,7 @@ import numpy as np
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Sum
 from palestra.core.records import Reply, RolloutRecord, Span
+from palestra.launch.start import write_config
 from palestra.orchestrate.simulate.curves import EngineCurve
 from palestra.orchestrate.simulate.engine import Engine, Request
 from palestra.orchestrate.simulate.measure import Measured, measured
@@ -144,6 +145,7 @@ def config_of(outputs: Path, *, steps: int, engines: int = 1, **algo):
 async def really(config) -> Measured:
     """What the loop's own code does with them."""
     life = Life(config, reward=reward_by_seed, engine=PacedEngine, num_engines=config.engine.replicas)
+    write_config(life.run, config)
     life.worker._channel.close()
     life.worker = PacedWorker(life.attempt, reward_by_seed)
     life.trainer._channel.close()
