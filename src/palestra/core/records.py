@@ -131,6 +131,8 @@ class RolloutRecord(Struct, frozen=True, kw_only=True):
     num_turns: int = 0
     error: str = ""
     wall_s: float = 0.0
+    engine_s: float = 0.0  # of it, waiting for replies; calls at the same time add up
+    ended_at: float = 0.0  # unix time
 
     @property
     def num_sampled_tokens(self) -> int:

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--only", choices=["train", "env", "infer"], help="what runs live")
     _add_json(replay)
+    _add_simulate(commands)
     _add_json(_add(commands, "doctor", _doctor, "check this machine and the installation"))
     return parser
 
@@ -124,6 +125,18 @@ def _add_serve(commands) -> None:
     engine.add_argument("model", help="a directory in Hugging Face layout, or a hub name")
     engine.add_argument("overrides", nargs="*", metavar="engine.field=value", help="such as engine.max_model_len=512")
     engine.add_argument("--port", type=int, default=8000)
+
+
+def _add_simulate(commands) -> None:
+    parser = _add(commands, "simulate", _simulate, "predict step time, idle shares and ages of a recipe")
+    _add_recipe(parser)
+    parser.add_argument("--from", dest="run", metavar="RUN", help="measure the curves from this finished run")
+    parser.add_argument("--curves", type=Path, help="read the curves from this file")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the curves as JSON")
+    parser.add_argument("--gpus", type=int, help="find the best split of so many between trainer and engines")
+    parser.add_argument("--steps", type=int, default=20, help="steps to average over (default: 20)")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_json(parser)
 
 
 # --- commands
@@ -194,6 +207,22 @@ def _replay(arguments: argparse.Namespace) -> int | None:
         raise UserError(f"--from {arguments.boundary} feeds --only {pair[arguments.boundary]}, not {arguments.only}")
     show = {"batches": replay.show, "replies": replay_env.show, "weights": replay_weights.show}[arguments.boundary]
     return show(runs.find(arguments.run), as_json=arguments.json)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from palestra.launch import runs, simulate
+
+    wish = simulate.Wish(
+        recipe=arguments.recipe,
+        overrides=arguments.overrides,
+        run=runs.find(arguments.run) if arguments.run else None,
+        curves=arguments.curves,
+        save=arguments.save,
+        gpus=arguments.gpus,
+        steps=arguments.steps,
+        seed=arguments.seed,
+    )
+    simulate.show(wish, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

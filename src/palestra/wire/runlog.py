@@ -123,6 +123,11 @@ def read_ledger(run: RunDir) -> list[LedgerEntry]:
     return [msgspec.json.decode(line, type=LedgerEntry) for line in _whole_lines(run.ledger)]
 
 
+def read_spans(run: RunDir, process: str) -> list[dict[str, Any]]:
+    """Rows of `core.spans`, in the order they ended."""
+    return [json.loads(line) for line in _whole_lines(run.spans(process))]
+
+
 def read_summary(run: RunDir) -> dict[str, Any] | None:
     return json.loads(run.summary.read_text()) if run.summary.exists() else None
 

@@ -1,6 +1,7 @@
 """One rollout: endings, limits, seats, forks; what raises is never a reward."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -68,6 +69,7 @@ class Countdown(Environment):
 
 
 async def test_ok(playing):
+    began_at = time.time()
     record = await playing(Echo(system="Say it."), Task(prompt="hello", key="k"))
     assert (record.rollout_id, record.environment, record.task.key) == (4, "echo", "k")
     assert (record.ending, record.reward, record.error) == (Ending.OK, 1.0, "")
@@ -75,6 +77,8 @@ async def test_ok(playing):
     assert [message["role"] for message in record.messages] == ["system", "user", "assistant"]
     assert (record.num_turns, record.num_sampled_tokens, record.versions) == (1, 6, (0,))
     assert 0 < record.wall_s < 5
+    assert began_at + record.wall_s <= record.ended_at + 0.01
+    assert record.ended_at <= time.time()
 
 
 async def test_a_reply_cut_by_max_tokens_is_truncated_and_scored(playing):
