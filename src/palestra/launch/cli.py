@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--only", choices=["train", "env", "infer"], help="what runs live")
     _add_json(replay)
+    _add_bench(commands)
     _add_json(_add(commands, "doctor", _doctor, "check this machine and the installation"))
     return parser
 
@@ -124,6 +125,16 @@ def _add_serve(commands) -> None:
     engine.add_argument("model", help="a directory in Hugging Face layout, or a hub name")
     engine.add_argument("overrides", nargs="*", metavar="engine.field=value", help="such as engine.max_model_len=512")
     engine.add_argument("--port", type=int, default=8000)
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser("bench", help="measure palestra itself", description="Measure palestra itself.")
+    inner = bench.add_subparsers(metavar="WHAT", required=True)
+    loop = _add(inner, "loop", _bench_loop, "the loop against its parts alone, each number beside its aim")
+    loop.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe, such as train.lr=1e-5")
+    loop.add_argument("--quick", action="store_true", help="ratio 1 alone, fewer steps, no M5")
+    loop.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
+    _add_json(loop)
 
 
 # --- commands
@@ -194,6 +205,12 @@ def _replay(arguments: argparse.Namespace) -> int | None:
         raise UserError(f"--from {arguments.boundary} feeds --only {pair[arguments.boundary]}, not {arguments.only}")
     show = {"batches": replay.show, "replies": replay_env.show, "weights": replay_weights.show}[arguments.boundary]
     return show(runs.find(arguments.run), as_json=arguments.json)
+
+
+def _bench_loop(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import loop
+
+    loop.show(arguments.overrides, quick=arguments.quick, outputs=arguments.outputs, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

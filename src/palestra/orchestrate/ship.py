@@ -32,7 +32,7 @@ def _take(desk: Desk) -> list[Group] | None:
 
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
-    with desk.teller.ledger.spend("batch"):
+    with desk.teller.ledger.spend("batch"), desk.teller.spans.span("batch", step=step):
         batch, packing, trained = make_batch(groups, step=step, attempt=desk.attempt.number, rules=_rules(desk))
     path = await asyncio.to_thread(desk.run.batches.write, batch)
     if desk.config.log.keep_rollouts:

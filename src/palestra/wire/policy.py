@@ -388,7 +388,9 @@ def _sampling_params(sampling: Sampling, *, seed: int | None, num_replies: int) 
         "logprobs": 0,  # the sampled token's only
         "detokenize": False,
     }
-    if sampling.stop_token_ids:
+    if sampling.ignores_stop:
+        params["ignore_eos"] = True
+    elif sampling.stop_token_ids:
         params["stop_token_ids"] = list(sampling.stop_token_ids)
     return params if seed is None else {**params, "seed": seed}
 
