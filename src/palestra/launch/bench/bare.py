@@ -16,9 +16,11 @@ from msgspec import Struct
 
 from palestra.core.deadline import within
 from palestra.core.errors import InfrastructureError
+from palestra.wire.connections import Connections
 from palestra.wire.policy import parse_metrics
 
 _RETRIES = 3
+_KEEPALIVE_S = 3.0
 _STEADY_TOKENS = 16  # shorter replies say little of a decode step
 
 
@@ -50,9 +52,10 @@ class BareClient:
     """Deals asks to engines in turn, `in_flight` at once."""
 
     def __init__(self, urls: Sequence[str], *, call_s: float, transport: httpx.AsyncBaseTransport | None = None):
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=3.0)
         self._urls, self._call_s = list(urls), call_s
-        self._http = httpx.AsyncClient(timeout=None, limits=limits, transport=transport, trust_env=False)
+        self._http = httpx.AsyncClient(
+            timeout=None, transport=transport or Connections(keepalive_s=_KEEPALIVE_S), trust_env=False
+        )
 
     async def close(self) -> None:
         await self._http.aclose()
