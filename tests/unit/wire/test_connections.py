@@ -1,4 +1,4 @@
-"""Connections to a server that counts them: one each while in flight, used again when idle, closed if left half read."""
+"""Connections to a server that counts them: one each in flight, used again when idle, closed if left half read."""
 
 import asyncio
 from collections.abc import AsyncIterator
