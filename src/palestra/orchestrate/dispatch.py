@@ -52,7 +52,7 @@ class Dispatcher:
     async def run(self) -> None:
         await self._take_up()
         while True:
-            if self._waiting and len(self._plays) < self._desk.capacity and self._desk.trainer.is_current:
+            if self._waiting and self._may_start():
                 play = self._desk.tasks.create_task(self._play_to_end(self._waiting.popleft()))
                 self._plays.add(play)
                 play.add_done_callback(self._free_slot)
@@ -77,6 +77,10 @@ class Dispatcher:
                 self._waiting += [i for i in group.rollout_ids if i not in group.records]
                 if group.all_ended:
                     await self._close_group(group)
+
+    def _may_start(self) -> bool:
+        desk = self._desk
+        return len(self._plays) < desk.capacity and desk.trainer.is_current and not desk.fleet.holds
 
     def _may_open(self) -> bool:
         """Pacing: bounds the rollouts dispatched and not yet in the engines' weights; none more than can be trained."""

@@ -121,6 +121,7 @@ class Fleet:
     ):
         self.links = list(links)
         self._healthy_s, self._restart, self._changed = healthy_s, restart, changed
+        self.holds = False  # no rollout starts: a publish waits for those that run (`sync.wait`)
         self._home: dict[int, EngineLink] = {}
         self._serves = asyncio.Event()
 

@@ -74,6 +74,10 @@ class WorkerPool:
     def names(self) -> list[str]:
         return sorted(self._running)
 
+    @property
+    def num_playing(self) -> int:
+        return len(self._playing)
+
     async def wait_ready(self, deadline_s: float) -> None:
         await within(
             deadline_s,
