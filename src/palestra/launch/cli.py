@@ -131,10 +131,12 @@ def _add_bench(commands) -> None:
     bench = commands.add_parser("bench", help="measure palestra itself", description="Measure palestra itself.")
     inner = bench.add_subparsers(metavar="WHAT", required=True)
     loop = _add(inner, "loop", _bench_loop, "the loop against its parts alone, each number beside its aim")
-    loop.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe, such as train.lr=1e-5")
     loop.add_argument("--quick", action="store_true", help="ratio 1 alone, fewer steps, no M5")
-    loop.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
-    _add_json(loop)
+    inflight = _add(inner, "inflight", _bench_inflight, "updates in flight against waiting for rollouts to end")
+    for parser in (loop, inflight):
+        parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe: train.lr=1e-5")
+        parser.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
+        _add_json(parser)
 
 
 # --- commands
@@ -211,6 +213,12 @@ def _bench_loop(arguments: argparse.Namespace) -> None:
     from palestra.launch.bench import loop
 
     loop.show(arguments.overrides, quick=arguments.quick, outputs=arguments.outputs, as_json=arguments.json)
+
+
+def _bench_inflight(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import inflight
+
+    inflight.show(arguments.overrides, outputs=arguments.outputs, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Publishes: weights into the engines, while they generate.
 
 Consumes: staged versions, the newest first; engines that join. Produces: engines that are proved to hold them.
-Waits for: the trainer's next staged version; an evaluation that withholds publishes; with `sync.wait` rollouts that run.
+Waits for: the trainer's next staged version; an evaluation that withholds publishes; with `sync.wait` what runs.
 Woken by: `changed`.
 Ends when: cancelled; the last version is in the engines when `trainer.loaded` says so.
 """

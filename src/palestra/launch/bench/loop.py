@@ -96,12 +96,12 @@ class AtRatio:
 def show(overrides: Sequence[str], *, quick: bool, outputs: Path | None, as_json: bool) -> None:
     """Errors: UserError; whatever ends a run."""
     base = load(RECIPE, list(overrides)).config
-    with _directory(outputs) as directory:
+    with outputs_directory(outputs) as directory:
         tell(measure(Bench(base, directory), QUICK if quick else FULL), as_json=as_json)
 
 
 @contextmanager
-def _directory(outputs: Path | None) -> Iterator[Path]:
+def outputs_directory(outputs: Path | None) -> Iterator[Path]:
     if outputs is not None:
         yield outputs
         return
@@ -147,11 +147,11 @@ def _overhead(bench: Bench, effort: Effort) -> Part:
 def _prompts(bench: Bench, effort: Effort, alone: Alone) -> dict[float, int]:
     """The prompt length for each ratio."""
     if not effort.calibrates:
-        return dict.fromkeys(effort.ratios, bench.base.env.mix[0].args["prompt_tokens"])
+        return {ratio: bench.base.env.mix[0].args["prompt_tokens"] for ratio in effort.ratios}
     say("palestra bench: the trainer alone, at two lengths of prompts")
     base, law = bench.base, law_of(bench.base)
     lengths = [SHORTEST_PROMPT, 2 * law.median]
-    config = _with_prompts(bench, "calibrate", max(lengths))
+    config = with_prompts(bench, "calibrate", max(lengths))
     tried = [lengths[1], *lengths, *lengths]  # the first one sets things up
     batches = made_batches(config, tried, law=law)
     rows = readings.trained(bench.train_made(config, batches).rows)
@@ -171,7 +171,7 @@ def _prompts(bench: Bench, effort: Effort, alone: Alone) -> dict[float, int]:
 
 def _at_ratio(bench: Bench, effort: Effort, ratio: float, prompt_tokens: int) -> AtRatio:
     say(f"palestra bench: ratio {ratio:g}")
-    config = _with_prompts(bench, f"ratio-{ratio:g}", prompt_tokens, train={"steps": effort.steps})
+    config = with_prompts(bench, f"ratio-{ratio:g}", prompt_tokens, train={"steps": effort.steps})
     in_flight = config.engine.max_in_flight * config.engine.replicas
     part = bench.loop(config, alone=[Pass(in_flight, 0, config.algo.groups_per_step)])
     within = readings.window(part.rows, skip=_SKIP, leave=_LEAVE)
@@ -190,7 +190,7 @@ def _gain(bench: Bench, effort: Effort, of: AtRatio, prompt_tokens: int) -> dict
     if not effort.sync_steps:
         return {"m5_async_gain_over_bound": None}
     say("palestra bench: generate, train, publish, one after the other")
-    config = _with_prompts(bench, "synchronous", prompt_tokens, algo={"max_age": 0}, train={"steps": effort.sync_steps})
+    config = with_prompts(bench, "synchronous", prompt_tokens, algo={"max_age": 0}, train={"steps": effort.sync_steps})
     part = bench.loop(config)
     within = readings.window(part.rows, skip=1, leave=0)
     gain = readings.async_gain(sync_step_s=within.step_s, async_step_s=of.reading.window.step_s)
@@ -204,7 +204,7 @@ def _gain(bench: Bench, effort: Effort, of: AtRatio, prompt_tokens: int) -> dict
     }
 
 
-def _with_prompts(bench: Bench, name: str, prompt_tokens: int, **sections: dict[str, Any]) -> RunConfig:
+def with_prompts(bench: Bench, name: str, prompt_tokens: int, **sections: dict[str, Any]) -> RunConfig:
     """Room for the prompt and the longest reply, in the engine and in a pack."""
     longest = prompt_tokens + law_of(bench.base).longest + _TEMPLATE_TOKENS
     room = {"max_model_len": longest}

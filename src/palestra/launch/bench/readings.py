@@ -174,6 +174,16 @@ def async_bound(*, generate_with_tail_s: float, generate_s: float, train_s: floa
     return (generate_with_tail_s + train_s) / max(generate_s, train_s)
 
 
+def lost_by_draining_s(alone: Alone) -> float:
+    """What a publish costs that waits for rollouts to end: the tail, in which ever fewer run."""
+    return max(0.0, alone.wall_s - alone.sampled_tokens / alone.saturated_tokens_per_s)
+
+
+def waiting_bound(*, generate_s: float, lost_s: float, train_s: float) -> float:
+    """How much faster steps can be whose updates are in flight than ones that lose so much at each publish."""
+    return max(train_s, generate_s + lost_s) / max(train_s, generate_s)
+
+
 def generate_walls_s(spans: Sequence[dict[str, Any]]) -> list[float]:
     """Of a run that never generates while it trains: from each version in the engines to the step's last group."""
     published = {s["version"]: s["started_at"] + s["wall_s"] for s in spans if s["name"] == "publish"}

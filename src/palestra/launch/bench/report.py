@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ AIMS = {
     "m4_overhead_wall": at_most(0.05),
     "p99_loop_lag_ms": at_most(10),
     "m5_async_gain_over_bound": at_least(0.90),
+    "speed_up_over_bound": at_least(0.90),
     "packing_fill": at_least(0.97),
     "ledger_closure": at_most(0.01),
 }
@@ -59,12 +60,29 @@ def say(text: str) -> None:
 
 def tell(numbers: dict[str, Any], *, as_json: bool) -> None:
     """JSON, or tables, on stdout; with JSON the tables go to stderr."""
+    _print(tables(numbers), numbers, as_json=as_json)
+
+
+def _print(shown: Sequence[Table], numbers: dict[str, Any], *, as_json: bool) -> None:
     console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False, soft_wrap=True)
-    for table in tables(numbers):
+    for table in shown:
         console.print(table, "")
     if as_json:
         json.dump(numbers, sys.stdout, indent=2)
         print()
+
+
+def tell_inflight(numbers: dict[str, Any], *, as_json: bool) -> None:
+    """As `tell`, of updates in flight."""
+    table = Table("number", "value", "aim", "", box=None, pad_edge=False)
+    for key in ("speed_up", "speed_up_bound", "speed_up_over_bound", "recompute_over_keep", "lost_by_draining_s"):
+        judged = verdict(key, numbers[key], "1")
+        table.add_row(key, f"{numbers[key]:.3g}", AIMS[key].text if judged else "", judged)
+    runs = Table("run", "seconds a step", "reward", "mean age", "stands still, ms", box=None, pad_edge=False)
+    for name, of in numbers["runs"].items():
+        stall_ms = 1000 * sum(of["stall_parts_s"].values())
+        runs.add_row(name, f"{of['step_s']:.2f}", f"{of['reward']:.3f}", f"{of['mean_age']:.2f}", f"{stall_ms:.0f}")
+    _print([table, runs], numbers, as_json=as_json)
 
 
 def tables(numbers: dict[str, Any]) -> list[Table]:

@@ -156,6 +156,14 @@ def test_gain_and_bound():
     assert readings.async_gain(sync_step_s=13.0, async_step_s=7.0) / bound == pytest.approx(6 / 7)
 
 
+def test_the_bound_of_updates_in_flight():
+    """800 tokens at 200 a second in 5 s: 1 s is lost; 4 s of generating become 5, half hidden by 4.5 of training."""
+    assert readings.lost_by_draining_s(ALONE) == pytest.approx(1.0)
+    assert readings.waiting_bound(generate_s=4.0, lost_s=1.0, train_s=1.0) == pytest.approx(5 / 4)
+    assert readings.waiting_bound(generate_s=4.0, lost_s=1.0, train_s=4.5) == pytest.approx(5 / 4.5)
+    assert readings.waiting_bound(generate_s=4.0, lost_s=1.0, train_s=9.0) == 1.0
+
+
 def test_closure_is_the_worst_process():
     ledger = entries()
     assert readings.closure(ledger) == pytest.approx(0.0)
