@@ -147,7 +147,7 @@ def _overhead(bench: Bench, effort: Effort) -> Part:
 def _prompts(bench: Bench, effort: Effort, alone: Alone) -> dict[float, int]:
     """The prompt length for each ratio."""
     if not effort.calibrates:
-        return {ratio: bench.base.env.mix[0].args["prompt_tokens"] for ratio in effort.ratios}
+        return dict.fromkeys(effort.ratios, int(bench.base.env.mix[0].args["prompt_tokens"]))
     say("palestra bench: the trainer alone, at two lengths of prompts")
     base, law = bench.base, law_of(bench.base)
     lengths = [SHORTEST_PROMPT, 2 * law.median]
