@@ -15,7 +15,7 @@ from palestra.config import load
 from palestra.launch.bench import readings
 from palestra.launch.bench.bare import Alone
 from palestra.launch.bench.lead import Pass
-from palestra.launch.bench.loop import RECIPE, outputs_directory, state_of_machine, with_prompts
+from palestra.launch.bench.loop import RECIPE, environment_of, outputs_directory, state_of_machine, with_prompts
 from palestra.launch.bench.parts import Bench, Part
 from palestra.launch.bench.readings import Reading
 from palestra.launch.bench.report import say, tell_inflight
@@ -78,8 +78,7 @@ def measure(bench: Bench) -> Compared:
     parts: dict[str, Part] = {}
     for name, sync in VARIANTS.items():
         say(f"palestra bench: {name}")
-        prompt_tokens = bench.base.env.mix[0].args["prompt_tokens"]
-        config = with_prompts(bench, name, prompt_tokens, sync=sync, train={"steps": STEPS})
+        config = with_prompts(bench, name, environment_of(bench.base).prompt_tokens, sync=sync, train={"steps": STEPS})
         in_flight = config.engine.max_in_flight * config.engine.replicas
         first = [Pass(in_flight, 0, config.algo.groups_per_step)] if name == "in-flight" else []
         parts[name] = bench.loop(config, alone=first)

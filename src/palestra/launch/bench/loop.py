@@ -133,8 +133,10 @@ def _overhead(bench: Bench, effort: Effort) -> Part:
     """The same rollouts by the bare client and by the loop. Nothing generates while it trains."""
     say("palestra bench: the loop's own cost")
     base, groups = bench.base, math.ceil(1.5 * IN_FLIGHT / bench.base.algo.group_size)
-    config = bench.variant(
+    config = with_prompts(
+        bench,
         "overhead",
+        environment_of(base).prompt_tokens,
         algo={"max_age": 0, "groups_per_step": groups},
         train={"steps": effort.overhead_steps},
         engine={"max_in_flight": IN_FLIGHT},
@@ -147,7 +149,7 @@ def _overhead(bench: Bench, effort: Effort) -> Part:
 def _prompts(bench: Bench, effort: Effort, alone: Alone) -> dict[float, int]:
     """The prompt length for each ratio."""
     if not effort.calibrates:
-        return dict.fromkeys(effort.ratios, int(bench.base.env.mix[0].args["prompt_tokens"]))
+        return dict.fromkeys(effort.ratios, environment_of(bench.base).prompt_tokens)
     say("palestra bench: the trainer alone, at two lengths of prompts")
     base, law = bench.base, law_of(bench.base)
     lengths = [SHORTEST_PROMPT, 2 * law.median]
@@ -158,7 +160,7 @@ def _prompts(bench: Bench, effort: Effort, alone: Alone) -> dict[float, int]:
     prompts = {
         ratio: prompt_for(
             ratio,
-            generate_s=base.algo.rollouts_per_step * law.mean / alone.saturated_tokens_per_s,
+            generate_s=float(batches[0].rl_weight.sum()) / alone.saturated_tokens_per_s,
             rollouts=base.algo.rollouts_per_step,
             prompts=tried[1:],
             train_s=[rows[step]["train/step_s"] for step in range(1, len(tried))],
@@ -206,23 +208,29 @@ def _gain(bench: Bench, effort: Effort, of: AtRatio, prompt_tokens: int) -> dict
 
 def with_prompts(bench: Bench, name: str, prompt_tokens: int, **sections: dict[str, Any]) -> RunConfig:
     """Room for the prompt and the longest reply, in the engine and in a pack."""
-    longest = prompt_tokens + law_of(bench.base).longest + _TEMPLATE_TOKENS
-    room = {"max_model_len": longest}
-    pack = {"max_pack_tokens": max(bench.base.train.max_pack_tokens, longest)}
-    return bench.variant(
-        name,
-        args={"prompt_tokens": prompt_tokens},
-        **{**sections, "engine": sections.get("engine", {}) | room, "train": sections.get("train", {}) | pack},
-    )
+    reply_tokens = law_of(bench.base).longest
+    longest = prompt_tokens + reply_tokens + _TEMPLATE_TOKENS
+    room: dict[str, dict[str, Any]] = {
+        "sampling": {"max_tokens": reply_tokens},
+        "engine": {"max_model_len": longest},
+        "train": {"max_pack_tokens": max(bench.base.train.max_pack_tokens, longest)},
+    }
+    merged = {section: room.get(section, {}) | sections.get(section, {}) for section in {**room, **sections}}
+    return bench.variant(name, args={"prompt_tokens": prompt_tokens}, **merged)
 
 
 def law_of(config: RunConfig) -> LengthLaw:
-    """Of the environment's arguments. Errors: UserError, for an environment without a law of lengths."""
+    """Errors: as `environment_of`."""
+    return environment_of(config).law
+
+
+def environment_of(config: RunConfig) -> ForcedLengths:
+    """Errors: UserError, for an environment without a law of lengths."""
     source = config.env.mix[0]
     environment = make_environment(source.id, split=source.split, seed=0, args=source.args)
     if not isinstance(environment, ForcedLengths):
-        raise UserError(f"env.mix[0].id={source.id} has no law of lengths; leave env.mix as it is, but for its args")
-    return environment.law
+        raise UserError(f"env.mix[0].id={source.id} has no law of lengths; change the args of env.mix[0] alone")
+    return environment
 
 
 def state_of_machine() -> dict[str, Any]:

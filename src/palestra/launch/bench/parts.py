@@ -4,6 +4,7 @@ A part that is finished in the outputs directory is read, not run again: a bench
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from palestra.config import RunConfig
+from palestra.config import RunConfig, read_resolved
+from palestra.core.errors import UserError
 from palestra.core.ledger import LedgerEntry
 from palestra.launch import replay
 from palestra.launch import run as training
@@ -70,7 +72,7 @@ class Bench:
     def loop(self, config: RunConfig, *, alone: Sequence[Pass] = (), neutral: bool = True) -> Part:
         """A run, after the bare client has measured its engines."""
         run = RunDir(config.run_dir)
-        if not _is_finished(run):
+        if not _is_finished(config):
             plan = training.plan_of(config)
             cores = _trainer_cores(config, plan) if neutral else 0
             words = [str(cores), *(part.word for part in alone)]
@@ -83,29 +85,29 @@ class Bench:
         """The trainer alone, under neutral load, on the first batches of a finished part."""
         config = self.variant(f"{part.run.name}-train-alone", **_of_trainer(part.config))
         run = RunDir(config.run_dir)
-        if not _is_finished(run):
+        if not _is_finished(config):
             replay.link(part.run.model, run.model)
-            run.batches.directory.mkdir(parents=True, exist_ok=True)
+            run.batches.directory.mkdir(parents=True)
             for step in part.run.batches.steps()[:steps]:
                 link_or_copy(str(part.run.batches.path(step)), str(run.batches.path(step)))
-        return self._train(config)
+            _train(config)
+        return Part(config, run)
 
     def train_made(self, config: RunConfig, batches: Sequence[Batch]) -> Part:
         """The trainer alone, under neutral load, on batches that nobody sampled."""
         run = RunDir(config.run_dir)
-        if not _is_finished(run):
+        if not _is_finished(config):
             for batch in batches:
                 run.batches.write(batch)
-        return self._train(config)
-
-    def _train(self, config: RunConfig) -> Part:
-        run = RunDir(config.run_dir)
-        if not _is_finished(run):
-            plan = make_plan(config, this_machine(), is_model_built=(run.model / "config.json").exists())
-            led = replay.led_by("palestra.launch.feed", config, plan, names=("model", "trainer"))
-            with _beside_trainer(config):
-                training.carry_out(config, led, Origin(1, None))
+            _train(config)
         return Part(config, run)
+
+
+def _train(config: RunConfig) -> None:
+    plan = make_plan(config, this_machine(), is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
+    led = replay.led_by("palestra.launch.feed", config, plan, names=("model", "trainer"))
+    with _beside_trainer(config):
+        training.carry_out(config, led, Origin(1, None))
 
 
 def _of_trainer(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -114,9 +116,17 @@ def _of_trainer(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {section: tree[section] for section in ("algo", "train", "engine", "sampling")}
 
 
-def _is_finished(run: RunDir) -> bool:
+def _is_finished(config: RunConfig) -> bool:
+    """Errors: UserError, for a run of another config in the same place."""
+    run = RunDir(config.run_dir)
     status = read_status(run)
-    return status is not None and status.state is State.FINISHED
+    if status is None or not run.config.exists():
+        return False
+    if read_resolved(run.config) != RunConfig.model_validate_json(config.model_dump_json()):
+        raise UserError(f"{run.path} is a part of a bench with other values; give another directory by --outputs")
+    if status.state is not State.FINISHED:
+        shutil.rmtree(run.path)  # it is measured from its start
+    return status.state is State.FINISHED
 
 
 def _trainer_cores(config: RunConfig, plan: Plan) -> int:
