@@ -15,7 +15,7 @@ from random import Random
 import msgspec
 
 from palestra.config import RunConfig, read_resolved
-from palestra.core.process import die_with_parent
+from palestra.core.process import die_with_parent, life
 from palestra.env.agent import Agent, Table
 from palestra.env.chat import ChatTokenizer, Conversation, load_tokenizer
 from palestra.env.voice import ScriptVoice
@@ -110,7 +110,7 @@ def main(words: list[str]) -> None:
     config_path, neutral_cores = Path(words[0]), int(words[1])
     wanted = [Pass(*map(int, word.split(":"))) for word in words[2:]]
     config, run = read_resolved(config_path), RunDir(config_path.parent)
-    if wanted:
+    if wanted and life() == 0:  # an orchestrator that is started again goes on with the run
         alone = asyncio.run(_measure(config, run, neutral_cores=neutral_cores, wanted=wanted))
         write_atomically(run.path / ALONE, msgspec.json.encode(alone))
     os.execv(sys.executable, [sys.executable, "-m", "palestra.orchestrate", str(config_path)])
