@@ -245,6 +245,7 @@ class Sync(Section):
     """How new weights reach the engines."""
 
     kv: Literal["keep", "recompute"] = "keep"
+    wait: bool = False  # rollouts that run end before a load, none starts meanwhile; otherwise they go on across it
     at_once: PositiveInt = 1
     every: PositiveInt = 1  # steps between publishes
     staging: Path | None = None  # default: shared memory on one machine

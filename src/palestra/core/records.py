@@ -25,6 +25,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     top_k: int = 0  # 0: off
     max_tokens: int = 1024
     stop_token_ids: tuple[int, ...] = ()
+    ignores_stop: bool = False  # goes on to max_tokens, whatever is sampled
 
 
 class Reply(Struct, frozen=True, kw_only=True):

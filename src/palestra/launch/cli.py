@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--only", choices=["train", "env", "infer"], help="what runs live")
     _add_json(replay)
     _add_simulate(commands)
+    _add_bench(commands)
     _add_json(_add(commands, "doctor", _doctor, "check this machine and the installation"))
     return parser
 
@@ -137,6 +138,18 @@ def _add_simulate(commands) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps to average over (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
     _add_json(parser)
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser("bench", help="measure palestra itself", description="Measure palestra itself.")
+    inner = bench.add_subparsers(metavar="WHAT", required=True)
+    loop = _add(inner, "loop", _bench_loop, "the loop against its parts alone, each number beside its aim")
+    loop.add_argument("--quick", action="store_true", help="ratio 1 alone, fewer steps, no M5")
+    inflight = _add(inner, "inflight", _bench_inflight, "updates in flight against waiting for rollouts to end")
+    for parser in (loop, inflight):
+        parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe: train.lr=1e-5")
+        parser.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
+        _add_json(parser)
 
 
 # --- commands
@@ -223,6 +236,18 @@ def _simulate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     simulate.show(wish, as_json=arguments.json)
+
+
+def _bench_loop(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import loop
+
+    loop.show(arguments.overrides, quick=arguments.quick, outputs=arguments.outputs, as_json=arguments.json)
+
+
+def _bench_inflight(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import inflight
+
+    inflight.show(arguments.overrides, outputs=arguments.outputs, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

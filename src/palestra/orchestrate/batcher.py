@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from palestra.algo.advantages import advantages
 from palestra.algo.packing import Packing, pack
 from palestra.algo.shaping import LengthShaping
+from palestra.config.schema import RunConfig
 from palestra.core.records import RolloutRecord, Sample
 from palestra.orchestrate.buffer import is_fresh, shaped_by_seat
 from palestra.orchestrate.frozen import Logprobs
@@ -33,6 +34,27 @@ class BatchRules:
     reference_weight: float  # of the pull to the reference model
     teacher_weight: float  # of the teacher's advantages
     reward_weight: float  # of the rewards' advantages
+
+
+def rules_of(config: RunConfig) -> BatchRules:
+    algo, length = config.algo, config.algo.length
+    return BatchRules(
+        baseline=algo.baseline,
+        advantage_scale=algo.advantage_scale,
+        max_age=algo.max_age,
+        max_pack_tokens=config.train.max_pack_tokens,
+        num_ranks=config.train.num_ranks,
+        temperature=config.sampling.temperature,
+        length=LengthShaping(
+            max_tokens=length.max_tokens or config.sampling.max_tokens,
+            penalty=length.penalty,
+            overlong_tokens=length.overlong_tokens,
+            overlong_penalty=length.overlong_penalty,
+        ),
+        reference_weight=algo.reference.weight if algo.reference else 0.0,
+        teacher_weight=algo.teacher.weight if algo.teacher else 0.0,
+        reward_weight=0.0 if algo.teacher and algo.teacher.replaces_reward else 1.0,
+    )
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Dispatcher:
         await self._take_up()
         while True:
             await self._cut_too_old()
-            if self._waiting and self._desk.fleet.room > 0 and self._desk.trainer.is_current:
+            if self._waiting and self._may_start():
                 self._start(self._waiting.popleft())
             elif not self._waiting and self._may_open():
                 await self._open_group()
@@ -98,6 +98,10 @@ class Dispatcher:
             self._waiting += [i for i in group.rollout_ids if i not in group.records]
             if group.all_ended:
                 await self._close_group(group)
+
+    def _may_start(self) -> bool:
+        fleet = self._desk.fleet
+        return fleet.room > 0 and self._desk.trainer.is_current and not fleet.holds
 
     def _may_open(self) -> bool:
         """Pacing: bounds the rollouts dispatched and not yet in the engines' weights; none more than can be trained."""

@@ -149,6 +149,7 @@ class Fleet:
     ):
         self.links = list(links)
         self._healthy_s, self._restart, self._changed = healthy_s, restart, changed
+        self.holds = False  # no rollout starts: a publish waits for those that run (`sync.wait`)
         self._home: dict[int, EngineLink] = {}  # by session
         self._prefix: dict[int, EngineLink] = {}  # by group
         self._held: deque[tuple[int, asyncio.Event]] = deque()  # sessions that wait for room

@@ -1,11 +1,14 @@
 """Publishes: weights into the engines, while they generate.
 
 Consumes: staged versions, the newest first; engines that join. Produces: engines that are proved to hold them.
-Waits for: the trainer's next staged version; an evaluation that withholds publishes. Woken by: `changed`.
+Waits for: the trainer's next staged version; an evaluation that withholds publishes; with `sync.wait` what runs.
+Woken by: `changed`.
 Ends when: cancelled; the last version is in the engines when `trainer.loaded` says so.
 """
 
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from palestra.core.errors import DeadlineError
 from palestra.core.metrics import Max, Mean
@@ -66,9 +69,14 @@ class Publisher:
 
     async def _publish(self, staged: Staged, links: list[EngineLink]) -> bool:
         """Whether any engine holds the version. Errors: NoEngineLeft, if the last ones failed the proof."""
-        desk, sync = self._desk, self._desk.config.sync
         if not links:
             return False
+        async with self._between_rollouts():
+            report = await self._publish_to(staged, links)
+        return await self._account(report, links, staged)
+
+    async def _publish_to(self, staged: Staged, links: list[EngineLink]) -> PublishReport:
+        desk, sync = self._desk, self._desk.config.sync
         with desk.teller.spans.span("publish", version=staged.version) as attributes:
             try:
                 report = await publish(
@@ -85,7 +93,20 @@ class Publisher:
                     raise
                 report = failure.report
             attributes |= {"max_gap": report.max_gap, "stopped_s": report.stopped_s}
-        return await self._account(report, links, staged)
+        return report
+
+    @asynccontextmanager
+    async def _between_rollouts(self) -> AsyncIterator[None]:
+        """With `sync.wait`: none runs, and none starts before it is over."""
+        desk = self._desk
+        desk.fleet.holds = desk.config.sync.wait
+        while desk.fleet.holds and desk.pool.num_playing:
+            await desk.changed.wait(f"{desk.pool.num_playing} rollouts to end before a publish (sync.wait)")
+        try:
+            yield
+        finally:
+            desk.fleet.holds = False
+            desk.changed.tell()
 
     def _adopts(self, links: list[EngineLink]) -> bool:
         """Whether an engine may be as a dead orchestrator left it, in the middle of a publish."""

@@ -7,10 +7,9 @@ Waits for: enough ready groups, and room at the trainer. Woken by: `changed`. En
 import asyncio
 import time
 
-from palestra.algo.shaping import LengthShaping
 from palestra.core.metrics import Mean, Metrics, Sum
 from palestra.core.records import RolloutRecord
-from palestra.orchestrate.batcher import BatchRules, make_batch
+from palestra.orchestrate.batcher import make_batch, rules_of
 from palestra.orchestrate.buffer import baselines, expired, last_chances, length_added, may_part, num_nearly_ready, take
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.frozen import frozen_metrics
@@ -70,11 +69,11 @@ def _take(desk: Desk) -> list[Group] | None:
 
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
-    rules, considered = _rules(desk), _untrained(groups)
+    rules, considered = rules_of(desk.config), _untrained(groups)
     kept = {g.group_id: baselines(g, rules.length) for g in groups if not g.all_ended and not g.settled}
     num_late = sum(len(group.unsettled) for group in groups if group.status is GroupStatus.LATE)
     logprobs = desk.frozen.take(considered)
-    with desk.teller.ledger.spend("batch"):
+    with desk.teller.ledger.spend("batch"), desk.teller.spans.span("batch", step=step):
         batch, packing, trained = make_batch(groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules)
     path = await asyncio.to_thread(desk.run.batches.write, batch)
     if desk.config.log.keep_rollouts:
@@ -105,25 +104,3 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
     desk.teller.totals.note_age(metrics["age/mean"])
     await desk.trainer.ship(step, len(trained))
     desk.changed.tell()
-
-
-def _rules(desk: Desk) -> BatchRules:
-    config, algo = desk.config, desk.config.algo
-    length = algo.length
-    return BatchRules(
-        baseline=algo.baseline,
-        advantage_scale=algo.advantage_scale,
-        max_age=algo.max_age,
-        max_pack_tokens=config.train.max_pack_tokens,
-        num_ranks=config.train.num_ranks,
-        temperature=config.sampling.temperature,
-        length=LengthShaping(
-            max_tokens=length.max_tokens or config.sampling.max_tokens,
-            penalty=length.penalty,
-            overlong_tokens=length.overlong_tokens,
-            overlong_penalty=length.overlong_penalty,
-        ),
-        reference_weight=algo.reference.weight if algo.reference else 0.0,
-        teacher_weight=algo.teacher.weight if algo.teacher else 0.0,
-        reward_weight=0.0 if algo.teacher and algo.teacher.replaces_reward else 1.0,
-    )

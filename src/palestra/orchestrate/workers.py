@@ -119,6 +119,10 @@ class WorkerPool:
     def names(self) -> list[str]:
         return sorted(self._running)
 
+    @property
+    def num_playing(self) -> int:
+        return len(self._playing)
+
     async def wait_ready(self) -> None:
         await within(
             self._deadlines.ready_s,

@@ -60,6 +60,30 @@ async def test_no_rollout_trains_beyond_its_age_bound(tmp_path, max_age):
             assert step - min(span[0] for span in spans) <= max_age
 
 
+@pytest.mark.parametrize("waits", [True, False])
+async def test_with_sync_wait_no_rollout_runs_while_weights_are_loaded(tmp_path, waits):
+    class Engine(ScriptedEngine):
+        running, at_pause = 0, []
+
+        async def stream(self, *args, **kwargs):
+            self.running += 1
+            try:
+                return await super().stream(*args, **kwargs)
+            finally:
+                self.running -= 1
+
+        async def pause(self, **_):
+            self.at_pause = [*self.at_pause, self.running]
+
+    config = make_config(tmp_path, sync={"wait": waits}, engine={"join_max_tokens": 0})
+    life = Life(config, reward=reward_by_seed, engine=lambda url: Engine(url, delay_s=lambda seed: seed % 5 * 0.01))
+    await life.play()
+    (engine,) = life.engines
+    assert [step for step, _ in life.trainer.trained] == list(range(6))
+    assert len(engine.at_pause) > 3
+    assert (max(engine.at_pause) == 0) == waits
+
+
 async def test_with_max_age_zero_two_runs_train_the_same_rollouts_in_the_same_order(tmp_path):
     trained = []
     for name in ("one", "two"):

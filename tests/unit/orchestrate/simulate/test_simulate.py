@@ -315,7 +315,7 @@ def test_batches_are_taken_as_the_loop_takes_them(members, count, window, step, 
     for group_id in gone:
         del real.groups[group_id]
     assert simulated.expire(step, max_age) == len(gone)
-    theirs = loops_own.take(real, groups_per_step=count, window=window)
+    theirs = loops_own.take(real, groups_per_step=count, window=window, max_age=max_age)
     ours = simulated.take(count)
     assert (ours and [group.group_id for group in ours]) == (theirs and [group.group_id for group in theirs])
 
