@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from palestra.config.schema import RunConfig
-from palestra.wire.messages import Done, Exported, Failed, StepTrained, TrainerSaved, WarmedUp, WeightsStaged
+from palestra.wire.messages import Done, Exported, Failed, Ready, StepTrained, TrainerSaved, WarmedUp, WeightsStaged
 from palestra.wire.rundir import RunDir, read_manifests
 from palestra.wire.runlog import read_ledger, read_metrics, read_summary
 from tests.dist.orchestrated import closure, kinds, play
@@ -61,7 +61,7 @@ async def test_a_run_and_its_continuation(tmp_path, model, sources):
     config = _config(tmp_path, model, sources, warmup=3)
     _write_batches(config, range(4))
     code, heard, reported = await play(config, save_at=[2])
-    assert (code, kinds(reported)) == (0, ["Done"])
+    assert (code, kinds(reported)) == (0, ["Ready", "Done"])
     step = ["StepTrained", "WeightsStaged"]
     steps = [*step, *step, "TrainerSaved", *step, *step]
     assert kinds(heard) == [*["WarmedUp"] * 3, "WeightsStaged", "TrainerReady", *steps, "Exported"]
@@ -96,7 +96,7 @@ async def test_two_ranks_say_what_one_says(tmp_path, model, sources):
     config = _config(tmp_path, model, sources, shard=2, steps=2)
     _write_batches(config, range(2))
     code, heard, reported = await play(config)
-    assert (code, reported) == (0, [Done(process="trainer")])
+    assert (code, reported) == (0, [Ready(process="trainer"), Done(process="trainer")])
     assert kinds(heard) == ["WeightsStaged", "TrainerReady", *["StepTrained", "WeightsStaged"] * 2, "Exported"]
     assert isinstance(heard[-1], Exported)
     for rank, name in enumerate(("trainer", "trainer-1")):
@@ -121,8 +121,9 @@ async def test_a_batch_of_another_step_is_exit_code_1(tmp_path, model, sources):
     files.write(batch).rename(files.path(0))
     code, _, reported = await play(config)
     assert code == 1
-    assert not reported[0].is_user_error
-    assert "batch of step 3, but the trainer holds version 0" in reported[0].error
+    assert kinds(reported) == ["Ready", "Failed"]
+    assert not reported[1].is_user_error
+    assert "batch of step 3, but the trainer holds version 0" in reported[1].error
 
 
 async def test_a_supervised_run_and_its_continuation(tmp_path, model, sources):

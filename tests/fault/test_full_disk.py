@@ -1,7 +1,5 @@
 """A disk that is full while a checkpoint is written: said in words, nothing lost, and the run can be resumed."""
 
-import contextlib
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -9,29 +7,10 @@ import pytest
 
 from palestra.core.errors import InfrastructureError
 from palestra.wire.rundir import read_manifests
+from tests.fault.doomed import fill
 from tests.unit.orchestrate.scripted import Life, ScriptedTrainer, make_config, reward_by_seed
 
 STEPS, SAVE_EVERY = 6, 2
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 1 MiB of its own."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", directory], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
-
-
-def fill(directory: Path) -> Path:
-    ballast = directory / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1024))
-    return ballast
 
 
 class FillsTheDisk(ScriptedTrainer):

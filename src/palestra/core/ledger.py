@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from msgspec import Struct
 
+from palestra.core.clock import unix_now
+
 _MAX_TURNS = 100_000  # a process whose lag nobody asks for must not grow
 
 
@@ -39,7 +41,7 @@ class Ledger:
         self.process, self.cause = process, cause
         self._parts_s: dict[str, float] = {}
         self._mark = time.perf_counter()
-        self._started_at = time.time()
+        self._started_at = unix_now()
         if since is not None:
             self._parts_s[cause] = self._started_at - since
             self._started_at = since
@@ -63,7 +65,7 @@ class Ledger:
     def close(self) -> LedgerEntry:
         """The entry since the last `close`; the next one begins here, in the same cause."""
         self.switch(self.cause)
-        now = time.time()
+        now = unix_now()
         entry = LedgerEntry(
             process=self.process, started_at=self._started_at, wall_s=now - self._started_at, parts_s=self._parts_s
         )

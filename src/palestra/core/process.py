@@ -4,7 +4,8 @@ import ctypes
 import os
 import signal
 import sys
-import time
+
+from palestra.core.clock import unix_now
 
 LIFE = "PALESTRA_LIFE"  # environment variable: how often this process was started before, in this attempt of the run
 _PR_SET_PDEATHSIG = 1
@@ -34,5 +35,5 @@ def started_at() -> float:
             ticks = int(stat.read().rsplit(")", 1)[1].split()[19])
             running_s = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
     except OSError:
-        return time.time()
-    return time.time() - max(running_s, 0.0)
+        return unix_now()
+    return unix_now() - max(running_s, 0.0)

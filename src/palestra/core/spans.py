@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from palestra.core.clock import unix_now
+
 
 class SpanLog:
     """Appends spans to one file. A line is written when its span ends; a killed process loses only open spans."""
@@ -19,7 +21,7 @@ class SpanLog:
     @contextmanager
     def span(self, name: str, **attributes: Any) -> Iterator[dict[str, Any]]:
         """Time the block; attributes set on the yielded dict inside the block are written too."""
-        started_at, started = time.time(), time.perf_counter()
+        started_at, started = unix_now(), time.perf_counter()
         try:
             yield attributes
         finally:

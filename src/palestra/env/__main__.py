@@ -29,8 +29,9 @@ def main() -> int:
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
             runner.run(_run(name, config, run, attempt, selector))
     except BaseException as error:
+        code = _report(name, attempt, _first(error))  # before the log, whose disk may be full
         traceback.print_exc()
-        return _report(name, attempt, _first(error))
+        return code
     return 0
 
 

@@ -4,11 +4,11 @@ import asyncio
 import os
 import signal
 import textwrap
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from palestra.core.clock import unix_now
 from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.process import LIFE
 from palestra.launch.guard import Guard, kill_group
@@ -27,7 +27,7 @@ class Child:
     log: Path
     log_start: int
     life: int = 0
-    started_at: float = field(default_factory=time.time)
+    started_at: float = field(default_factory=unix_now)
     ready: asyncio.Event = field(default_factory=asyncio.Event)  # an end from now on is no failed start
     done: asyncio.Event = field(default_factory=asyncio.Event)  # it said Done
     last_word: asyncio.Event = field(default_factory=asyncio.Event)  # Done or Failed

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+_CLEAN_UP_S = 60.0
+
 
 class Guard:
     """The supervisor's side. Errors: OSError, if no process can be started."""
@@ -39,8 +41,11 @@ class Guard:
             pass  # somebody killed the guard; processes still ask the kernel to end with their parent
 
     def close(self) -> None:
-        """Let it clean up, and wait for its end."""
-        self._process.communicate()
+        """Let it clean up, and wait for its end; a file system that hangs is left alone."""
+        try:
+            self._process.communicate(timeout=_CLEAN_UP_S)
+        except subprocess.TimeoutExpired:
+            print(f"the guard did not finish cleaning up within {_CLEAN_UP_S:.0f} s", file=sys.stderr)
 
 
 def keep(lines: Iterable[str]) -> None:

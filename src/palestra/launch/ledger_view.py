@@ -8,7 +8,7 @@ from rich.table import Table
 from palestra.config import RunConfig
 from palestra.core.ledger import LedgerEntry, total
 
-_OUTSIDE_THE_LOOP = frozenset({"start", "load", "warmup", "export", "wait_for_weights"})
+_OUTSIDE_THE_LOOP = frozenset({"start", "load", "warmup", "export", "wait_for_weights", "restart"})
 _WAIT = "wait_for_batch"
 _NOTABLE = 0.05
 
@@ -45,7 +45,7 @@ def as_dict(process: LedgerEntry) -> dict[str, Any]:
 
 
 def bottleneck(entries: Iterable[LedgerEntry], config: RunConfig) -> str:
-    """What held the run up, and what to change. Entries with start, warm-up or export are left out of the judgement."""
+    """What held the run up, and what to change. Entries with a start, warm-up, export or restart do not count."""
     loop = [entry for entry in entries if not _OUTSIDE_THE_LOOP & entry.parts_s.keys()]
     trainer = [entry for entry in loop if entry.process.startswith("trainer")]
     if not trainer:

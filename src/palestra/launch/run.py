@@ -2,11 +2,11 @@
 
 import asyncio
 import sys
-import time
 
 import msgspec
 
 from palestra.config import RunConfig
+from palestra.core.clock import unix_now
 from palestra.core.errors import PalestraError
 from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import started_at
@@ -58,7 +58,7 @@ def carry_out(config: RunConfig, plan: Plan, origin: Origin) -> None:
                 guard,
                 engines=len(plan.engines),
                 staging_bytes=plan.staging_bytes,
-                started_at=time.time(),
+                started_at=unix_now(),
             )
             start.write_config(directory, config)
             directory.write_attempt(attempt)
@@ -94,7 +94,7 @@ def _write_end(run: RunDir, status: Status, state: State, error: str, ledger: Le
     log = RunLog(run)
     log.ledger(ledger.close())
     log.close()
-    write_status(run, msgspec.structs.replace(status, state=state, ended_at=time.time(), error=error))
+    write_status(run, msgspec.structs.replace(status, state=state, ended_at=unix_now(), error=error))
 
 
 def _say_start(view: View, run: RunDir, attempt: Attempt, plan: Plan) -> None:

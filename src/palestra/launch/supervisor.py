@@ -13,7 +13,6 @@ interrupted.
 
 import asyncio
 import signal
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from palestra.config.schema import Launch
+from palestra.core.clock import unix_now
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.launch.child import Child, ended_how, start
@@ -47,6 +47,7 @@ from palestra.wire.messages import (
 from palestra.wire.rundir import Attempt, RunDir
 from palestra.wire.runlog import Restarted, account_for_gap, append_restart
 
+_GONE_S = 30.0  # after SIGKILL
 _LAST_WORD_S = 1.0  # what a process said before it ended has arrived by then
 _ASK_EVERY_S = 0.25
 _PORT_FREE_S = 5.0  # from the death of an engine until the kernel has buried all of it
@@ -133,7 +134,10 @@ class Supervisor:
                 )
             for child in running:
                 self._end_group(child)
-            await ends
+            try:
+                await within(_GONE_S, ends, waiting_for="killed processes to be gone")
+            except DeadlineError as stuck:  # in the kernel: nothing more can be done
+                self._view.say(str(stuck))
             hurry.cancel()
         self._listener.close()
 
@@ -180,7 +184,7 @@ class Supervisor:
         """One life; None, if it ended rightly: with 0, and after Done or, for a member, just before the leader."""
         life = self._lives[program.name].number
         if life and program.engine is not None and (holder := await self._holder_of_port(program.engine)):
-            return End(why=holder, ended_at=time.time(), was_ready=False, lived_s=0)
+            return End(why=holder, ended_at=unix_now(), was_ready=False, lived_s=0)
         child = await self._start(program, life=life)
         if life:
             await self._say_started(child)
@@ -220,7 +224,7 @@ class Supervisor:
             child.late = late
             child.signal(signal.SIGKILL)
             return
-        self._record_restart(child.name, ready_at=time.time())
+        self._record_restart(child.name, ready_at=unix_now())
         if child.program.role is Role.LEAD:
             await child.done.wait()
             waiting_for = f"{child.name} to exit after it was done"
@@ -249,7 +253,7 @@ class Supervisor:
 
     async def _end_of(self, child: Child, code: int) -> End:
         """How it ended. Errors: UserError and ProcessFailed, if it said itself that the run cannot go on."""
-        ended_at, was_killed = time.time(), code == -signal.SIGKILL
+        ended_at, was_killed = unix_now(), code == -signal.SIGKILL
         if not was_killed:
             await self._last_word(child)
         failure = child.failure
@@ -344,8 +348,11 @@ class Supervisor:
             self._view.say(f"a restart could not be recorded: {error}")
 
     async def _tell_lead(self, message: ToOrchestrator) -> None:
+        lead = self._plan.lead.name
+        if message.process == lead:
+            return
         try:
-            await self._listener.send(self._plan.lead.name, message)
+            await self._listener.send(lead, message)
         except InfrastructureError:
             pass  # it is not there: with its first word it hears how things stand
 

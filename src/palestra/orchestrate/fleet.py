@@ -68,6 +68,7 @@ class EngineLink:
         self.sessions = 0
         self.ended = 0  # sessions, so far
         self.stops = 0  # and goings on, by publishes, so far
+        self.starts = 0  # of other processes under its name
         self.in_flight = 0  # calls
         self.tokens_per_s: float | None = None  # of one reply, smoothed
         self.gone = asyncio.Event()  # set while the engine is out
@@ -202,6 +203,7 @@ class Fleet:
             self._leave(link)
         self._move(link, EngineState.STARTING)
         link.client.forget()
+        link.starts += 1
         link.is_inherited = False
         link.tokens_per_s = None
         return link

@@ -17,7 +17,7 @@ from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
 from palestra.orchestrate.state import Published
 from palestra.wire.policy import EngineClient, UnreachableError
-from palestra.wire.publish import NoEngineLeft, PublishReport, publish
+from palestra.wire.publish import EnginePublish, NoEngineLeft, publish
 from palestra.wire.weights.manifest import Staged
 
 
@@ -71,9 +71,12 @@ class Publisher:
         """Whether any engine holds the version. Errors: NoEngineLeft, if the last ones failed the proof."""
         if not links:
             return False
+        starts = {link.name: link.starts for link in links}
         async with self._between_rollouts():
             report = await self._publish_to(staged, links)
-        return await self._account(report, links, staged)
+        told = zip(links, report.engines, strict=True)
+        still_there = [(link, engine) for link, engine in told if link.starts == starts[link.name]]  # the same process
+        return await self._account(still_there, report.max_gap, staged)
 
     async def _publish_to(self, staged: Staged, links: list[EngineLink]) -> PublishReport:
         desk, sync = self._desk, self._desk.config.sync
@@ -112,10 +115,10 @@ class Publisher:
         """Whether an engine may be as a dead orchestrator left it, in the middle of a publish."""
         return any(link.is_inherited for link in links)
 
-    async def _account(self, report: PublishReport, links: list[EngineLink], staged: Staged) -> bool:
+    async def _account(self, told: list[tuple[EngineLink, EnginePublish]], max_gap: float, staged: Staged) -> bool:
         """Engines that failed are taken out, those that joined serve."""
         desk, held = self._desk, False
-        for link, engine in zip(links, report.engines, strict=True):
+        for link, engine in told:
             if engine.failure:
                 print(f"{link.name} is taken out: {engine.failure}", file=sys.stderr)
                 desk.fleet.take_out(link, engine.failure)
@@ -136,8 +139,8 @@ class Publisher:
                 }
             )
         if held:
-            desk.teller.note({"publish/max_abs_logprob_gap": Max(report.max_gap)})
-            desk.teller.totals.note_publish(report.max_gap)
+            desk.teller.note({"publish/max_abs_logprob_gap": Max(max_gap)})
+            desk.teller.totals.note_publish(max_gap)
         return held
 
     async def _require_logprobs(self, link: EngineLink, staged: Staged) -> None:

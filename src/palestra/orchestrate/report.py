@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from palestra.core.clock import unix_now
 from palestra.core.ledger import LedgerEntry, total
 from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from palestra.core.records import Ending, RolloutRecord
@@ -80,7 +81,7 @@ class Totals:
     trainer_steps: list[LedgerEntry] = field(default_factory=list)  # the first, and the sum of the others
 
     def note_tokens(self, tokens: int) -> None:
-        self.sampling_since = self.sampling_since or time.time()
+        self.sampling_since = self.sampling_since or unix_now()
         self.sampled_tokens += tokens
 
     def note_age(self, age: Metric) -> None:
@@ -93,7 +94,7 @@ class Totals:
 
     @property
     def tokens_per_s(self) -> float:
-        return self.sampled_tokens / (time.time() - self.sampling_since) if self.sampling_since else 0.0
+        return self.sampled_tokens / (unix_now() - self.sampling_since) if self.sampling_since else 0.0
 
     @property
     def trainer_idle(self) -> float:
@@ -142,7 +143,7 @@ def summary(totals: Totals, state: LoopState, *, name: str, first_eval: str | No
         "reward_after": _reward(state.evals, first_eval, "end"),
         "evals": _evals(state.evals),
         "steps": state.next_step,
-        "wall_s": time.time() - totals.started_at,
+        "wall_s": unix_now() - totals.started_at,
         "max_versions_in_a_rollout": state.max_versions_in_a_rollout,
         "publishes": totals.publishes,
         "publish_max_abs_logprob_gap": totals.max_gap,

@@ -30,12 +30,14 @@ def main(config_path: str) -> int:
         _run(config, run, attempt, ledger, supervisor)
     except Exception as error:
         is_user_error = isinstance(error, UserError)
+        told = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+        supervisor.send(
+            Failed(process="trainer", error=told, is_user_error=is_user_error)
+        )  # the log's disk may be full
         if is_user_error:
             print(error, file=sys.stderr)
         else:
             traceback.print_exc()
-        told = str(error) if is_user_error else f"{type(error).__name__}: {error}"
-        supervisor.send(Failed(process="trainer", error=told, is_user_error=is_user_error))
         return 2 if is_user_error else 1
     finally:
         supervisor.close()

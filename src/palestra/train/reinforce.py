@@ -13,15 +13,12 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from palestra.config import RunConfig
 from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.process import life
 from palestra.core.spans import SpanLog
-from palestra.train.publish import Publisher
-from palestra.train.ranks import Ranks
-from palestra.train.supervise import warm_up
-from palestra.train.trainer import DTYPES, Trainer
 from palestra.wire.batches import Batch
 from palestra.wire.channel import BlockingCaller, Reconnected
 from palestra.wire.messages import (
@@ -41,10 +38,17 @@ from palestra.wire.messages import (
 from palestra.wire.rundir import Attempt, RunDir, version_to_load
 from palestra.wire.weights.manifest import Staged
 
+if TYPE_CHECKING:  # the loop itself needs no torch: a trainer, whatever it computes with, is given to it
+    from palestra.train.publish import Publisher
+    from palestra.train.ranks import Ranks
+    from palestra.train.trainer import Trainer
+
 
 def reinforce(
-    config: RunConfig, run: RunDir, attempt: Attempt, ranks: Ranks, ledger: Ledger, tell: Callable[[Ready], None]
+    config: RunConfig, run: RunDir, attempt: Attempt, ranks: "Ranks", ledger: Ledger, tell: Callable[[Ready], None]
 ) -> None:
+    from palestra.train.trainer import Trainer
+
     name = f"trainer-{ranks.rank}"
     with closing(SpanLog(run.spans(name), name)) as spans:
         trainer = Trainer(config, ranks, ledger)
@@ -56,9 +60,13 @@ def reinforce(
 
 
 def _start(
-    trainer: Trainer, config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, spans: SpanLog
+    trainer: "Trainer", config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, spans: SpanLog
 ) -> "Loop":
     """Everything up to the first version: resume or warm up, stage."""
+    from palestra.train.publish import Publisher
+    from palestra.train.supervise import warm_up
+    from palestra.train.trainer import DTYPES
+
     ranks = trainer.ranks
     orchestrator = Orchestrator(config, attempt, ranks, ledger)
     publisher = Publisher(
@@ -86,8 +94,8 @@ def _start(
 class Loop:
     """Does what the orchestrator says, one message after the other."""
 
-    trainer: Trainer
-    publisher: Publisher
+    trainer: "Trainer"
+    publisher: "Publisher"
     orchestrator: "Orchestrator"
     run: RunDir
     attempt: Attempt
@@ -155,7 +163,7 @@ class Orchestrator:
     which an orchestrator lets no more than two be trained before it has heard of them.
     """
 
-    def __init__(self, config: RunConfig, attempt: Attempt, ranks: Ranks, ledger: Ledger):
+    def __init__(self, config: RunConfig, attempt: Attempt, ranks: "Ranks", ledger: Ledger):
         self._ranks, self._ledger, self._deadline_s = ranks, ledger, config.train.batch_deadline_s
         self._set_aside: deque[ToTrainer] = deque()
         self.staged: Staged | None = None

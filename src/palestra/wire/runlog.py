@@ -7,7 +7,6 @@ account for.
 import json
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from palestra.core.clock import unix_now
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Metric, values
 from palestra.wire.batches import write_atomically
@@ -38,7 +38,7 @@ class RunLog:
     def metrics(self, step: int, metrics: Mapping[str, Metric], **more: Any) -> None:
         """One row of metrics.jsonl. A metric without a value (0 of 0) is left out."""
         numbers = {name: value for name, value in values(metrics).items() if not math.isnan(value)}
-        self._metrics.write(json.dumps({"step": step, "time": time.time(), **more, **numbers}) + "\n")
+        self._metrics.write(json.dumps({"step": step, "time": unix_now(), **more, **numbers}) + "\n")
 
     def ledger(self, entry: LedgerEntry) -> None:
         self._ledger.write(msgspec.json.encode(entry).decode() + "\n")

@@ -18,7 +18,7 @@ from palestra.launch.memory import GIB
 from palestra.launch.start import write_config
 from palestra.wire.batches import write_atomically
 from palestra.wire.rundir import Attempt, Manifest, RunDir, checkpoint_dir, write_manifest
-from palestra.wire.runlog import RunLog
+from palestra.wire.runlog import Restarted, RunLog, append_restart
 
 SUMMARY = {"reward_before": 0.25, "reward_after": 0.9, "steps": 2, "wall_s": 130.0, "trainer_idle": 0.031}
 
@@ -114,6 +114,20 @@ def test_show_one_run_as_json(run: RunDir, capsys: pytest.CaptureFixture):
     assert shown["metrics"]["reward/trained"] == 0.8
     assert [process["process"] for process in shown["ledger"]] == ["engine-0", "trainer"]
     assert shown["state"] == "never started"
+
+
+def test_restarts_are_told(run: RunDir, capsys: pytest.CaptureFixture):
+    for life, gone_s in ((1, 1.25), (2, None), (3, 2.0)):
+        why = "killed by SIGKILL" if life < 3 else "exit code 1"
+        append_restart(
+            run, Restarted(attempt=1, process="env-0", life=life, why=why, ended_at=float(life), gone_s=gone_s)
+        )
+    assert main(["runs", "show", "demo"]) == 0
+    told = "env-0 was started again 3 times, gone 3.2 s in all; the last time: exit code 1"
+    assert told in capsys.readouterr().out
+    assert main(["runs", "show", "demo", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [restart["life"] for restart in shown["restarts"]] == [1, 2, 3]
 
 
 def test_a_run_without_any_step_can_be_shown(run: RunDir, capsys: pytest.CaptureFixture):

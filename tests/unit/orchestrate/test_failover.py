@@ -14,6 +14,7 @@ from palestra.core.records import Ending
 from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, Published, RolloutEnded, RolloutRetried
 from palestra.wire.framelog import read_frames
 from palestra.wire.messages import Done, Exported, Play
+from palestra.wire.policy import UnreachableError
 from tests.unit.orchestrate.mortal import MortalRun
 from tests.unit.orchestrate.scripted import GROUP_SIZE, GROUPS, make_config, reward_by_seed
 
@@ -159,6 +160,27 @@ async def test_an_engine_that_dies_comes_back_with_the_version_of_the_others(tmp
         assert run.history[-1] >= 4
     require_whole(run)
     assert run.restarts == [], "the supervisor knew"
+
+
+async def test_what_a_publish_says_of_a_dead_engine_does_not_end_its_successor(tmp_path):
+    hung = asyncio.Event()
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed, num_engines=2) as run:
+        server = run.engines["engine-1"]
+        score = server.score
+
+        async def tries_again_for_a_while(token_ids, *, deadline_s=None):
+            if server.loaded == 2 and not hung.is_set():
+                hung.set()
+                await asyncio.sleep(0.3)
+                raise UnreachableError("nobody answered any more")
+            return await score(token_ids, deadline_s=deadline_s)
+
+        server.score = tries_again_for_a_while
+        await asyncio.wait_for(hung.wait(), 20)
+        await run.replace("engine-1")
+    require_whole(run)
+    assert run.lives["engine-1"] == 1
+    assert run.restarts == []
 
 
 async def test_engines_that_a_dead_orchestrator_left_in_the_middle_of_a_publish_are_started_again(tmp_path):

@@ -115,6 +115,19 @@ async def test_pieces_are_told_on_the_way_and_all_of_them_when_it_breaks():
     assert told.spans == (Span(3, 0, 600),)
 
 
+async def test_what_came_of_a_reply_that_nobody_waits_for_any_more_is_told():
+    """The worker that wanted it has died: whoever plays the rollout again goes on from there."""
+    engine = Counter(3, breaks_at=20)
+    gateway, _ = make_gateway(engine)
+    pieces: list[Reply] = []
+    call = asyncio.create_task(gateway.call(0, [5, 10], LONG, seed=1, note=pieces.append))
+    await engine.broke.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert [piece.token_ids for piece in pieces] == [list(range(11, 31))]
+
+
 async def test_a_reply_begun_before_a_restart_is_gone_on_with():
     engine = Counter(8)
     gateway, _ = make_gateway(engine)

@@ -12,10 +12,10 @@ from palestra.core.records import Ending, RolloutRecord, Sample, Seat, Span, Tas
 from palestra.orchestrate.batcher import BatchRules, make_batch
 from palestra.orchestrate.buffer import length_added, outcome
 from palestra.orchestrate.sources import TaskSources, seed_for
-from palestra.orchestrate.state import Cursor, Group, GroupOpened, LoopState, RolloutEnded
+from palestra.orchestrate.state import Cursor, Group, GroupOpened, LoopState, Published, RolloutEnded
 from palestra.orchestrate.trainer import Schedule, TrainerLink
 from palestra.wire.batches import decode, encode, equal
-from palestra.wire.messages import Tasks, TrainBatch
+from palestra.wire.messages import Finish, Tasks, TrainBatch
 
 
 def record(
@@ -127,6 +127,32 @@ async def test_an_environment_that_raises_or_is_empty_is_the_users_to_fix():
             await TaskSources((Source(id="a"),), list_tasks, seed=0, chunk_tasks=4).next(0)
 
 
+async def test_tasks_that_are_refused_are_passed_over_and_a_source_of_nothing_else_is_an_error():
+    async def list_tasks(source, epoch, offset, count):
+        names = [f"{source}{i}" for i in range(10)][offset : offset + count]
+        return Tasks(request_id=0, tasks=[Task(prompt=n) for n in names], exhausted=offset + count >= 10)
+
+    refused = {"a3", "a7"}
+    mix = (Source(id="a"),)
+    sources = TaskSources(
+        mix, list_tasks, seed=1, chunk_tasks=4, refuses=lambda source, task: str(task.prompt) in refused
+    )
+    taken = [(await sources.next(group_id))[1].prompt for group_id in range(16)]
+    for epoch in range(2):
+        assert sorted(taken[8 * epoch : 8 * epoch + 8]) == sorted({f"a{i}" for i in range(10)} - refused)
+    refused |= {f"a{i}" for i in range(10)}
+    with pytest.raises(UserError, match="every task of environment 'a' is quarantined"):
+        await sources.next(16)
+
+
+def test_versions_in_the_journal_never_go_back():
+    state = LoopState()
+    for version in (3, 3, 5):
+        state.apply(Published(version=version))
+    with pytest.raises(ValueError, match="version 4 published after version 5"):
+        state.apply(Published(version=4))
+
+
 def test_events_that_cannot_follow_are_refused():
     state = LoopState()
     opened = GroupOpened(group_id=0, source="e", task=Task(), size=2, cursor_epoch=0, cursor_taken=1)
@@ -138,15 +164,71 @@ def test_events_that_cannot_follow_are_refused():
         state.apply(RolloutEnded(record=record(0, 1.0)))
 
 
-async def test_a_restarted_trainer_gets_the_batches_it_lost_in_order_and_publishes_only_the_last():
+def make_link(next_step: int, *, published: int = -1) -> tuple[TrainerLink, list]:
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    link = TrainerLink(send, Schedule(steps=100, publish_every=1, save_every=50), next_step=57)
+    return TrainerLink(
+        send, Schedule(steps=100, publish_every=1, save_every=50), next_step=next_step, published=published
+    ), sent
+
+
+def batch(step: int, *, publish: bool, save: bool = False) -> TrainBatch:
+    return TrainBatch(step=step, publish=publish, save=save)
+
+
+async def test_a_restarted_trainer_gets_the_batches_it_lost_in_order_and_publishes_only_the_last():
+    link, sent = make_link(57)
     await link.ready(50)
-    assert sent == [TrainBatch(step=s, publish=s == 56, save=False) for s in range(50, 57)]
+    assert sent == [batch(s, publish=s == 56) for s in range(50, 57)]
+
+
+async def test_a_trainer_that_died_beside_the_loop_stages_only_what_engines_do_not_have():
+    link, sent = make_link(0)
+    await link.ready(0)
+    for step in range(3):
+        await link.ship(step, 8)
+    await link.note_loaded(2)
+    link.gone()
+    sent.clear()
+    await link.ship(3, 8)
+    assert sent == [], "there is nobody to hear of it"
+    assert not link.has_room(4)
+    await link.ready(1)
+    assert sent == [batch(1, publish=False), batch(2, publish=True), batch(3, publish=True)]
+    assert link.is_outdated(1)
+    assert not link.is_outdated(2)
+    link.gone()
+    await link.finish()
+    sent.clear()
+    await link.ready(4)
+    assert sent == [Finish()]
+
+
+async def test_a_new_orchestrator_goes_on_with_what_the_living_trainer_staged():
+    link, sent = make_link(58, published=56)
+    link.note_trained(56)  # said before it was ready, to another orchestrator
+    assert not link.has_room(58)
+    await link.ready(57, staged=57)
+    assert sent == [batch(57, publish=True)]
+    assert not link.is_current
+    await link.note_loaded(57)
+    assert link.is_current
+
+
+async def test_a_new_orchestrator_does_not_go_back_to_what_a_trainer_staged_that_trains_again():
+    link, sent = make_link(58, published=56)
+    await link.ready(53, staged=50)
+    assert link.is_outdated(50)
+    assert sent == [batch(s, publish=s == 57) for s in range(53, 58)]
+
+
+async def test_a_trainer_that_caught_up_without_staging_is_asked_to_stage():
+    link, sent = make_link(58, published=58)
+    await link.ready(58, staged=50)
+    assert sent == [batch(57, publish=True)]
 
 
 def test_seeds_depend_on_every_part():

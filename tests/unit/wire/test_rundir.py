@@ -9,7 +9,7 @@ from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Mean
 from palestra.wire.rundir import Attempt, Manifest, RunDir, checkpoint_dir, read_manifests, require_run, write_manifest
-from palestra.wire.runlog import RunLog, read_ledger, read_metrics, read_summary
+from palestra.wire.runlog import RunLog, account_for_gap, read_ledger, read_metrics, read_summary
 
 
 @pytest.fixture
@@ -84,6 +84,21 @@ def test_what_a_run_tells_reads_back(run: RunDir):
     assert read_ledger(run) == [entry]
     assert read_summary(run) == {"steps": 1}
     log.close()
+
+
+def test_the_gap_of_a_process_is_accounted_for_from_its_last_entry_on(run: RunDir):
+    log = RunLog(run)
+    for process, started_at in (("trainer", 100.0), ("trainer-1", 101.0), ("env-0", 102.0)):
+        log.ledger(LedgerEntry(process=process, started_at=started_at, wall_s=10.0, parts_s={"work": 10.0}))
+    log.close()
+    account_for_gap(run, "trainer", since=90.0, ended_at=115.0, started_at=118.0)
+    account_for_gap(run, "orchestrator", since=90.0, ended_at=115.0, started_at=118.0)
+    gaps = {entry.process: (entry.started_at, entry.wall_s, entry.parts_s) for entry in read_ledger(run)[3:]}
+    assert gaps == {
+        "trainer": (110.0, 8.0, {"lost": 5.0, "restart": 3.0}),
+        "trainer-1": (111.0, 7.0, {"lost": 4.0, "restart": 3.0}),
+        "orchestrator": (90.0, 28.0, {"lost": 25.0, "restart": 3.0}),
+    }
 
 
 def test_a_row_that_was_not_written_to_its_end_is_left_out(run: RunDir):

@@ -1,0 +1,88 @@
+"""What the cases of the suite share: a model, a run with faults, and the table at the end."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fault.counts import Counts, count, replayed
+from tests.fault.doomed import Fault
+from tests.fault.table import FILE, Table
+from tests.fault.whole_run import FaultyRun, config_of, save_table
+
+ROWS = pytest.StashKey[list[str]]()
+_HEAD = (
+    f"{'case':<58}{'finished':>9}{'trained':>8}{'lost':>6}{'twice':>6}{'back':>6}"
+    f"{'version':>9}{'starts':>8}{'recovery':>10}"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash.setdefault(ROWS, [])
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if rows := config.stash.get(ROWS, []):
+        terminalreporter.section("faults: what was lost, and how long it took")
+        terminalreporter.write_line(_HEAD)
+        for row in rows:
+            terminalreporter.write_line(row)
+
+
+def row_of(name: str, counts: Counts, steps: int, num_starts: int) -> str:
+    took = "" if counts.recovery_s is None else f"{counts.recovery_s:.1f} s"
+    lost, twice = len(counts.lost), len(counts.trained_twice) + len(counts.ended_twice)
+    return (
+        f"{name:<58}{counts.finished:>9}{counts.trained:>8}{lost:>6}{twice:>6}{len(counts.went_back):>6}"
+        f"{counts.final_version:>6}/{steps:<2}{num_starts:>8}{took:>10}"
+    )
+
+
+@pytest.fixture(scope="session")
+def table_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_table(tmp_path_factory.mktemp("models") / "table")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB of its own."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield directory
+    subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@pytest.fixture
+def faulty(table_model: Path, tmp_path: Path) -> Callable[..., FaultyRun]:
+    """Makes the run of a test."""
+
+    def make(*faults: Fault, outputs: Path | None = None, step_s: float = 0.1, **sections: dict) -> FaultyRun:
+        config = config_of(outputs or tmp_path / "outputs", table_model, **sections)
+        return FaultyRun(config, list(faults), tmp_path, step_s=step_s)
+
+    return make
+
+
+@pytest.fixture
+def judge(request: pytest.FixtureRequest) -> Callable[..., Counts]:
+    """Counts what a run did, notes the line of the table, and asserts that nothing is lost or trained twice."""
+
+    def judge(run: FaultyRun, *, fired: int | None = None) -> Counts:
+        config = run.config
+        counts = count(run.run, run.witness, max_age=config.algo.max_age)
+        name = request.node.name.removeprefix("test_")
+        request.config.stash[ROWS].append(row_of(name, counts, config.train.steps, run.num_starts))
+        assert fired is None or len(run.witness.read("fired")) == fired, "the faults did not all happen"
+        assert (counts.lost, counts.ended_twice, counts.trained_twice, counts.went_back) == ([], [], [], [])
+        assert counts.steps == list(range(config.train.steps))
+        assert counts.final_version == config.train.steps
+        assert counts.finished >= counts.trained >= config.train.steps * config.algo.groups_per_step
+        if run.kind == "table":
+            assert Table.load(run.run.export / FILE).equals(replayed(run.run, Path(config.model_dir), config.train.lr))
+        return counts
+
+    return judge

@@ -1,0 +1,264 @@
+"""The pool of environment workers, message by message; and which task is quarantined."""
+
+import asyncio
+
+import pytest
+
+from palestra.core.errors import DeadlineError, InfrastructureError
+from palestra.core.records import Ending, Reply, RolloutRecord, Sampling, Task
+from palestra.orchestrate.quarantine import Quarantine
+from palestra.orchestrate.state import TaskQuarantined
+from palestra.orchestrate.workers import Deadlines, PlayOrder, WorkerPool
+from palestra.wire.messages import (
+    Call,
+    Cancel,
+    Cancelled,
+    Ended,
+    GroupScored,
+    ListTasks,
+    Play,
+    ScoreGroup,
+    Tasks,
+    WorkerReady,
+)
+
+
+class Bench:
+    """A pool, what it sent to whom, and what it asked of the supervisor."""
+
+    def __init__(self, *workers: int, life: int = 0, ready_s: float = 5, stall_s: float = 5, answer_s: float = 5):
+        self.sent: list[tuple[str, object]] = []
+        self.restarts: list[tuple[str, str]] = []
+        self.quarantined: dict[str, str] = {}
+        self.tasks: set[asyncio.Task] = set()
+        self.pool = WorkerPool(
+            self._send,
+            self._spawn,
+            num_workers=len(workers),
+            deadlines=Deadlines(ready_s=ready_s, stall_s=stall_s, answer_s=answer_s),
+            quarantine=Quarantine(self.quarantined, self._record),
+            restart=lambda name, why: self.restarts.append((name, why)),
+            life=life,
+        )
+        for index in workers:
+            self.ready(index)
+
+    async def _send(self, worker: str, message) -> None:
+        self.sent.append((worker, message))
+
+    def _spawn(self, coroutine) -> asyncio.Task:
+        task = asyncio.create_task(coroutine)
+        self.tasks.add(task)
+        return task
+
+    def _record(self, event: TaskQuarantined) -> None:
+        self.quarantined[event.task] = event.reason
+
+    def ready(self, index: int, life: int = 0) -> None:
+        self.pool.handle(f"env-{index}", WorkerReady(index=index, pid=0, life=life))
+
+    def die(self, index: int, life: int = 0) -> None:
+        self.pool.worker_ended(f"env-{index}", "killed by SIGKILL", life)
+
+    def play(self, task: str = "t", rollout_id: int = 7) -> asyncio.Task[RolloutRecord]:
+        return asyncio.create_task(self.pool.play(order(task, rollout_id)))
+
+    def end(self, worker: str, play: Play) -> None:
+        self.pool.handle(worker, Ended(record=record(play.rollout_id, play.task)))
+
+    async def settle(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    def last(self, kind: type, number: int = 1) -> list[tuple[str, object]]:
+        return [(worker, message) for worker, message in self.sent if isinstance(message, kind)][-number:]
+
+
+async def no_answer(call: Call) -> Reply:
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+def order(task: str, rollout_id: int = 7) -> PlayOrder:
+    asked = Task(prompt=task, key=task)
+    sampling = Sampling(max_tokens=4)
+    return PlayOrder(rollout_id=rollout_id, source="s", task=asked, sampling=sampling, seed=0, answer=no_answer)
+
+
+def record(number: int, task: Task) -> RolloutRecord:
+    return RolloutRecord(rollout_id=number, environment="s", task=task, ending=Ending.OK)
+
+
+def call_of(play: Play) -> Call:
+    return Call(rollout_id=play.rollout_id, call=0, token_ids=[1], sampling=play.sampling)
+
+
+async def test_a_rollout_of_a_dead_worker_is_played_again_on_another_and_the_late_word_of_the_dead_is_ignored():
+    bench = Bench(0, 1)
+    playing = bench.play()
+    await bench.settle()
+    [(first, play)] = bench.last(Play)
+    bench.die(int(first[-1]))
+    await bench.settle()
+    [(second, again)] = bench.last(Play)
+    assert second != first
+    assert again.rollout_id != play.rollout_id
+    bench.end(first, play)
+    await bench.settle()
+    assert not playing.done()
+    bench.end(second, again)
+    assert (await playing).rollout_id == 7
+
+
+async def test_a_worker_that_is_ready_again_has_forgotten_what_it_was_asked():
+    bench = Bench(0)
+    playing = bench.play()
+    await bench.settle()
+    bench.ready(0, life=1)  # before anybody said that its predecessor died
+    await bench.settle()
+    [(_, play), (_, again)] = bench.last(Play, 2)
+    assert again.rollout_id != play.rollout_id
+    bench.die(0, life=0)  # that word comes late: the successor lives
+    bench.end("env-0", again)
+    assert (await playing).ending == Ending.OK
+
+
+async def test_nothing_that_was_said_to_another_orchestrator_is_taken_for_an_answer():
+    numbers = set()
+    for life in range(3):
+        bench = Bench(0, life=life)
+        playing = bench.play()
+        await bench.settle()
+        [(_, play)] = bench.last(Play)
+        numbers.add(play.rollout_id)
+        playing.cancel()
+    assert len(numbers) == 3
+
+
+async def test_what_a_dead_worker_was_asked_is_asked_again():
+    bench = Bench(0, 1)
+    listing = asyncio.create_task(bench.pool.list_tasks("s", 0, 0, 4))
+    scoring = asyncio.create_task(bench.pool.score_group("s", [record(1, Task(prompt="g"))]))
+    await bench.settle()
+    bench.die(0)
+    bench.die(1)
+    await bench.settle()
+    assert not listing.done()
+    assert not scoring.done()
+    bench.ready(0, life=1)
+    await bench.settle()
+    [(_, asked)], [(_, to_score)] = bench.last(ListTasks), bench.last(ScoreGroup)
+    bench.pool.handle("env-0", Tasks(request_id=asked.request_id, tasks=[], exhausted=True))
+    bench.pool.handle("env-0", GroupScored(request_id=to_score.request_id, records=to_score.records))
+    assert (await listing).exhausted
+    assert [scored.rollout_id for scored in await scoring] == [1]
+
+
+async def test_a_wait_for_a_worker_ends_in_words():
+    bench = Bench(0, ready_s=0.05)
+    bench.die(0)
+    with pytest.raises(DeadlineError, match=r"an environment worker to be there; see logs/env-\*\.log"):
+        await bench.play()
+
+
+async def test_a_rollout_without_progress_is_invalid_once_its_worker_has_answered():
+    bench = Bench(0, stall_s=0.05)
+    playing = bench.play()
+    await asyncio.sleep(0.1)
+    assert not playing.done(), "the worker may be blocked by another rollout"
+    [(_, cancel)] = bench.last(Cancel)
+    bench.pool.handle("env-0", Cancelled(rollout_id=cancel.rollout_id))
+    ended = await playing
+    assert ended.ending == Ending.INVALID
+    assert "env.stall_s" in ended.error
+    assert bench.restarts == []
+
+
+async def test_a_worker_that_does_not_answer_is_given_up_and_its_rollouts_go_elsewhere():
+    bench = Bench(0, 1, stall_s=0.05, answer_s=0.05)
+    playing = [bench.play("a", 1), bench.play("b", 2)]
+    await bench.settle()
+    (other, fine), (blocked, _) = sorted(bench.last(Play, 2), key=lambda sent: sent[0] == "env-0")
+    bench.end(other, fine)
+    await asyncio.sleep(0.13)
+    [(name, why)] = bench.restarts
+    assert name == blocked == "env-0"
+    assert "env.answer_s" in why
+    [(worker, again)] = bench.last(Play)
+    assert worker == "env-1"
+    bench.end(worker, again)
+    assert {(await one).ending for one in playing} == {Ending.OK}
+
+
+# --- quarantine
+
+
+def verdicts(*deaths: set[str]) -> list[str]:
+    events: dict[str, str] = {}
+    quarantine = Quarantine(events, lambda event: events.update({event.task: event.reason}))
+    return [quarantine.worker_died(death, "exit code 1") for death in deaths]
+
+
+def test_the_task_that_three_deaths_share_is_named():
+    assert verdicts({"a", "b"}, {"a", "c"}, {"d"}, {"a", "b"}) == ["", "", "", "a"]
+
+
+@pytest.mark.parametrize(
+    "deaths",
+    [
+        [{"a", "b"}, {"a", "b"}, {"a", "b"}],  # which of them, nobody can tell
+        [{"a"}, {"a"}],
+        [{"a"}, {"b"}, {"c"}],
+        [set(), set(), set()],  # workers that were doing nothing
+    ],
+)
+def test_where_the_cause_cannot_be_told_no_task_is(deaths: list[set[str]]):
+    assert verdicts(*deaths) == [""] * len(deaths)
+
+
+async def test_a_rollout_that_waits_for_an_engine_is_not_suspected():
+    bench = Bench(0)
+    waiting, running = bench.play("waits", 1), bench.play("runs", 2)
+    for life in range(3):
+        await bench.settle()
+        for worker, play in bench.last(Play, 2):
+            if play.task.key == "waits":
+                bench.pool.handle(worker, call_of(play))
+        await bench.settle()
+        bench.die(0, life)
+        bench.ready(0, life + 1)
+    ended = await running
+    assert list(bench.quarantined) == ["s/runs"]
+    assert ended.ending == Ending.INVALID
+    assert "quarantined" in ended.error
+    assert not waiting.done()
+    waiting.cancel()
+
+
+async def test_suspects_are_played_one_at_a_time():
+    bench = Bench(0)
+    playing = [bench.play(name, number) for number, name in enumerate("abc")]
+    for life in range(2):
+        await bench.settle()
+        bench.die(0, life)
+        bench.ready(0, life + 1)
+    for _ in playing:
+        await bench.settle()
+        [(worker, play)] = bench.last(Play)
+        assert sum(isinstance(message, Play) for _, message in bench.sent) == 6 + playing_done(playing) + 1
+        bench.end(worker, play)
+    await asyncio.gather(*playing)
+    assert bench.quarantined == {}
+
+
+def playing_done(playing: list[asyncio.Task]) -> int:
+    return sum(one.done() for one in playing)
+
+
+async def test_group_rewards_of_a_quarantined_task_are_not_asked_for():
+    bench = Bench(0)
+    bench.quarantined["s/g"] = "workers died of it"
+    with pytest.raises(InfrastructureError, match="quarantined: workers died of it"):
+        await bench.pool.score_group("s", [record(1, Task(prompt="g", key="g"))])
+    assert (await bench.play("g")).ending == Ending.INVALID
+    assert bench.sent == []

@@ -1,0 +1,281 @@
+"""Every wait has a deadline: the walk over all awaits and blocking calls of the sources.
+
+A wait is an await of something that is not a coroutine of ours (whose own awaits are walked where it stands), a lock,
+or a blocking call. It is bounded by `within(...)`, `asyncio.timeout` or a deadline among its arguments, or it is named
+below with the reason why it ends all the same.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(ROOT.glob("src/**/*.py"))
+
+DEADLINES = {"deadline_s", "timeout", "silence_s"}  # arguments that bound a call
+BOUNDING = {"within", "_within", "wait_for"}  # functions that bound what they are given
+SCOPES = {"timeout", "timeout_at"}  # of asyncio
+SHARED_NAMES = {"wait", "receive", "get", "join", "close", "acquire", "read", "communicate"}  # with what is not ours
+NEVER_WAIT = {"sleep", "send", "_send", "progress"}  # a sleep ends, and channels take what they are given
+BLOCKING = {"communicate", "waitpid", "accept", "recv", "recv_multipart", "urlopen", "flock", "poll", "select"}
+BLOCKING_RUNS = {"run", "call", "check_call", "check_output"}  # of subprocess
+HTTP = {"get", "post", "put", "request", "stream"}  # of httpx and requests
+
+
+@dataclass(frozen=True)
+class Wait:
+    """`text` is its source; `place` the module and the functions around it."""
+
+    place: str
+    text: str
+    line: int
+
+
+def unbounded(tree: ast.Module, place: str, ours: set[str]) -> list[Wait]:
+    """Waits without a deadline. `ours` are the names of all coroutine functions of the sources."""
+    return [
+        Wait(_place(path, place), _text(node), node.lineno)
+        for node, path in _with_ancestors(tree, ())
+        if _is_wait(node, path, ours) and not _is_bounded(node, path)
+    ]
+
+
+def _with_ancestors(node: ast.AST, path: tuple[ast.AST, ...]) -> Iterator[tuple[ast.expr, tuple[ast.AST, ...]]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            yield child, (*path, node)
+        yield from _with_ancestors(child, (*path, node))
+
+
+def _place(path: tuple[ast.AST, ...], module: str) -> str:
+    names = [n.name for n in path if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    return ".".join([module, *names])
+
+
+def _text(node: ast.expr) -> str:
+    """Without the arguments of a call, where there are any."""
+    call = node.value if isinstance(node, ast.Await) else node
+    if not isinstance(call, ast.Call) or not (call.args or call.keywords):
+        return ast.unparse(node)
+    return ("await " if call is not node else "") + f"{ast.unparse(call.func)}(...)"
+
+
+def _is_wait(node: ast.expr, path: tuple[ast.AST, ...], ours: set[str]) -> bool:
+    parent = path[-1]
+    if isinstance(node, ast.Await):
+        return _is_foreign(node.value, ours)
+    if isinstance(parent, ast.AsyncFor) and node is parent.iter:
+        return True
+    if isinstance(parent, ast.withitem) and isinstance(path[-2], ast.AsyncWith) and node is parent.context_expr:
+        return not isinstance(node, ast.Call)  # a lock or a semaphore that somebody else may hold
+    return isinstance(node, ast.Call) and not isinstance(parent, ast.Await) and _blocks(node)
+
+
+def _is_foreign(awaited: ast.expr, ours: set[str]) -> bool:
+    """Whether it is anything but a call of a coroutine function of ours, or a sleep."""
+    if not isinstance(awaited, ast.Call):
+        return True  # a future, a task
+    name = _last(awaited.func)
+    if name in {*NEVER_WAIT, *BOUNDING}:
+        return "_http" in ast.unparse(awaited.func)
+    return name not in ours or name in SHARED_NAMES
+
+
+def _blocks(call: ast.Call) -> bool:
+    """Whether the call may block the thread it is made in."""
+    *owner, name = _dotted(call.func) or ("",)
+    if owner[-1:] == ["subprocess"] and name in BLOCKING_RUNS:
+        return True
+    if owner[-1:] in (["httpx"], ["requests"]) and name in HTTP:
+        return True
+    if name == "init_process_group":
+        return True  # its deadline is that of every collective
+    if name in {"wait", "join", "get"}:
+        return _waits_for_another(call, owner, name)
+    return name in BLOCKING
+
+
+def _waits_for_another(call: ast.Call, owner: list[str], name: str) -> bool:
+    """A process's, thread's or queue's: called with nothing but a deadline, where dictionaries and texts take more."""
+    is_method = isinstance(call.func, ast.Attribute) and not isinstance(call.func.value, ast.Constant)
+    return is_method and not call.args and owner[-1:] != ["asyncio"] and name in {"wait", "join", "get"}
+
+
+def _is_bounded(node: ast.expr, path: tuple[ast.AST, ...]) -> bool:
+    call = node.value if isinstance(node, ast.Await) else node
+    if isinstance(call, ast.Call) and _has_deadline(call):
+        return True
+    for outer in path:
+        if isinstance(outer, ast.Call) and _last(outer.func) in BOUNDING:
+            return True
+        if isinstance(outer, ast.AsyncWith) and any(_is_scope(item.context_expr) for item in outer.items):
+            return True
+    return False
+
+
+def _has_deadline(call: ast.Call) -> bool:
+    given = {k.arg for k in call.keywords if not (isinstance(k.value, ast.Constant) and k.value.value is None)}
+    if given & DEADLINES:
+        return True
+    name = _last(call.func)
+    if name == "wait" and call.args and isinstance(call.args[0], ast.JoinedStr | ast.Constant):
+        return True  # `Changes.wait("what for")`, which has a deadline of its own
+    if name == "flock":
+        return "LOCK_NB" in ast.unparse(call)
+    if name in {"recv", "recv_multipart"}:
+        return "NOBLOCK" in ast.unparse(call)
+    return name in {"poll", "select"} and bool(call.args) and not isinstance(call.args[0], ast.Constant)
+
+
+def _is_scope(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and _last(node.func) in SCOPES
+
+
+def _last(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _dotted(node: ast.expr) -> tuple[str, ...]:
+    if isinstance(node, ast.Attribute):
+        return (*_dotted(node.value), node.attr)
+    return (node.id,) if isinstance(node, ast.Name) else ("",)
+
+
+def _coroutines(trees: list[ast.Module]) -> set[str]:
+    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef)}
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "src" / "palestra").with_suffix("").parts)
+
+
+TREES = {_module(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+OURS = _coroutines(list(TREES.values()))
+
+_ROLLOUT = "of a rollout, whose calls have engine.call_s, and which has env.stall_s between them"
+_WATCH = (
+    "it watches a process for as long as the run goes on; what the process must do in time has deadlines of its own"
+)
+_ASKED = "who asked the worker waits for at most env.stall_s"
+_LISTENS = "it listens for whatever comes; a peer that is silent is missed by whoever waits for its answer"
+_DISK = "the disk takes it or refuses it; a kernel that does neither holds every process of the machine"
+_CLOSES = "it closes what is there; nothing is awaited from the other side"
+
+ENDS_ALL_THE_SAME = {
+    ("core.deadline.within", "scope"): "this is the deadline",
+    ("core.deadline.within", "await awaited"): "this is what has the deadline",
+    ("env.environment.Environment.run", "await agent(...)"): _ROLLOUT,
+    ("env.scoring._called", "await given"): _ROLLOUT,
+    ("env.worker.Worker.call", "await self._replies[key]"): _ROLLOUT,
+    ("env.worker.Worker._list_tasks", "stage.listing"): _ASKED,
+    ("env.worker.Worker._list_tasks", "await asyncio.to_thread(...)"): _ASKED,
+    ("launch.child.start", "await asyncio.create_subprocess_exec(...)"): "the kernel starts it or refuses",
+    ("launch.cli._fetch", "subprocess.run(...)"): "a download that a person watches and can interrupt",
+    ("launch.supervisor.Supervisor.run", "await self._lead_ended.wait()"): _WATCH,
+    ("launch.supervisor.Supervisor.stop", "child.process.wait()"): "gathered and awaited with a deadline below",
+    ("launch.supervisor.Supervisor.stop", "self._hurry.wait()"): "awaited with a deadline below",
+    ("launch.supervisor.Supervisor._live", "await child.process.wait()"): _WATCH,
+    ("launch.supervisor.Supervisor._rest", "await wanted.wait()"): "it ends with the run",
+    ("launch.supervisor.Supervisor._reach_milestones", "await child.done.wait()"): _WATCH,
+    ("launch.supervisor.Supervisor._may_end", "child.done.wait()"): "awaited with a deadline below",
+    ("launch.supervisor.Supervisor._may_end", "self._lead_ended.wait()"): "awaited with a deadline below",
+    ("launch.supervisor.Supervisor._listen", "await self._listener.receive()"): _LISTENS,
+    ("launch.supervisor.Supervisor._heed_interrupt", "await self._interrupted.wait()"): "a user may never interrupt",
+    ("launch.supervisor._answers", "await client.get(...)"): "the client has a timeout, and the caller a deadline",
+    ("orchestrate.evaluate.evaluate.one", "slots"): _ROLLOUT,
+    ("orchestrate.gateway.Gateway._join", "await future"): "the request behind it has engine.call_s",
+    ("orchestrate.gateway.Gateway.close", "await asyncio.gather(...)"): "they are cancelled already",
+    ("orchestrate.gateway.Gateway.close", "await link.client.close()"): _CLOSES,
+    ("orchestrate.gateway._until_gone", "link.gone.wait()"): "it ends with the call beside it",
+    ("orchestrate.gateway._until_gone", "await asyncio.wait(...)"): "the call that it waits for has engine.call_s",
+    ("orchestrate.loop.Loop.run", "self.desk.tasks"): "the tasks of the loop, each of which is walked here",
+    ("orchestrate.loop.Loop.run", "await self.desk.gateway.close()"): _CLOSES,
+    ("orchestrate.loop.Loop._receive", "await self._listener.receive()"): _LISTENS,
+    ("orchestrate.measure.Evaluations.run_last", "await self._running"): _ROLLOUT,
+    ("orchestrate.measure.Evaluations._measure", "await asyncio.to_thread(...)"): _DISK,
+    ("orchestrate.publisher.Publisher.run", "await self._evaluations.unpinned.wait()"): _ROLLOUT,
+    ("orchestrate.ship._ship", "await asyncio.to_thread(...)"): _DISK,
+    ("orchestrate.workers.WorkerPool._try", "await playing.ended"): _ROLLOUT,
+    ("wire.channel._LoopSocket.receive", "await self._arrived.wait()"): "every caller of a Caller gives a deadline",
+    ("wire.channel.Listener.receive", "await self._socket.receive()"): _LISTENS,
+    ("wire.channel.BlockingCaller.receive", "self._socket.recv_multipart()"): "ZeroMQ says that a message is there",
+    ("wire.policy.EngineClient.__aexit__", "await self.close()"): _CLOSES,
+    ("wire.policy.EngineClient.close", "await self._http.aclose()"): _CLOSES,
+    ("wire.policy.EngineClient._stream", "await response.aclose()"): _CLOSES,
+    (
+        "wire.policy.EngineClient._call.exchange",
+        "await self._http.request(...)",
+    ): "`_call` bounds all attempts together",
+    ("wire.policy.read_events", "parts"): "`_stream` bounds the wait for each event",
+    ("wire.publish.publish.one", "slots"): "who holds one publishes, for at most sync.deadline_s",
+}
+"""Waits that need no deadline of their own, and why."""
+
+
+def _found() -> list[Wait]:
+    return [wait for module, tree in TREES.items() for wait in unbounded(tree, module, OURS)]
+
+
+def test_every_wait_has_a_deadline():
+    assert [wait for wait in _found() if (wait.place, wait.text) not in ENDS_ALL_THE_SAME] == []
+
+
+def test_no_reason_is_given_for_a_wait_that_is_not_there():
+    assert ENDS_ALL_THE_SAME.keys() - {(wait.place, wait.text) for wait in _found()} == set()
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "async def f(event):\n    await event.wait()",
+        "async def f(self):\n    return await self._future",
+        "async def f(queue):\n    return await queue.get()",
+        "async def f(socket):\n    return await socket.receive()",
+        "async def f(condition):\n    async with condition:\n        pass",
+        "async def f(tasks):\n    await asyncio.gather(*tasks)",
+        "async def f(stream):\n    async for line in stream:\n        pass",
+        "async def f(process):\n    await process.communicate()",
+        "async def f(client):\n    return await client.get('http://x', timeout=None)",
+        "async def f(wait):\n    await foreign(wait)",
+        "def f(thread):\n    thread.join()",
+        "def f(process):\n    process.wait()",
+        "def f(queue):\n    return queue.get()",
+        "def f(poller):\n    poller.poll()",
+        "def f(socket):\n    return socket.recv_multipart()",
+        "def f():\n    subprocess.run(['sleep', '1e9'])",
+        "def f():\n    return httpx.get('http://x')",
+        "def f(file):\n    fcntl.flock(file, fcntl.LOCK_EX)",
+        "def f():\n    dist.init_process_group('gloo')",
+    ],
+)
+def test_a_planted_wait_without_a_deadline_is_found(planted: str):
+    assert len(unbounded(ast.parse(planted), "planted", OURS)) == 1
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        "async def f(event):\n    await within(5, event.wait(), waiting_for='x')",
+        "async def f(event):\n    async with asyncio.timeout(5):\n        await event.wait()",
+        "async def f(caller):\n    await caller.receive(deadline_s=5, waiting_for='x')",
+        "async def f(self):\n    await self.changed.wait('a free slot')",
+        "async def f():\n    await asyncio.sleep(1)",
+        "async def f(caller, message):\n    await caller.send(message)",
+        "def f(words, given):\n    return ', '.join(words) + given.get('a')",
+        "def f(process):\n    process.wait(timeout=5)",
+        "def f(poller):\n    poller.poll(5 * 1000)",
+        "def f():\n    subprocess.run(['true'], timeout=5)",
+    ],
+)
+def test_a_wait_with_a_deadline_is_let_through(harmless: str):
+    assert unbounded(ast.parse(harmless), "harmless", OURS) == []
+
+
+def test_sending_never_waits():
+    """What lets the walk pass over `send`: queues without a limit, and no waiting for a place in them."""
+    source = ast.unparse(TREES["wire.channel"])
+    assert source.count("setsockopt(zmq.SNDHWM, 0)") == 2
+    assert "send_multipart(frames, zmq.NOBLOCK)" in source
