@@ -402,9 +402,9 @@ def test_a_process_that_is_never_ready_again_ends_the_run_with_the_end_of_its_lo
 def test_the_same_error_again_and_again_ends_the_run(scripted: Scripted):
     code, said = scripted.ends("orchestrator:lead:listen", "trainer:member:same_words")
     assert code == 1
-    assert "the same error 3 times in a row" in said
+    assert "the same error 4 times in a row" in said
     assert "the batch is torn" in said
-    assert scripted.num_lives("trainer") == 3
+    assert scripted.num_lives("trainer") == 4
 
 
 @pytest.mark.parametrize(("behaviour", "code"), [("final", 1), ("user_error_later", 2)])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
 _LIVED_WELL_S = 60.0  # a life this long was no part of a storm: the back-off starts from its beginning
 _FAILED_STARTS = 2  # in a row
-_SAME_WORDS = 3  # errors in a row
+_SAME_WORDS = 4  # in a row: one more than it takes to find a task that is to blame
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
 from palestra.orchestrate.state import Published
 from palestra.wire.policy import EngineClient, UnreachableError
-from palestra.wire.publish import EnginePublish, NoEngineLeft, publish
+from palestra.wire.publish import EnginePublish, NoEngineLeft, PublishReport, publish
 from palestra.wire.weights.manifest import Staged
 
 

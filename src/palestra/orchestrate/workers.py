@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from palestra.core.deadline import within
-from palestra.core.errors import InfrastructureError, PalestraError
+from palestra.core.errors import DeadlineError, InfrastructureError, PalestraError
 from palestra.core.records import Ending, Reply, RolloutRecord, Sampling, Task
 from palestra.orchestrate.quarantine import Quarantine, name_of
 from palestra.wire.messages import (
@@ -75,7 +75,7 @@ class _Asked:
 
     worker: str
     task: str
-    answer: asyncio.Future[Tasks | GroupScored | None]  # None: the worker died
+    answer: asyncio.Future[FromWorker | None]  # None: the worker died
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +241,8 @@ class WorkerPool:
         """The worker is alive: what it stopped had no progress by its own fault."""
         if number in self._cancelled:
             self._cancelled.pop(number)[1].cancel()
+        if number in self._asked:
+            _settle(self._asked.pop(number).answer, Cancelled(rollout_id=number))
         if number in self._playing:
             error = f"no progress for {self._deadlines.stall_s:.0f} s outside of engine calls (env.stall_s)"
             self._finish(number, _invalid(self._playing[number].order, error))
@@ -326,10 +328,23 @@ class WorkerPool:
             await self._send(worker, message(number))
             try:
                 answer = await within(self._deadlines.stall_s, asked.answer, waiting_for=f"{waiting_for} from {worker}")
+            except DeadlineError:
+                answer = await self._late_answer(number, asked)
+                if isinstance(answer, Cancelled):
+                    raise  # the worker is alive: this takes too long by itself
             finally:
                 self._asked.pop(number, None)
-            if answer is not None:
+            if isinstance(answer, Tasks | GroupScored):
                 return answer
+
+    async def _late_answer(self, number: int, asked: _Asked) -> FromWorker | None:
+        """Whatever the worker says; None, if it says nothing in time and is started again."""
+        if asked.worker not in self._running:
+            return None
+        asked.answer = asyncio.get_running_loop().create_future()
+        self._asked[number] = asked
+        await self._cancel(asked.worker, number)
+        return await asked.answer  # `_deaf` ends this wait
 
 
 def _settle(future: asyncio.Future[Any], result: object) -> None:

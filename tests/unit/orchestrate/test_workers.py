@@ -190,6 +190,25 @@ async def test_a_worker_that_does_not_answer_is_given_up_and_its_rollouts_go_els
     assert {(await one).ending for one in playing} == {Ending.OK}
 
 
+async def test_a_question_to_a_blocked_worker_is_asked_of_another_and_a_slow_answer_is_an_error():
+    bench = Bench(0, 1, stall_s=0.05, answer_s=0.05)
+    listing = asyncio.create_task(bench.pool.list_tasks("s", 0, 0, 4))
+    await asyncio.sleep(0.13)
+    assert [name for name, _ in bench.restarts] == ["env-0"]
+    [(worker, asked)] = bench.last(ListTasks)
+    assert worker == "env-1"
+    bench.pool.handle(worker, Tasks(request_id=asked.request_id, tasks=[], exhausted=True))
+    assert (await listing).exhausted
+
+    slow = asyncio.create_task(bench.pool.list_tasks("s", 0, 0, 4))
+    await asyncio.sleep(0.07)
+    [(worker, cancel)] = bench.last(Cancel)
+    bench.pool.handle(worker, Cancelled(rollout_id=cancel.rollout_id))
+    with pytest.raises(DeadlineError, match=r"waited 0\.05 s for tasks of s from env-1"):
+        await slow
+    assert len(bench.restarts) == 1
+
+
 # --- quarantine
 
 
