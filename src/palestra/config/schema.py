@@ -114,7 +114,7 @@ class Reference(Frozen):
 
 
 class Teacher(Frozen):
-    """Who says of every sampled token how likely it is: `weight` x (teacher - engine logprob) is its advantage, too."""
+    """Who says how likely every sampled token is: `weight` x (teacher - engine logprob), centred, is its advantage."""
 
     replaces_reward: bool = False  # advantages are the teacher's alone
 

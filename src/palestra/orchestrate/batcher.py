@@ -110,14 +110,17 @@ def make_batch(
 def _teacher_advantage(
     rows: list[_Row], sampled: NDArray[np.float32], engine: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """[N] teacher - engine log-probability where the teacher was asked about a sampled token, else 0.
+    """[N] teacher - engine log-probability, minus its mean over the batch, where the teacher was asked about a sampled
+    token; else 0.
 
-    Its expectation under the policy is -KL(policy || teacher) at the token, and as an advantage it has the gradient of
-    that KL, token by token: what a token does to later ones is left out.
+    Without the mean its expectation under the policy is -KL(policy || teacher) at the token, and as an advantage it has
+    the gradient of that KL, token by token: what a token does to later ones is left out. The mean is a baseline: a
+    policy far from its teacher would else push down nearly everything it samples.
     Source: Agarwal et al. 2023, arXiv:2306.13649 (on-policy distillation by reverse KL).
     """
-    teacher = np.concatenate([row.teacher for row in rows])
-    return np.where((sampled > 0) & ~np.isnan(teacher), teacher - engine, np.float32(0))
+    gap = np.concatenate([row.teacher for row in rows]) - engine
+    known = (sampled > 0) & ~np.isnan(gap)
+    return np.where(known, gap - (gap[known].mean() if known.any() else 0), 0).astype(np.float32)
 
 
 def _rows(

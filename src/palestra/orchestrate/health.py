@@ -212,7 +212,8 @@ def _truncation_words(rows: Rows) -> str:
 
 def _zero_signal(rows: Rows) -> float | None:
     now = _now(rows, _ZERO)
-    return fmean(now) if len(now) == _FEW else None
+    has_teacher = bool(_now(rows, "frozen/teacher/kl"))  # who gives every group signal
+    return fmean(now) if len(now) == _FEW and not has_teacher else None
 
 
 def _zero_signal_words(rows: Rows) -> str:

@@ -62,8 +62,8 @@ def test_a_teacher_gives_every_token_an_advantage_of_its_own(reward_weight: floa
     logprobs = {"teacher": {0: answers(-0.05, -1.25), 1: answers(-0.25, NAN)}}
     rules = dataclasses.replace(RULES, teacher_weight=2.0, reward_weight=reward_weight)
     batch, _, _ = make_batch([group(0, members)], logprobs, step=0, attempt=1, rules=rules)
-    # 2 x (-0.05 + 0.25) = 0.4; 2 x (-1.25 + 0.25) = -2; a teacher of the same opinion adds 0
-    expected = np.array([0, 0.4, -2, 0, 0, 0]) + np.repeat([rewarded, -rewarded], 3)
+    # the gaps -0.05 + 0.25 = 0.2, -1.25 + 0.25 = -1 and 0 have the mean -0.8 / 3; twice what is left is 2.8, -4.4, 1.6
+    expected = np.array([0, 2.8, -4.4, 0, 1.6, 0]) / 3 + np.repeat([rewarded, -rewarded], 3)
     np.testing.assert_allclose(batch.advantage, expected, atol=1e-6)
     assert not batch.ref_weight.any()
     metrics = frozen_metrics(members, logprobs)
@@ -234,12 +234,14 @@ async def test_every_sampled_token_of_every_batch_has_both_answers(tmp_path):
     assert not reference.calls
     assert not teacher.calls
     for batch in life.trainer.batches:
+        opinions = np.concatenate([[0.0, *said(token_ids, 5)] for _, token_ids in samples_of(batch)])
+        mean_gap = opinions[batch.rl_weight > 0].mean() + 0.5  # the policy's logprob is -0.5
         for where, token_ids in samples_of(batch):
             trained = batch.rl_weight[where] > 0
             expected = np.array([0.0, *said(token_ids, 3)], np.float32)
             np.testing.assert_allclose(batch.reference_logprobs[where], np.where(trained, expected, 0), atol=1e-6)
             np.testing.assert_allclose(batch.ref_weight[where], np.where(trained, 0.1, 0), atol=1e-6)
-            gap = np.array([0.0, *said(token_ids, 5)]) + 0.5  # the policy's logprob is -0.5
+            gap = np.array([0.0, *said(token_ids, 5)]) + 0.5 - mean_gap
             from_reward = batch.advantage[where][0]
             np.testing.assert_allclose(batch.advantage[where], from_reward + np.where(trained, 2.0 * gap, 0), atol=1e-5)
     rows = [row for row in read_metrics(life.run) if "phase" not in row]
