@@ -16,8 +16,7 @@ from palestra.config import load
 from palestra.launch.bench import readings
 from palestra.launch.bench.bare import Alone
 from palestra.launch.bench.calibrate import SHORTEST_PROMPT
-from palestra.launch.bench.lead import Pass
-from palestra.launch.bench.loop import RECIPE, outputs_directory, state_of_machine, with_prompts
+from palestra.launch.bench.loop import RECIPE, first_step_alone, outputs_directory, state_of_machine, with_prompts
 from palestra.launch.bench.parts import Bench, Part
 from palestra.launch.bench.readings import Reading
 from palestra.launch.bench.report import say, tell_inflight
@@ -81,9 +80,7 @@ def measure(bench: Bench) -> Compared:
     for name, sync in VARIANTS.items():
         say(f"palestra bench: {name}")
         config = with_prompts(bench, name, SHORTEST_PROMPT, sync=sync, train={"steps": STEPS})
-        in_flight = config.engine.max_in_flight * config.engine.replicas
-        first = [Pass(in_flight, 0, config.algo.groups_per_step)] if name == "in-flight" else []
-        parts[name] = bench.loop(config, alone=first)
+        parts[name] = bench.loop(config, alone=[first_step_alone(config)] if name == "in-flight" else [])
     read = {name: _read(part) for name, part in parts.items()}
     replayed = bench.train_alone(parts["in-flight"], steps=_ALONE_STEPS)
     return Compared(

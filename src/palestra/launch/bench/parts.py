@@ -21,7 +21,7 @@ from palestra.launch.bench.bare import Alone
 from palestra.launch.bench.lead import Pass, read_alone
 from palestra.launch.bench.neutral import neutral_load
 from palestra.launch.machine import this_machine
-from palestra.launch.plan import Plan, config_path, make_plan
+from palestra.launch.plan import config_path, make_plan
 from palestra.launch.start import Origin
 from palestra.launch.status import State, read_status
 from palestra.wire.batches import Batch
@@ -69,13 +69,12 @@ class Bench:
         tree["env"]["mix"][0]["args"] |= args or {}
         return RunConfig.model_validate(tree)
 
-    def loop(self, config: RunConfig, *, alone: Sequence[Pass] = (), neutral: bool = True) -> Part:
+    def loop(self, config: RunConfig, *, alone: Sequence[Pass] = ()) -> Part:
         """A run, after the bare client has measured its engines."""
         run = RunDir(config.run_dir)
         if not _is_finished(config):
             plan = training.plan_of(config)
-            cores = _trainer_cores(config, plan) if neutral else 0
-            words = [str(cores), *(part.word for part in alone)]
+            words = [part.word for part in alone]
             argv = (sys.executable, "-m", "palestra.launch.bench.lead", config_path(config), *words)
             programs = tuple(replace(p, argv=argv) if p is plan.lead else p for p in plan.programs)
             training.carry_out(config, replace(plan, programs=programs), Origin(1, None))
@@ -129,10 +128,9 @@ def _is_finished(config: RunConfig) -> bool:
     return status.state is State.FINISHED
 
 
-def _trainer_cores(config: RunConfig, plan: Plan) -> int:
+def trainer_cores(config: RunConfig) -> int:
     """What the trainer keeps busy of the cores that the engines compute on; none, if they compute on GPUs."""
-    on_gpus = any(program.devices for program in plan.programs)
-    return 0 if on_gpus else config.train.num_ranks * config.train.threads
+    return 0 if this_machine().gpus else config.train.num_ranks * config.train.threads
 
 
 def _beside_trainer(config: RunConfig) -> AbstractContextManager[None]:

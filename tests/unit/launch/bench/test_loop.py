@@ -42,7 +42,7 @@ class MadeBench(Bench):
 
     configs: list[RunConfig] = field(default_factory=list)
 
-    def loop(self, config: RunConfig, *, alone: Sequence[Pass] = (), neutral: bool = True) -> Any:
+    def loop(self, config: RunConfig, *, alone: Sequence[Pass] = ()) -> Any:
         self.configs.append(config)
         algo, prompt = config.algo, config.env.mix[0].args["prompt_tokens"]
         sampled, tokens = 100 * algo.rollouts_per_step, (100 + prompt) * algo.rollouts_per_step
