@@ -60,6 +60,7 @@ class AtRatio:
     alone: Alone
     train_s: float
     ledger_closure: float
+    cpu_by_others: float | None
 
     @property
     def generate_s(self) -> float:
@@ -89,6 +90,7 @@ class AtRatio:
             "mean_age": reading.mean_age,
             "reward": reading.reward,
             "loop_lag_p99_ms": reading.loop_lag_p99_ms,
+            "cpu_by_others": self.cpu_by_others,
             "ledger": reading.shares,
         }
 
@@ -188,6 +190,7 @@ def _at_ratio(bench: Bench, effort: Effort, ratio: float, prompt_tokens: int) ->
         alone=part.alone[0],
         train_s=reading.tokens_per_step * readings.train_s_per_token(replayed.rows),
         ledger_closure=readings.closure(part.entries),
+        cpu_by_others=part.cpu_by_others,
     )
 
 

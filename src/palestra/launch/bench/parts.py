@@ -20,13 +20,16 @@ from palestra.launch import run as training
 from palestra.launch.bench.bare import Alone
 from palestra.launch.bench.lead import Pass, read_alone
 from palestra.launch.bench.neutral import neutral_load
+from palestra.launch.bench.others import Used
 from palestra.launch.machine import this_machine
-from palestra.launch.plan import config_path, make_plan
+from palestra.launch.plan import Plan, config_path, make_plan
 from palestra.launch.start import Origin
 from palestra.launch.status import State, read_status
-from palestra.wire.batches import Batch
+from palestra.wire.batches import Batch, write_atomically
 from palestra.wire.rundir import RunDir, link_or_copy
 from palestra.wire.runlog import read_ledger, read_metrics
+
+_OTHERS = "cpu-by-others.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class Part:
     def spans(self) -> list[dict[str, Any]]:
         """Of the orchestrator."""
         return [json.loads(line) for line in self.run.spans("orchestrator").read_text().splitlines()]
+
+    @property
+    def cpu_by_others(self) -> float | None:
+        """Share of all processors while it ran; None, where that is not known."""
+        known = self.run.path / _OTHERS
+        return json.loads(known.read_text()) if known.exists() else None
 
     @property
     def alone(self) -> list[Alone]:
@@ -77,7 +86,7 @@ class Bench:
             words = [part.word for part in alone]
             argv = (sys.executable, "-m", "palestra.launch.bench.lead", config_path(config), *words)
             programs = tuple(replace(p, argv=argv) if p is plan.lead else p for p in plan.programs)
-            training.carry_out(config, replace(plan, programs=programs), Origin(1, None))
+            _carry_out(config, replace(plan, programs=programs))
         return Part(config, run)
 
     def train_alone(self, part: Part, *, steps: int) -> Part:
@@ -106,7 +115,16 @@ def _train(config: RunConfig) -> None:
     plan = make_plan(config, this_machine(), is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
     led = replay.led_by("palestra.launch.feed", config, plan, names=("model", "trainer"))
     with _beside_trainer(config):
-        training.carry_out(config, led, Origin(1, None))
+        _carry_out(config, led)
+
+
+def _carry_out(config: RunConfig, plan: Plan) -> None:
+    before = Used.now()
+    training.carry_out(config, plan, Origin(1, None))
+    after = Used.now()
+    if before is not None and after is not None:
+        share = after.by_others(before, this_machine().cpus)
+        write_atomically(RunDir(config.run_dir).path / _OTHERS, json.dumps(share).encode())
 
 
 def _of_trainer(config: RunConfig) -> dict[str, dict[str, Any]]:

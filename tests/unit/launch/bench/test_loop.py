@@ -29,6 +29,7 @@ class MadePart:
     entries: list[LedgerEntry] = field(default_factory=list)
     spans: list[dict[str, Any]] = field(default_factory=list)
     alone: list[Alone] = field(default_factory=list)
+    cpu_by_others: float = 0.02
 
     @property
     def run(self) -> RunDir:
