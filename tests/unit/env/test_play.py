@@ -87,6 +87,25 @@ async def test_a_reply_cut_by_max_tokens_is_truncated_and_scored(playing):
     assert "cut off after 3 tokens" in record.error
 
 
+async def test_a_reply_of_a_given_length_is_whole_and_the_next_one_is_as_ever(playing, tokenizer):
+    asked: list[Sampling] = []
+
+    class Measured(Environment):
+        async def run(self, task, agent):
+            await agent(task.prompt, num_tokens=3)
+            await agent("again")
+
+    async def call(token_ids: list[int], sampling: Sampling) -> Reply:
+        asked.append(sampling)
+        return await policy(tokenizer, lambda prompt: "hello")(token_ids, sampling)
+
+    record = await playing(Measured(), Task(prompt="x"), call=call)
+    assert (record.ending, record.num_sampled_tokens) == (Ending.OK, 3 + 6)
+    assert [(one.max_tokens, one.ignores_stop) for one in asked] == [(3, True), (50, False)]
+    assert asked[0].stop_token_ids == ()
+    assert asked[1].stop_token_ids == tokenizer.stop_ids
+
+
 async def test_an_unfinished_thought_is_no_answer(playing):
     record = await playing(Echo(), Task(prompt="x"), lambda prompt: "<think>maybe x", max_tokens=7)
     assert (record.ending, record.metrics) == (Ending.TRUNCATED, {"length": 0.0})

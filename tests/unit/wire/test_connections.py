@@ -1,6 +1,7 @@
 """Connections to a server that counts them: one each in flight, used again when idle, closed if left half read."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import httpx
@@ -112,3 +113,29 @@ async def test_an_idle_connection_is_not_used_after_its_time(server: Server):
         await asyncio.sleep(0.15)
         await client.get("/1")
     assert server.connections == 2
+
+
+async def cost_s(server: Server, transport: httpx.AsyncBaseTransport, *, at_once: int) -> float:
+    """CPU seconds of a request, the server's part included, once all connections are there."""
+    slots = asyncio.Semaphore(at_once)
+    async with httpx.AsyncClient(base_url=server.url, transport=transport, trust_env=False, timeout=30) as client:
+
+        async def ask() -> None:
+            async with slots:
+                await client.get("/1")
+
+        await asyncio.gather(*(ask() for _ in range(at_once)))
+        began = time.process_time()
+        await asyncio.gather(*(ask() for _ in range(400)))
+        return (time.process_time() - began) / 400
+
+
+async def test_a_request_costs_the_same_however_many_are_in_flight(server: Server):
+    """httpx's own pool, which looks at every connection for every other one, is the control."""
+    few = await cost_s(server, Connections(keepalive_s=5.0), at_once=8)
+    many = await cost_s(server, Connections(keepalive_s=5.0), at_once=200)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=5.0)
+    own = await cost_s(server, httpx.AsyncHTTPTransport(limits=limits, trust_env=False), at_once=200)
+    print(f"ms a request: {1000 * few:.2f} among 8, {1000 * many:.2f} among 200; by httpx's own pool {1000 * own:.2f}")
+    assert many < 2 * few
+    assert own > 2 * many

@@ -1,7 +1,8 @@
 """`palestra bench inflight`: updates in flight against waiting for rollouts to end; `sync.kv` keep against recompute.
 
-The same recipe, seeds and lengths three times. Waiting costs the engines at each publish what they could have sampled
-while ever fewer rollouts ran: the bare client's wall for a step's rollouts, less the tokens at the saturated rate.
+The same recipe, seeds and lengths three times, with prompts so short that the engines are the bottleneck. Waiting costs
+them at each publish what they could have sampled while ever fewer rollouts ran: the bare client's wall for a step's
+rollouts, less the tokens at the saturated rate.
 
     bound of the speed-up = max(train, generate + lost) / max(train, generate)
 """
@@ -14,8 +15,8 @@ from typing import Any
 from palestra.config import load
 from palestra.launch.bench import readings
 from palestra.launch.bench.bare import Alone
-from palestra.launch.bench.lead import Pass
-from palestra.launch.bench.loop import RECIPE, environment_of, outputs_directory, state_of_machine, with_prompts
+from palestra.launch.bench.calibrate import SHORTEST_PROMPT
+from palestra.launch.bench.loop import RECIPE, first_step_alone, outputs_directory, state_of_machine, with_prompts
 from palestra.launch.bench.parts import Bench, Part
 from palestra.launch.bench.readings import Reading
 from palestra.launch.bench.report import say, tell_inflight
@@ -78,10 +79,8 @@ def measure(bench: Bench) -> Compared:
     parts: dict[str, Part] = {}
     for name, sync in VARIANTS.items():
         say(f"palestra bench: {name}")
-        config = with_prompts(bench, name, environment_of(bench.base).prompt_tokens, sync=sync, train={"steps": STEPS})
-        in_flight = config.engine.max_in_flight * config.engine.replicas
-        first = [Pass(in_flight, 0, config.algo.groups_per_step)] if name == "in-flight" else []
-        parts[name] = bench.loop(config, alone=first)
+        config = with_prompts(bench, name, SHORTEST_PROMPT, sync=sync, train={"steps": STEPS})
+        parts[name] = bench.loop(config, alone=[first_step_alone(config)] if name == "in-flight" else [])
     read = {name: _read(part) for name, part in parts.items()}
     replayed = bench.train_alone(parts["in-flight"], steps=_ALONE_STEPS)
     return Compared(

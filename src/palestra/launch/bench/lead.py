@@ -1,4 +1,4 @@
-"""`python -m palestra.launch.bench.lead CONFIG_JSON NEUTRAL_CORES [IN_FLIGHT:FIRST:END ...]`: first the bare client.
+"""`python -m palestra.launch.bench.lead CONFIG_JSON [IN_FLIGHT:FIRST:END:CORES ...]`: the bare client first.
 
 Consumes: the run's own tasks, lengths and seeds. Produces: alone.json in the run directory, an `Alone` per measurement.
 Waits for: healthy engines, and their replies. Ends when: all is measured; it then becomes the orchestrator, so that the
@@ -35,15 +35,17 @@ _AFTER_START_S = 3.0  # the run's other processes have done their imports by the
 
 @dataclass(frozen=True)
 class Pass:
-    """One measurement of the engines alone: the run's groups [first, end), `in_flight` replies at once."""
+    """One measurement of the engines alone: the run's groups [first, end), `in_flight` replies at once, beside a
+    neutral load on `cores`."""
 
     in_flight: int
     first: int
     end: int
+    cores: int = 0
 
     @property
     def word(self) -> str:
-        return f"{self.in_flight}:{self.first}:{self.end}"
+        return f"{self.in_flight}:{self.first}:{self.end}:{self.cores}"
 
 
 async def asks_of(config: RunConfig, tokenizer: ChatTokenizer, num_groups: int) -> list[Ask]:
@@ -85,7 +87,7 @@ def read_alone(run: RunDir) -> list[Alone]:
     return msgspec.json.decode((run.path / ALONE).read_bytes(), type=list[Alone])
 
 
-async def _measure(config: RunConfig, run: RunDir, *, neutral_cores: int, wanted: list[Pass]) -> list[Alone]:
+async def _measure(config: RunConfig, run: RunDir, wanted: list[Pass]) -> list[Alone]:
     urls = run.read_attempt().engines
     for url in urls:
         async with EngineClient(url) as client:
@@ -94,24 +96,24 @@ async def _measure(config: RunConfig, run: RunDir, *, neutral_cores: int, wanted
     asks = await asks_of(config, load_tokenizer(config.model_dir), max(part.end for part in wanted))
     bare = BareClient(urls, call_s=config.engine.call_s)
     try:
-        with neutral_load(neutral_cores):
-            await bare.measure(asks[:8], in_flight=8)  # what a first request sets up
-            size = config.algo.group_size
-            return [
-                await bare.measure(asks[part.first * size : part.end * size], in_flight=part.in_flight)
-                for part in wanted
-            ]
+        await bare.measure(asks[:8], in_flight=8)  # what a first request sets up
+        return [await _pass(bare, asks, part, group_size=config.algo.group_size) for part in wanted]
     finally:
         await bare.close()
 
 
+async def _pass(bare: BareClient, asks: list[Ask], part: Pass, *, group_size: int) -> Alone:
+    with neutral_load(part.cores):
+        return await bare.measure(asks[part.first * group_size : part.end * group_size], in_flight=part.in_flight)
+
+
 def main(words: list[str]) -> None:
     die_with_parent(os.getppid())
-    config_path, neutral_cores = Path(words[0]), int(words[1])
-    wanted = [Pass(*map(int, word.split(":"))) for word in words[2:]]
+    config_path = Path(words[0])
+    wanted = [Pass(*map(int, word.split(":"))) for word in words[1:]]
     config, run = read_resolved(config_path), RunDir(config_path.parent)
     if wanted and life() == 0:  # an orchestrator that is started again goes on with the run
-        alone = asyncio.run(_measure(config, run, neutral_cores=neutral_cores, wanted=wanted))
+        alone = asyncio.run(_measure(config, run, wanted))
         write_atomically(run.path / ALONE, msgspec.json.encode(alone))
     os.execv(sys.executable, [sys.executable, "-m", "palestra.orchestrate", str(config_path)])
 

@@ -25,7 +25,7 @@ from palestra.launch.bench.calibrate import SHORTEST_PROMPT, made_batches, promp
 from palestra.launch.bench.environment import ForcedLengths
 from palestra.launch.bench.lead import Pass
 from palestra.launch.bench.lengths import LengthLaw
-from palestra.launch.bench.parts import Bench, Part
+from palestra.launch.bench.parts import Bench, Part, trainer_cores
 from palestra.launch.bench.readings import Reading
 from palestra.launch.bench.report import say, tell
 from palestra.launch.machine import this_machine
@@ -60,6 +60,7 @@ class AtRatio:
     alone: Alone
     train_s: float
     ledger_closure: float
+    cpu_by_others: float | None
 
     @property
     def generate_s(self) -> float:
@@ -89,6 +90,7 @@ class AtRatio:
             "mean_age": reading.mean_age,
             "reward": reading.reward,
             "loop_lag_p99_ms": reading.loop_lag_p99_ms,
+            "cpu_by_others": self.cpu_by_others,
             "ledger": reading.shares,
         }
 
@@ -142,8 +144,13 @@ def _overhead(bench: Bench, effort: Effort) -> Part:
         engine={"max_in_flight": IN_FLIGHT},
     )
     same = [Pass(IN_FLIGHT, step * groups, (step + 1) * groups) for step in range(effort.overhead_steps)]
-    calibration = Pass(base.engine.max_in_flight * base.engine.replicas, 0, base.algo.groups_per_step)
-    return bench.loop(config, alone=[*same, calibration], neutral=False)
+    return bench.loop(config, alone=[*same, first_step_alone(base)])
+
+
+def first_step_alone(config: RunConfig) -> Pass:
+    """The first step's rollouts, at the loop's own concurrency, beside what stands for the trainer."""
+    in_flight = config.engine.max_in_flight * config.engine.replicas
+    return Pass(in_flight, 0, config.algo.groups_per_step, trainer_cores(config))
 
 
 def _prompts(bench: Bench, effort: Effort, alone: Alone) -> dict[float, int]:
@@ -174,8 +181,7 @@ def _prompts(bench: Bench, effort: Effort, alone: Alone) -> dict[float, int]:
 def _at_ratio(bench: Bench, effort: Effort, ratio: float, prompt_tokens: int) -> AtRatio:
     say(f"palestra bench: ratio {ratio:g}")
     config = with_prompts(bench, f"ratio-{ratio:g}", prompt_tokens, train={"steps": effort.steps})
-    in_flight = config.engine.max_in_flight * config.engine.replicas
-    part = bench.loop(config, alone=[Pass(in_flight, 0, config.algo.groups_per_step)])
+    part = bench.loop(config, alone=[first_step_alone(config)])
     within = readings.window(part.rows, skip=_SKIP, leave=_LEAVE)
     reading = readings.read(part.rows, part.entries, rollouts_per_step=config.algo.rollouts_per_step, within=within)
     replayed = bench.train_alone(part, steps=effort.alone_steps)
@@ -184,6 +190,7 @@ def _at_ratio(bench: Bench, effort: Effort, ratio: float, prompt_tokens: int) ->
         alone=part.alone[0],
         train_s=reading.tokens_per_step * readings.train_s_per_token(replayed.rows),
         ledger_closure=readings.closure(part.entries),
+        cpu_by_others=part.cpu_by_others,
     )
 
 

@@ -20,13 +20,16 @@ from palestra.launch import run as training
 from palestra.launch.bench.bare import Alone
 from palestra.launch.bench.lead import Pass, read_alone
 from palestra.launch.bench.neutral import neutral_load
+from palestra.launch.bench.others import Used
 from palestra.launch.machine import this_machine
 from palestra.launch.plan import Plan, config_path, make_plan
 from palestra.launch.start import Origin
 from palestra.launch.status import State, read_status
-from palestra.wire.batches import Batch
+from palestra.wire.batches import Batch, write_atomically
 from palestra.wire.rundir import RunDir, link_or_copy
 from palestra.wire.runlog import read_ledger, read_metrics
+
+_OTHERS = "cpu-by-others.json"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class Part:
         return [json.loads(line) for line in self.run.spans("orchestrator").read_text().splitlines()]
 
     @property
+    def cpu_by_others(self) -> float | None:
+        """Share of all processors while it ran; None, where that is not known."""
+        known = self.run.path / _OTHERS
+        return json.loads(known.read_text()) if known.exists() else None
+
+    @property
     def alone(self) -> list[Alone]:
         return read_alone(self.run)
 
@@ -69,16 +78,15 @@ class Bench:
         tree["env"]["mix"][0]["args"] |= args or {}
         return RunConfig.model_validate(tree)
 
-    def loop(self, config: RunConfig, *, alone: Sequence[Pass] = (), neutral: bool = True) -> Part:
+    def loop(self, config: RunConfig, *, alone: Sequence[Pass] = ()) -> Part:
         """A run, after the bare client has measured its engines."""
         run = RunDir(config.run_dir)
         if not _is_finished(config):
             plan = training.plan_of(config)
-            cores = _trainer_cores(config, plan) if neutral else 0
-            words = [str(cores), *(part.word for part in alone)]
+            words = [part.word for part in alone]
             argv = (sys.executable, "-m", "palestra.launch.bench.lead", config_path(config), *words)
             programs = tuple(replace(p, argv=argv) if p is plan.lead else p for p in plan.programs)
-            training.carry_out(config, replace(plan, programs=programs), Origin(1, None))
+            _carry_out(config, replace(plan, programs=programs))
         return Part(config, run)
 
     def train_alone(self, part: Part, *, steps: int) -> Part:
@@ -107,7 +115,16 @@ def _train(config: RunConfig) -> None:
     plan = make_plan(config, this_machine(), is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
     led = replay.led_by("palestra.launch.feed", config, plan, names=("model", "trainer"))
     with _beside_trainer(config):
-        training.carry_out(config, led, Origin(1, None))
+        _carry_out(config, led)
+
+
+def _carry_out(config: RunConfig, plan: Plan) -> None:
+    before = Used.now()
+    training.carry_out(config, plan, Origin(1, None))
+    after = Used.now()
+    if before is not None and after is not None:
+        share = after.by_others(before, this_machine().cpus)
+        write_atomically(RunDir(config.run_dir).path / _OTHERS, json.dumps(share).encode())
 
 
 def _of_trainer(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -129,10 +146,9 @@ def _is_finished(config: RunConfig) -> bool:
     return status.state is State.FINISHED
 
 
-def _trainer_cores(config: RunConfig, plan: Plan) -> int:
+def trainer_cores(config: RunConfig) -> int:
     """What the trainer keeps busy of the cores that the engines compute on; none, if they compute on GPUs."""
-    on_gpus = any(program.devices for program in plan.programs)
-    return 0 if on_gpus else config.train.num_ranks * config.train.threads
+    return 0 if this_machine().gpus else config.train.num_ranks * config.train.threads
 
 
 def _beside_trainer(config: RunConfig) -> AbstractContextManager[None]:

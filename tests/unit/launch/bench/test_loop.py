@@ -29,6 +29,7 @@ class MadePart:
     entries: list[LedgerEntry] = field(default_factory=list)
     spans: list[dict[str, Any]] = field(default_factory=list)
     alone: list[Alone] = field(default_factory=list)
+    cpu_by_others: float = 0.02
 
     @property
     def run(self) -> RunDir:
@@ -42,7 +43,7 @@ class MadeBench(Bench):
 
     configs: list[RunConfig] = field(default_factory=list)
 
-    def loop(self, config: RunConfig, *, alone: Sequence[Pass] = (), neutral: bool = True) -> Any:
+    def loop(self, config: RunConfig, *, alone: Sequence[Pass] = ()) -> Any:
         self.configs.append(config)
         algo, prompt = config.algo, config.env.mix[0].args["prompt_tokens"]
         sampled, tokens = 100 * algo.rollouts_per_step, (100 + prompt) * algo.rollouts_per_step
@@ -143,7 +144,7 @@ def test_a_quick_bench_measures_one_ratio(bench: MadeBench):
     numbers = loop.measure(bench, loop.QUICK)
     assert list(numbers["ratios"]) == ["1"]
     assert numbers["m5_async_gain_over_bound"] is None
-    assert numbers["ratios"]["1"]["prompt_tokens"] == 32
+    assert numbers["ratios"]["1"]["prompt_tokens"] == 80
 
 
 def test_replies_of_another_environment_have_no_law(bench: MadeBench):
