@@ -29,7 +29,7 @@ environments_stamp := $(stamps)/environments-$(call digest,requirements/*.txt $(
 dev_stamp := $(stamps)/dev-$(call digest,requirements/*.txt)
 stamp = @rm -f $(stamps)/$(1)-* && touch $@
 
-.PHONY: help install quickstart check test form types layers unit-tests clean
+.PHONY: help install quickstart check test test-fault form types layers unit-tests clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make install     make .venv, with .venv/bin/palestra"
 	@echo "make check       format, lint, types, layers, unit and property tests"
 	@echo "make test        everything make check does, and all the other tests"
+	@echo "make test-fault  kills, full disks, torn files and other faults: what was lost, in a table"
 	@echo "make clean       remove .venv, caches and builds; keep outputs/"
 
 install: $(environments_stamp)
@@ -55,6 +56,9 @@ check: form layers
 
 test: form layers types
 	@$(BIN)/python -m pytest tests
+
+test-fault: install $(dev_stamp)
+	@$(BIN)/python -m pytest tests/fault
 
 form: install $(dev_stamp)
 	@$(BIN)/ruff format --check --quiet . || { echo "repair with: $(BIN)/ruff format ." >&2; exit 1; }

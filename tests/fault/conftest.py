@@ -1,15 +1,14 @@
 """What the cases of the suite share: a model, a run with faults, and the table at the end."""
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fault.cases import Ahead, Maker
 from tests.fault.counts import Counts, count, replayed
-from tests.fault.doomed import Fault
 from tests.fault.table import FILE, Table
-from tests.fault.whole_run import FaultyRun, config_of, save_table
+from tests.fault.whole_run import FaultyRun, save_table
 
 ROWS = pytest.StashKey[list[str]]()
 _HEAD = (
@@ -44,37 +43,31 @@ def table_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_table(tmp_path_factory.mktemp("models") / "table")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB of its own."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", directory], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
+@pytest.fixture(scope="session")
+def ahead(
+    request: pytest.FixtureRequest, table_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Ahead]:
+    """Plays the cases of all collected tests that ask for it."""
+    asking = [item for item in request.session.items if "ahead" in getattr(item, "fixturenames", ())]
+    cases = [item.callspec.params["case"] for item in asking]  # type: ignore[attr-defined]
+    ahead = Ahead(cases, table_model, tmp_path_factory.mktemp)
+    yield ahead
+    ahead.close()
 
 
 @pytest.fixture
-def faulty(table_model: Path, tmp_path: Path) -> Callable[..., FaultyRun]:
-    """Makes the run of a test."""
-
-    def make(*faults: Fault, outputs: Path | None = None, step_s: float = 0.1, **sections: dict) -> FaultyRun:
-        config = config_of(outputs or tmp_path / "outputs", table_model, **sections)
-        return FaultyRun(config, list(faults), tmp_path, step_s=step_s)
-
-    return make
+def make(table_model: Path, tmp_path: Path) -> Maker:
+    """Makes the run of a test that plays it by itself."""
+    return Maker(table_model, tmp_path)
 
 
 @pytest.fixture
 def judge(request: pytest.FixtureRequest) -> Callable[..., Counts]:
     """Counts what a run did, notes the line of the table, and asserts that nothing is lost or trained twice."""
 
-    def judge(run: FaultyRun, *, fired: int | None = None) -> Counts:
+    def judge(run: FaultyRun, *, name: str, fired: int | None = None) -> Counts:
         config = run.config
         counts = count(run.run, run.witness, max_age=config.algo.max_age)
-        name = request.node.name.removeprefix("test_")
         request.config.stash[ROWS].append(row_of(name, counts, config.train.steps, run.num_starts))
         assert fired is None or len(run.witness.read("fired")) == fired, "the faults did not all happen"
         assert (counts.lost, counts.ended_twice, counts.trained_twice, counts.went_back) == ([], [], [], [])

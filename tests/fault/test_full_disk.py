@@ -1,6 +1,7 @@
 """A disk that is full while a checkpoint is written: said in words, nothing lost, and the run can be resumed."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,16 @@ import pytest
 from palestra.core.errors import InfrastructureError
 from palestra.wire.rundir import read_manifests
 from tests.fault.doomed import fill
+from tests.fault.whole_run import small_disk
 from tests.unit.orchestrate.scripted import Life, ScriptedTrainer, make_config, reward_by_seed
 
 STEPS, SAVE_EVERY = 6, 2
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as directory:
+        yield directory
 
 
 class FillsTheDisk(ScriptedTrainer):
@@ -22,9 +30,9 @@ class FillsTheDisk(ScriptedTrainer):
         await super()._train(step, publish, save)
 
 
-async def test_a_full_disk_while_checkpointing_keeps_the_checkpoint_before_and_resumes(small_disk: Path):
+async def test_a_full_disk_while_checkpointing_keeps_the_checkpoint_before_and_resumes(disk: Path):
     config = make_config(
-        small_disk,
+        disk,
         train={"steps": STEPS, "max_pack_tokens": 64, "checkpoint_every": SAVE_EVERY, "batch_deadline_s": 20},
     )
     first = Life(config, reward=reward_by_seed, step_s=0.02)
@@ -36,7 +44,7 @@ async def test_a_full_disk_while_checkpointing_keeps_the_checkpoint_before_and_r
     assert "free space and resume" in str(said[0])
     assert [manifest.version for manifest in read_manifests(first.run)] == [SAVE_EVERY]
 
-    (small_disk / "ballast").unlink()
+    (disk / "ballast").unlink()
     second = Life(config, reward=reward_by_seed)
     assert second.attempt.resumed_from == SAVE_EVERY
     await second.play()

@@ -2,15 +2,19 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 
 from palestra.wire.runlog import read_restarts
+from tests.fault.cases import DEADLINE_S, Ahead, Case, Make
 from tests.fault.doomed import Fault
+from tests.fault.whole_run import FaultyRun
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(DEADLINE_S)]
 
 KINDS = ("engine-0", "env-0", "orchestrator", "trainer", "supervisor")
+TOGETHER = (("engine-0", "trainer"), ("orchestrator", "env-0"), ("trainer", "orchestrator"))
 
 
 @dataclass(frozen=True)
@@ -46,33 +50,52 @@ BEGINNINGS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("victim", KINDS)
-def test_killed(victim: str, point: str, faulty, judge):
-    run = faulty(POINTS[point].kills(victim))
-    run.play(resumes=1 if victim == "supervisor" else 0)
-    judge(run, fired=1)
+def killed(victim: str, point: str) -> Case:
+    def play(make: Make) -> FaultyRun:
+        run = make(POINTS[point].kills(victim))
+        run.play(resumes=1 if victim == "supervisor" else 0)
+        return run
+
+    return Case(f"{victim} killed while {point}", play)
 
 
-@pytest.mark.parametrize("victim", KINDS)
-def test_killed_and_again_while_resuming(victim: str, faulty, judge):
-    again = BEGINNINGS[victim].kills(victim)
-    run = faulty(dataclasses.replace(POINTS["training"], nth=4, attempt=1).kills(victim), again)
-    run.play(resumes=2 if victim == "supervisor" else 0)
-    judge(run, fired=2)
+def killed_while_resuming(victim: str) -> Case:
+    first = dataclasses.replace(POINTS["training"], nth=4, attempt=1)
+
+    def play(make: Make) -> FaultyRun:
+        run = make(first.kills(victim), BEGINNINGS[victim].kills(victim))
+        run.play(resumes=2 if victim == "supervisor" else 0)
+        return run
+
+    return Case(f"{victim} killed, and again while resuming", play, fired=2)
 
 
-@pytest.mark.parametrize("victims", [("engine-0", "trainer"), ("orchestrator", "env-0"), ("trainer", "orchestrator")])
-def test_two_killed_in_one_moment(victims: tuple[str, str], faulty, judge):
-    run = faulty(POINTS["training"].kills(*victims))
-    run.play()
-    judge(run, fired=1)
+def killed_together(victims: tuple[str, str]) -> Case:
+    def play(make: Make) -> FaultyRun:
+        run = make(POINTS["training"].kills(*victims))
+        run.play()
+        return run
+
+    return Case(f"{' and '.join(victims)} killed in one moment", play)
 
 
-def test_an_engine_that_dies_in_a_publish_is_started_again_once(faulty, judge):
+def killed_in_a_publish(make: Make) -> FaultyRun:
     """What the publish to the dead one still reports is no reason to end the one that took its place."""
     scores = Point("engine-0", "tests.fault.replaying_engine:Engine.scored", 3)
-    run = faulty(scores.kills("engine-0"), engine={"replicas": 2}, step_s=0.5, train={"steps": 10})
+    run = make(scores.kills("engine-0"), engine={"replicas": 2}, step_s=0.3)
     run.play()
-    judge(run, fired=1)
     assert [(restarted.process, restarted.life) for restarted in read_restarts(run.run)] == [("engine-0", 1)]
+    return run
+
+
+CASES = [
+    *(killed(victim, point) for victim, point in product(KINDS, POINTS)),
+    *map(killed_while_resuming, KINDS),
+    *map(killed_together, TOGETHER),
+    Case("one engine of two killed while its publish is proved", killed_in_a_publish),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_nothing_is_lost_when(case: Case, ahead: Ahead, judge):
+    judge(ahead.run_of(case), name=case.name, fired=case.fired)

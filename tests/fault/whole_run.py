@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+import pytest
 
 from palestra.config import RunConfig
 from palestra.wire.rundir import RunDir
@@ -42,6 +46,19 @@ def config_of(outputs: Path, model: Path, **sections: dict) -> RunConfig:
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section
     return RunConfig.model_validate(tree)
+
+
+@contextmanager
+def small_disk(directory: Path) -> Iterator[Path]:
+    """A file system of 2 MiB of its own. Skips the test where nobody may mount one."""
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 def save_table(directory: Path) -> Path:
@@ -105,6 +122,11 @@ class FaultyRun:
     def resume(self, *, deadline_s: float = 60) -> None:
         code, said = self.finish("--resume", deadline_s=deadline_s)
         assert code == 0, said
+
+    def moved_to(self, directory: Path) -> "FaultyRun":
+        """Itself, after its run directory was moved."""
+        self.run = RunDir(directory)
+        return self
 
     def processes(self) -> list[int]:
         """Every living process of the run, whatever it is called and whoever its parent is."""

@@ -18,8 +18,8 @@ SOURCES = sorted(ROOT.glob("src/**/*.py"))
 DEADLINES = {"deadline_s", "timeout", "silence_s"}  # arguments that bound a call
 BOUNDING = {"within", "_within", "wait_for"}  # functions that bound what they are given
 SCOPES = {"timeout", "timeout_at"}  # of asyncio
-SHARED_NAMES = {"wait", "receive", "get", "join", "close", "acquire", "read", "communicate"}  # with what is not ours
-NEVER_WAIT = {"sleep", "send", "_send", "progress"}  # a sleep ends, and channels take what they are given
+SHARED_NAMES = {"wait", "receive", "get", "join", "acquire", "read", "communicate"}  # with what is not ours
+NEVER_WAIT = {"sleep", "send", "_send", "progress", "close", "aclose"}  # sleeps end; channels take and ends are closed
 BLOCKING = {"communicate", "waitpid", "accept", "recv", "recv_multipart", "urlopen", "flock", "poll", "select"}
 BLOCKING_RUNS = {"run", "call", "check_call", "check_output"}  # of subprocess
 HTTP = {"get", "post", "put", "request", "stream"}  # of httpx and requests
@@ -80,7 +80,7 @@ def _is_foreign(awaited: ast.expr, ours: set[str]) -> bool:
         return True  # a future, a task
     name = _last(awaited.func)
     if name in {*NEVER_WAIT, *BOUNDING}:
-        return "_http" in ast.unparse(awaited.func)
+        return ast.unparse(awaited.func).endswith("_http.send")  # a client's, which waits for the answer
     return name not in ours or name in SHARED_NAMES
 
 
@@ -162,7 +162,6 @@ _WATCH = (
 _ASKED = "who asked the worker waits for at most env.stall_s"
 _LISTENS = "it listens for whatever comes; a peer that is silent is missed by whoever waits for its answer"
 _DISK = "the disk takes it or refuses it; a kernel that does neither holds every process of the machine"
-_CLOSES = "it closes what is there; nothing is awaited from the other side"
 
 ENDS_ALL_THE_SAME = {
     ("core.deadline.within", "scope"): "this is the deadline",
@@ -188,23 +187,19 @@ ENDS_ALL_THE_SAME = {
     ("orchestrate.evaluate.evaluate.one", "slots"): _ROLLOUT,
     ("orchestrate.gateway.Gateway._join", "await future"): "the request behind it has engine.call_s",
     ("orchestrate.gateway.Gateway.close", "await asyncio.gather(...)"): "they are cancelled already",
-    ("orchestrate.gateway.Gateway.close", "await link.client.close()"): _CLOSES,
     ("orchestrate.gateway._until_gone", "link.gone.wait()"): "it ends with the call beside it",
     ("orchestrate.gateway._until_gone", "await asyncio.wait(...)"): "the call that it waits for has engine.call_s",
     ("orchestrate.loop.Loop.run", "self.desk.tasks"): "the tasks of the loop, each of which is walked here",
-    ("orchestrate.loop.Loop.run", "await self.desk.gateway.close()"): _CLOSES,
     ("orchestrate.loop.Loop._receive", "await self._listener.receive()"): _LISTENS,
     ("orchestrate.measure.Evaluations.run_last", "await self._running"): _ROLLOUT,
     ("orchestrate.measure.Evaluations._measure", "await asyncio.to_thread(...)"): _DISK,
     ("orchestrate.publisher.Publisher.run", "await self._evaluations.unpinned.wait()"): _ROLLOUT,
     ("orchestrate.ship._ship", "await asyncio.to_thread(...)"): _DISK,
+    ("orchestrate.workers.WorkerPool._late_answer", "await asked.answer"): "`_deaf` ends it after env.answer_s",
     ("orchestrate.workers.WorkerPool._try", "await playing.ended"): _ROLLOUT,
     ("wire.channel._LoopSocket.receive", "await self._arrived.wait()"): "every caller of a Caller gives a deadline",
     ("wire.channel.Listener.receive", "await self._socket.receive()"): _LISTENS,
     ("wire.channel.BlockingCaller.receive", "self._socket.recv_multipart()"): "ZeroMQ says that a message is there",
-    ("wire.policy.EngineClient.__aexit__", "await self.close()"): _CLOSES,
-    ("wire.policy.EngineClient.close", "await self._http.aclose()"): _CLOSES,
-    ("wire.policy.EngineClient._stream", "await response.aclose()"): _CLOSES,
     (
         "wire.policy.EngineClient._call.exchange",
         "await self._http.request(...)",
