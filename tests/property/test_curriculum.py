@@ -126,10 +126,11 @@ class CurriculumMachine(RuleBasedStateMachine):
 TestCurriculum = CurriculumMachine.TestCase
 TestCurriculum.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 FOUND_OUT = settings(
-    max_examples=60,
+    max_examples=400,
     stateful_step_count=40,
     deadline=None,
     database=None,
+    derandomize=True,
     phases=[Phase.generate],
     report_multiple_bugs=False,
 )

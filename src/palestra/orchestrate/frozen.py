@@ -119,7 +119,7 @@ class FrozenEngine:
 
 
 def make_frozen(
-    config: RunConfig, attempt: Attempt, make_client: Callable[[str], EngineClient]
+    config: RunConfig, attempt: Attempt, make_client: Callable[[str], EngineClient], ledger: Callable[[str], Ledger]
 ) -> dict[str, FrozenEngine]:
     """The engines behind those of the policy, in the order of `algo.frozen`."""
     urls = attempt.engines[len(attempt.engines) - len(config.algo.frozen) :]
@@ -127,7 +127,7 @@ def make_frozen(
         name: FrozenEngine(
             f"{name}-0",
             make_client(url),
-            Ledger(f"{name}-0", since=attempt.started_at),
+            ledger(f"{name}-0"),
             max_in_flight=model.max_in_flight,
             max_model_len=config.engine.max_model_len,
             call_s=config.engine.call_s,

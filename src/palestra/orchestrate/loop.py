@@ -81,8 +81,9 @@ class Loop:
             attempt.orchestrator, attempt=attempt.number, receives=_FromAll, life=life
         )
         tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
+        ledgers = _engine_ledgers(run, attempt, is_inherited=life > 0)
         fleet = Fleet(
-            _make_links(run, attempt, config, make_client, is_inherited=life > 0),
+            _make_links(attempt, config, make_client, ledgers, is_inherited=life > 0),
             healthy_s=config.engine.healthy_s,
             restart=self._ask_restart,
             changed=changed.tell,
@@ -109,7 +110,7 @@ class Loop:
             ),
             teller=Teller(run, attempt, selector),
             frozen=FrozenModels(
-                make_frozen(config, attempt, make_client),
+                make_frozen(config, attempt, make_client, ledgers),
                 tasks.create_task,
                 deadline_s=config.train.batch_deadline_s,
             ),
@@ -331,22 +332,28 @@ class Loop:
 _SHOWN = {"reward": "reward/trained", "age": "age/mean", "in_flight": "rollout/in_flight", "limit": "engine/limit"}
 
 
+def _engine_ledgers(run: RunDir, attempt: Attempt, *, is_inherited: bool) -> Callable[[str], Ledger]:
+    """By an engine's name. Those of inherited engines go on where the ones that a dead orchestrator kept for them end."""
+    entries = read_ledger(run) if is_inherited else []
+
+    def ledger(name: str) -> Ledger:
+        since = max([attempt.started_at, *(e.started_at + e.wall_s for e in entries if e.process == name)])
+        return Ledger(name, "lost" if is_inherited else "start", since=since)
+
+    return ledger
+
+
 def _make_links(
-    run: RunDir,
     attempt: Attempt,
     config: RunConfig,
     make_client: Callable[[str], EngineClient],
+    ledger: Callable[[str], Ledger],
     *,
     is_inherited: bool,
 ) -> list[EngineLink]:
-    """The ledgers of inherited engines go on where those that the dead orchestrator kept for them end."""
-    entries = read_ledger(run) if is_inherited else []
-
-    def link(name: str, url: str) -> EngineLink:
-        since = max([attempt.started_at, *(e.started_at + e.wall_s for e in entries if e.process == name)])
-        ledger = Ledger(name, "lost" if is_inherited else "start", since=since)
-        limit = config.engine.max_in_flight
-        return EngineLink(name, make_client(url), ledger, limit=limit, is_inherited=is_inherited)
-
+    limit = config.engine.max_in_flight
     policy = attempt.engines[: len(attempt.engines) - len(config.algo.frozen)]  # those of frozen models come behind
-    return [link(f"engine-{index}", url) for index, url in enumerate(policy)]
+    return [
+        EngineLink(name, make_client(url), ledger(name), limit=limit, is_inherited=is_inherited)
+        for name, url in ((f"engine-{index}", url) for index, url in enumerate(policy))
+    ]

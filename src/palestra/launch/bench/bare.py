@@ -118,7 +118,8 @@ class BareClient:
 
     async def _sampled_tokens(self) -> int:
         """That all engines have sampled since their start."""
-        answers = [await self._http.get(f"{url}/metrics") for url in self._urls]
+        gets = [self._http.get(f"{url}/metrics") for url in self._urls]
+        answers = [await within(self._call_s, get, waiting_for="the metrics of an engine") for get in gets]
         return sum(parse_metrics(answer.text).sampled_tokens for answer in answers)
 
 
