@@ -333,7 +333,7 @@ _SHOWN = {"reward": "reward/trained", "age": "age/mean", "in_flight": "rollout/i
 
 
 def _engine_ledgers(run: RunDir, attempt: Attempt, *, is_inherited: bool) -> Callable[[str], Ledger]:
-    """By an engine's name. Those of inherited engines go on where the ones that a dead orchestrator kept for them end."""
+    """By an engine's name. Those of inherited engines go on where the dead orchestrator's end."""
     entries = read_ledger(run) if is_inherited else []
 
     def ledger(name: str) -> Ledger:
