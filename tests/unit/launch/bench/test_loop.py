@@ -144,7 +144,7 @@ def test_a_quick_bench_measures_one_ratio(bench: MadeBench):
     numbers = loop.measure(bench, loop.QUICK)
     assert list(numbers["ratios"]) == ["1"]
     assert numbers["m5_async_gain_over_bound"] is None
-    assert numbers["ratios"]["1"]["prompt_tokens"] == 80
+    assert numbers["ratios"]["1"]["prompt_tokens"] == 40
 
 
 def test_replies_of_another_environment_have_no_law(bench: MadeBench):
