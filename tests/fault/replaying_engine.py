@@ -289,15 +289,15 @@ def application(engine: Engine) -> Starlette:
 
 
 async def _refused(_: Request, error: Exception) -> Response:
-    return _error(400, "BadRequestError", str(error), param="input_tokens")
+    return _error(400, "BadRequestError", str(error))
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    return _error(500, "InternalServerError", str(error), param=None)
+    return _error(500, "InternalServerError", str(error))
 
 
-def _error(status: int, kind: str, message: str, *, param: str | None) -> Response:
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": status}}, status)
+def _error(status: int, kind: str, message: str) -> Response:
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
 def server_of(engine: Engine, host: str, port: int) -> uvicorn.Server:
