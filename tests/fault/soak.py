@@ -113,7 +113,7 @@ def soak_in(
     config = config_of(
         directory / "outputs",
         save_table(directory / "model"),
-        train={"steps": steps, "checkpoint_every": 2},
+        train={"steps": steps, "checkpoint_every": 2, "batch_deadline_s": 120},
         engine={"replicas": 2},
         env={"workers": 2},
         launch={"max_restarts": 1000},

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 0.5, 30.0
-_LIVED_WELL_S = 60.0  # a life this long was no part of a storm: the back-off starts from its beginning
+_LIVED_WELL_S = 60.0  # a life this long, or one killed at its work, starts the back-off from its beginning
 _FAILED_STARTS = 2  # in a row
 _SAME_WORDS = 4  # in a row: one more than it takes to find a task that is to blame
 
@@ -76,6 +76,6 @@ class Lives:
         while now - self._ends[0] > self._limits.window_s:
             self._ends.popleft()
         self._failed_starts = 0 if end.was_ready else self._failed_starts + 1
-        lived_well = end.was_ready and end.lived_s >= _LIVED_WELL_S
+        lived_well = end.was_ready and (end.lived_s >= _LIVED_WELL_S or end.was_killed)
         self._short = 1 if lived_well else self._short + 1
         self._words.append(end.said)

@@ -83,3 +83,14 @@ def test_back_off_doubles_to_a_cap_and_starts_again_after_a_long_life(clock: Clo
     assert lives.back_off_s == 0.5
     ends(lives, clock, end(lived_s=59))
     assert lives.back_off_s == 1
+
+
+def test_back_off_starts_again_after_a_kill_at_work_but_not_in_a_start(clock: Clock):
+    lives = lives_of(clock, max_restarts=100)
+    for _ in range(3):
+        ends(lives, clock, end())
+    assert lives.back_off_s == 2
+    ends(lives, clock, end(killed=True))
+    assert lives.back_off_s == 0.5
+    ends(lives, clock, end(ready=False, killed=True))
+    assert lives.back_off_s == 1
