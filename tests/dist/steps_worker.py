@@ -26,6 +26,7 @@ from tests.unit.train.batches import make_batch
 
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
+AGES = [0, 2, 0, 1, 9, 0, 2, 0]
 STEPS = 4
 SAVED_AT = 2
 
@@ -53,7 +54,7 @@ def measure(model: Path, out: Path, ranks: trainer_ranks.Ranks, resume_from: int
     config = RunConfig(
         log=Log(name="run", outputs=out),
         model=Model(path=str(model), dtype="float32"),
-        train=Train(steps=STEPS, lr=1e-3),
+        train=Train(steps=STEPS, lr=1e-3, lr_ess_power=0.5),
     )
     trainer = Trainer(config, ranks, Ledger("test"))
     found: dict[str, Any] = {"metrics": []}
@@ -63,7 +64,8 @@ def measure(model: Path, out: Path, ranks: trainer_ranks.Ranks, resume_from: int
         trainer.resume(resume_from, Ledger("test"))
     while trainer.version < STEPS:
         step = trainer.version
-        metrics = trainer.train(make_batch(LENGTHS, packs=PACKS, step=step, seed=step), Ledger("test"))
+        batch = make_batch(LENGTHS, packs=PACKS, step=step, seed=step, ages=AGES)
+        metrics = trainer.train(batch, Ledger("test"))
         found["metrics"].append(values(metrics))
         if trainer.version == SAVED_AT and resume_from is None:
             trainer.save(Ledger("test"))

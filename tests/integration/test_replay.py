@@ -51,6 +51,7 @@ def batch(step: int, rng: np.random.Generator) -> Batch:
         rollout=np.arange(NUM_SAMPLES),
         temperature=np.ones(NUM_SAMPLES, np.float32),
         pack=np.zeros(NUM_SAMPLES, np.int64),
+        version=np.full(NUM_SAMPLES, step),
     )
 
 

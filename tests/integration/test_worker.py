@@ -182,6 +182,7 @@ async def test_plays_reverse_text_end_to_end(tmp_path):
             elif isinstance(message, Ended):
                 records[message.record.rollout_id] = message.record
         assert {i: record.reward for i, record in records.items()} == {i: float(i % 2) for i in range(20)}
+        assert all(0 < record.engine_s <= record.wall_s for record in records.values())
         one = records[1]
         assert (one.environment, one.ending, one.versions) == ("reverse-text", Ending.OK, (3,))
         assert one.num_sampled_tokens == len(one.task.prompt) + 1

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from palestra.wire.batches import Batch, decode, encode, equal
 from palestra.wire.framelog import FrameLog, read_frames
 
-INTEGERS = {"token_ids": (0, 2**31), "rollout": (0, 2**62), "pack": (0, 255)}
+INTEGERS = {"token_ids": (0, 2**31), "rollout": (0, 2**62), "pack": (0, 255), "version": (0, 10**6)}
 FLOATS = ("engine_logprobs", "advantage", "rl_weight", "ce_weight", "ref_weight", "reference_logprobs")
 
 

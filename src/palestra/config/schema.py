@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Fraction = float
-Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip"]
+Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip", "none"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -75,6 +75,50 @@ class Data(Section):
     warmup: WarmUp = WarmUp()
 
 
+class Masks(Section):
+    """Rollouts that train nothing although they are in the batch, whatever the loss: see docs/stability.md. All off."""
+
+    geometric_low: float | None = Field(default=None, ge=0)  # a rollout whose geometric mean ratio is below this
+    geometric_high: PositiveFloat | None = None  # or above this
+    negative_mismatch: PositiveFloat | None = None  # of negative advantage, with mean(engine - trainer logprob) above
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.geometric_low, self.geometric_high
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"algo.masks.geometric_low={low} must be less than geometric_high={high}")
+        return self
+
+
+class Length(Section):
+    """What length takes off a reward before advantages; the reward itself is recorded as it was. All off."""
+
+    max_tokens: PositiveInt | None = None  # sampled in a rollout: what counts as full; default: sampling.max_tokens
+    penalty: float = Field(default=0.0, ge=0)  # of a full rollout; shorter ones lose in proportion
+    overlong_tokens: int = Field(
+        default=0, ge=0
+    )  # the last so many tokens before full are where the soft penalty grows
+    overlong_penalty: float = Field(default=1.0, ge=0)  # at full and beyond
+
+
+class Frozen(Section):
+    """A model with the policy's tokens whose weights never change, behind an engine of its own (settings: `engine`)."""
+
+    path: str  # Hugging Face directory or hub name
+    weight: PositiveFloat
+    max_in_flight: PositiveInt = 32  # samples that its engine is asked about at once
+
+
+class Reference(Frozen):
+    """What the policy is pulled to: `weight` x KL, a component of the loss beside the policy's."""
+
+
+class Teacher(Frozen):
+    """Who says how likely every sampled token is: `weight` x (teacher - engine logprob), centred, is its advantage."""
+
+    replaces_reward: bool = False  # advantages are the teacher's alone
+
+
 class Algo(Section):
     """What a step trains on and how a token is weighed."""
 
@@ -84,9 +128,14 @@ class Algo(Section):
     group_size: PositiveInt = 16
     baseline: Literal["mean", "leave_one_out"] = "mean"
     advantage_scale: Literal["none", "std"] = "none"
-    drop_zero_signal: bool = True
+    masks: Masks = Masks()
+    length: Length = Length()
+    reference: Reference | None = None
+    teacher: Teacher | None = None
+    drop_zero_signal: bool = True  # groups with equal rewards; with a teacher every group has signal
     max_age: int = Field(default=8, ge=0)  # a rollout older than this never trains
     pace_age: float = Field(default=1.0, ge=0)  # dispatch is paced to this mean age (Little's law)
+    stuck_s: PositiveFloat = 60  # members without progress for so long do not hold their group up: it trains in parts
     window_groups: int | None = Field(default=None, ge=0)  # a batch reaches this far past the oldest open group
 
     @property
@@ -99,6 +148,19 @@ class Algo(Section):
         return int(self.rollouts_per_step * (1 + min(self.pace_age, self.max_age)))
 
     @property
+    def frozen(self) -> dict[str, Frozen]:
+        """Models whose weights never change, by name."""
+        return {
+            name: model
+            for name, model in (("reference", self.reference), ("teacher", self.teacher))
+            if model is not None
+        }
+
+    @property
+    def filters_groups(self) -> bool:
+        return self.drop_zero_signal and self.teacher is None
+
+    @property
     def window(self) -> int:
         """In groups. With `max_age` 0 batches take groups strictly in dispatch order."""
         if self.window_groups is not None:
@@ -107,7 +169,7 @@ class Algo(Section):
 
     @model_validator(mode="after")
     def _signal(self) -> Self:
-        if self.group_size == 1 and self.drop_zero_signal:
+        if self.group_size == 1 and self.filters_groups:
             raise ValueError(
                 "algo.group_size=1 has no group to compare with: every group would be dropped; use at least 2"
             )
@@ -146,6 +208,7 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     lr_warmup_steps: int = Field(default=0, ge=0)
     lr_decay_steps: int = Field(default=0, ge=0)  # wsd: length of the decay at the end
+    lr_ess_power: float = Field(default=0.0, ge=0)  # lr x (effective sample share)^this; 0.5 suits Adam, 0 is off
     samples_per_step: PositiveInt = 64  # supervised runs; in RL a step trains groups_per_step x group_size rollouts
     max_pack_tokens: PositiveInt = 4096  # tokens of one forward
     head_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at once
@@ -167,7 +230,8 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype | None = None  # default: model.dtype
     max_model_len: PositiveInt = 4096
-    max_in_flight: PositiveInt = 256  # rollouts per engine
+    max_in_flight: PositiveInt = 256  # rollouts per engine, at most; fewer where its cache is too small for them
+    load_every_s: PositiveFloat = 1.0  # between two readings of an engine's gauges, by which rollouts are admitted
     join_max_tokens: int = Field(default=64, ge=0)  # up to here equal prompts of a group share a request
     kv_cache_gib: PositiveFloat = 1.0  # CPU
     threads: PositiveInt = 1  # CPU
@@ -181,6 +245,7 @@ class Sync(Section):
     """How new weights reach the engines."""
 
     kv: Literal["keep", "recompute"] = "keep"
+    wait: bool = False  # rollouts that run end before a load, none starts meanwhile; otherwise they go on across it
     at_once: PositiveInt = 1
     every: PositiveInt = 1  # steps between publishes
     staging: Path | None = None  # default: shared memory on one machine
@@ -203,6 +268,39 @@ class Source(Section):
         return self.name or self.id
 
 
+class PoolWeights(Section):
+    """Shares of the draws of a source, by pool; those of an empty pool go to the others."""
+
+    easy: float = Field(default=0.1, ge=0)
+    normal: PositiveFloat = 0.7  # tasks that were never drawn are normal, unless `seed_from` says otherwise
+    hard: float = Field(default=0.2, ge=0)
+
+
+class Curriculum(Section):
+    """Which task comes next: pools by observed solve rate. Off: each task once per epoch."""
+
+    on: bool = False
+    rate: Literal["solved", "reward"] = "solved"  # share of solved rollouts, or their mean reward
+    solved_at: float = 1.0  # a rollout of this reward or more is solved
+    easy_above: float = 0.8
+    hard_below: float = 0.2
+    weights: PoolWeights = PoolWeights()
+    window_groups: PositiveInt = 2  # a task's rate is that of its last groups
+    retire_at: float = 1.0  # a task of this rate or more is not drawn any more; 2 keeps all
+    retire_rollouts: PositiveInt | None = None  # if so many rollouts say so; default: algo.group_size
+    seed_from: Path | None = None  # rollouts of an evaluation, or {"key", "rewards"}: JSON lines
+    remember: PositiveInt = 100_000  # tasks known of a source; those drawn longest ago are forgotten first
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.hard_below <= self.easy_above <= self.retire_at:
+            raise ValueError(
+                f"env.curriculum.hard_below={self.hard_below}, easy_above={self.easy_above} and retire_at="
+                f"{self.retire_at} must ascend"
+            )
+        return self
+
+
 class Env(Section):
     """Environments to train on, mixed by weight, and their worker processes."""
 
@@ -212,6 +310,7 @@ class Env(Section):
     stall_s: PositiveFloat = 600  # a rollout that makes no progress for this long is invalid
     answer_s: PositiveFloat = 60  # a worker that needs longer to answer, as its event loop is blocked, is started again
     chunk_tasks: PositiveInt = 256  # tasks fetched and shuffled at a time
+    curriculum: Curriculum = Curriculum()
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -289,6 +388,11 @@ class RunConfig(Section):
         """What trainer and engines load: the given model, or the one built into the run directory."""
         return self.model.path or str(self.run_dir / "model")
 
+    def engine_model(self, index: int) -> str:
+        """What engine `index` loads: behind the policy's replicas come the frozen models, in the order of `frozen`."""
+        frozen = [*self.algo.frozen.values()][max(index - self.engine.replicas, 0) :]
+        return frozen[0].path if frozen and index >= self.engine.replicas else self.model_dir
+
     @property
     def engine_dtype(self) -> Dtype:
         return self.engine.dtype or self.model.dtype
@@ -298,6 +402,10 @@ class RunConfig(Section):
         if self.sync.tolerance is not None:
             return self.sync.tolerance
         return 1e-4 if self.engine_dtype == self.model.dtype == "float32" else 0.15  # random tokens in bfloat16
+
+    @property
+    def retire_rollouts(self) -> int:
+        return self.env.curriculum.retire_rollouts or self.algo.group_size
 
     @property
     def is_rl(self) -> bool:
@@ -321,9 +429,20 @@ class RunConfig(Section):
                 f"with sync.every={self.sync.every} rollouts are up to {self.sync.every - 1} steps old, and "
                 f"algo.max_age={self.algo.max_age} trains none of those; raise algo.max_age or lower sync.every"
             )
+        in_window = self.env.curriculum.window_groups * self.algo.group_size
+        if self.env.curriculum.on and self.retire_rollouts > in_window:
+            raise ValueError(
+                f"env.curriculum.retire_rollouts={self.retire_rollouts} is more than the {in_window} rollouts of "
+                "env.curriculum.window_groups: nothing would ever retire; lower it or raise window_groups"
+            )
         shared = {source.label for source in self.env.mix} & {entry.label for entry in self.eval.sets}
         if shared:
             raise ValueError(f"env.mix and eval.sets both have {sorted(shared)}; give the eval set a different `name`")
+        if self.algo.frozen and self.sampling.temperature != 1:
+            raise ValueError(
+                f"algo.{next(iter(self.algo.frozen))} says how likely tokens are at temperature 1, but the policy "
+                f"samples and trains at sampling.temperature={self.sampling.temperature}; set it to 1"
+            )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
         return self

@@ -25,6 +25,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     top_k: int = 0  # 0: off
     max_tokens: int = 1024
     stop_token_ids: tuple[int, ...] = ()
+    ignores_stop: bool = False  # goes on to max_tokens, whatever is sampled
 
 
 class Reply(Struct, frozen=True, kw_only=True):
@@ -131,6 +132,8 @@ class RolloutRecord(Struct, frozen=True, kw_only=True):
     num_turns: int = 0
     error: str = ""
     wall_s: float = 0.0
+    engine_s: float = 0.0  # of it, waiting for replies; calls at the same time add up
+    ended_at: float = 0.0  # unix time
 
     @property
     def num_sampled_tokens(self) -> int:

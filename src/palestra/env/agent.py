@@ -33,15 +33,16 @@ class Agent:
         self._voice, self._table = voice, table
         self._forks: list[Agent] = []
 
-    async def __call__(self, message: Message | None = None) -> str:
+    async def __call__(self, message: Message | None = None, *, num_tokens: int | None = None) -> str:
         """Play one turn: `message` (text of the user, or chat messages), then the reply, which is returned.
 
+        With `num_tokens` the reply has exactly so many tokens, whatever the policy would end it with: for measurements.
         When a limit of turns or tokens is reached `run` ends here and its rollout is scored as it is.
         """
         if self._table.stopped is not None:
             raise self._table.stopped
         try:
-            await self._turn(_messages(message))
+            await self._turn(_messages(message), num_tokens)
         except asyncio.CancelledError:
             raise
         except BaseException as stopped:
@@ -49,7 +50,7 @@ class Agent:
             raise
         return self.reply
 
-    async def _turn(self, messages: list[dict[str, Any]]) -> None:
+    async def _turn(self, messages: list[dict[str, Any]], num_tokens: int | None) -> None:
         if not self.messages and self.system and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.system}, *messages]
         if self._table.max_turns is not None and self.num_turns >= self._table.max_turns:
@@ -59,7 +60,7 @@ class Agent:
                 f"a message to {self.name} has the role assistant; only the first turn may quote earlier replies"
             )
         self.messages += messages
-        said = await self._voice.say(messages)
+        said = await self._voice.say(messages, num_tokens=num_tokens)
         self.messages.append(said.message)
         self.num_turns += 1
         self.num_tokens += said.num_tokens

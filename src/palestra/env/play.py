@@ -38,8 +38,14 @@ async def play(
     except InvalidRollout as invalid:
         ending, error = Ending.INVALID, str(invalid)
         record = _conversation(task, agents, ending)
-    wall_s = time.perf_counter() - started
-    return msgspec.structs.replace(record, rollout_id=rollout_id, environment=source, error=error, wall_s=wall_s)
+    return msgspec.structs.replace(
+        record,
+        rollout_id=rollout_id,
+        environment=source,
+        error=error,
+        wall_s=time.perf_counter() - started,
+        ended_at=time.time(),
+    )
 
 
 async def score(environment: Environment, task: Task, replies: Iterable[str]) -> RolloutRecord:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import msgspec
 
@@ -13,29 +14,43 @@ _encoder = msgspec.msgpack.Encoder(order="deterministic")
 _decoder = msgspec.msgpack.Decoder(Task)
 
 
+@dataclass
+class _Reader:
+    epoch: int
+    position: int
+    rest: Iterator[Task]
+
+
 class TaskList:
     """Reads an environment's tasks, each epoch with an instance of its own. Not for two threads at once."""
 
     def __init__(self, make: Callable[[int], Environment]):
         """`make` gives the environment of an epoch."""
         self._make = make
-        self._epoch, self._position = -1, 0
-        self._rest: Iterator[Task] = iter(())
+        self._readers: list[_Reader] = []  # at most two: one goes ahead, the other back to tasks that come again
 
     def take(self, epoch: int, offset: int, count: int) -> tuple[list[Task], bool]:
         """Tasks [offset, offset + count) of the epoch, and whether there is none after them.
 
-        Going on where the last call ended costs nothing extra; going back reads the epoch from its start.
+        Going on where an earlier call ended costs nothing extra; going back reads the epoch from its start.
         Errors: whatever the environment's `tasks` raises; TypeError for a task that cannot be sent.
         """
-        if epoch != self._epoch or offset < self._position:
-            self._rest, self._epoch, self._position = iter(self._make(epoch).tasks()), epoch, 0
-        skipped = sum(1 for _ in itertools.islice(self._rest, offset - self._position))
-        tasks = [
-            as_sent(task, self._position + skipped + i) for i, task in enumerate(itertools.islice(self._rest, count))
-        ]
-        self._position += skipped + len(tasks)
+        reader = self._reader(epoch, offset)
+        skipped = sum(1 for _ in itertools.islice(reader.rest, offset - reader.position))
+        start = reader.position + skipped
+        tasks = [as_sent(task, start + i) for i, task in enumerate(itertools.islice(reader.rest, count))]
+        reader.position = start + len(tasks)
         return tasks, len(tasks) < count
+
+    def _reader(self, epoch: int, offset: int) -> _Reader:
+        """The nearest one before `offset`, or a new one in place of the one that is least far."""
+        fitting = [reader for reader in self._readers if reader.epoch == epoch and reader.position <= offset]
+        if fitting:
+            return max(fitting, key=lambda reader: reader.position)
+        ahead = max(self._readers, key=lambda reader: (reader.epoch, reader.position), default=None)
+        new = _Reader(epoch, 0, iter(self._make(epoch).tasks()))
+        self._readers = [new] if ahead is None else [ahead, new]
+        return new
 
 
 def as_sent(task: Task, position: int) -> Task:

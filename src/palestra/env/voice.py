@@ -30,8 +30,11 @@ class Said:
 
 
 class Voice(Protocol):
-    async def say(self, messages: list[dict[str, Any]]) -> Said:
-        """Extend the conversation by `messages`, then by one reply. Errors: Limit, InfrastructureError."""
+    async def say(self, messages: list[dict[str, Any]], *, num_tokens: int | None = None) -> Said:
+        """Extend the conversation by `messages`, then by one reply, of exactly `num_tokens` where they are given.
+
+        Errors: Limit, InfrastructureError.
+        """
         ...
 
     def fork(self) -> Self:
@@ -50,28 +53,31 @@ class PolicyVoice:
         self._conversation, self._call, self._sampling = conversation, call, sampling
         self._max_model_len = max_model_len
 
-    async def say(self, messages: list[dict[str, Any]]) -> Said:
+    async def say(self, messages: list[dict[str, Any]], *, num_tokens: int | None = None) -> Said:
         if self._conversation.messages:
             self._conversation.add(messages)
         else:
             self._conversation.start(messages)
         prompt_ids = self._conversation.prompt_ids
-        reply = await self._call(prompt_ids, self._fitting(len(prompt_ids)))
+        sampling = self._fitting(len(prompt_ids), num_tokens)
+        reply = await self._call(prompt_ids, sampling)
         if reply.finish_reason not in ("stop", "length"):
             raise InfrastructureError(
                 f"the engine ended a reply of {len(reply.token_ids)} tokens with {reply.finish_reason!r}"
             )
         message = self._conversation.add_reply(reply).as_message()
-        return Said(message, len(reply.token_ids), is_cut=reply.finish_reason == "length")
+        is_cut = reply.finish_reason == "length" and len(reply.token_ids) != num_tokens
+        return Said(message, len(reply.token_ids), is_cut=is_cut)
 
-    def _fitting(self, prompt_tokens: int) -> Sampling:
+    def _fitting(self, prompt_tokens: int, num_tokens: int | None) -> Sampling:
         """Errors: Limit, if there is no room for a reply."""
         room = self._max_model_len - prompt_tokens
         if room < 1:
             raise Limit(f"the conversation of {prompt_tokens} tokens fills engine.max_model_len={self._max_model_len}")
-        if self._sampling.max_tokens <= room:
-            return self._sampling
-        return msgspec.structs.replace(self._sampling, max_tokens=room)
+        sampling = self._sampling
+        if num_tokens is not None:
+            sampling = msgspec.structs.replace(sampling, max_tokens=num_tokens, stop_token_ids=(), ignores_stop=True)
+        return sampling if sampling.max_tokens <= room else msgspec.structs.replace(sampling, max_tokens=room)
 
     def fork(self) -> "PolicyVoice":
         return PolicyVoice(self._conversation.fork(), self._call, self._sampling, max_model_len=self._max_model_len)
@@ -86,7 +92,7 @@ class ScriptVoice:
     def __init__(self, replies: Iterable[str]):
         self._replies: Iterator[str] = iter(replies)
 
-    async def say(self, messages: list[dict[str, Any]]) -> Said:
+    async def say(self, messages: list[dict[str, Any]], *, num_tokens: int | None = None) -> Said:
         content = next(self._replies, None)
         if content is None:
             raise Limit("the script has no further reply")

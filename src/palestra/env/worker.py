@@ -10,10 +10,8 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import msgspec
 
@@ -166,7 +164,7 @@ class Worker:
             seed=order.seed,
         )
         self._num_ended += 1
-        await self._orchestrator.send(Ended(record=record))
+        await self._orchestrator.send(Ended(record=msgspec.structs.replace(record, engine_s=calls.waited_s)))
 
     def _sampling(self, sampling: Sampling) -> Sampling:
         return msgspec.structs.replace(sampling, stop_token_ids=self._tokenizer.stop_ids)
@@ -241,7 +239,13 @@ class _Calls:
 
     def __init__(self, worker: Worker, rollout_id: int):
         self._worker, self._rollout_id, self._next = worker, rollout_id, 0
+        self.waited_s = 0.0
 
-    def __call__(self, token_ids: list[int], sampling: Sampling) -> Coroutine[Any, Any, Reply]:
+    async def __call__(self, token_ids: list[int], sampling: Sampling) -> Reply:
         number, self._next = self._next, self._next + 1
-        return self._worker.call(Call(rollout_id=self._rollout_id, call=number, token_ids=token_ids, sampling=sampling))
+        began = time.perf_counter()
+        try:
+            message = Call(rollout_id=self._rollout_id, call=number, token_ids=token_ids, sampling=sampling)
+            return await self._worker.call(message)
+        finally:
+            self.waited_s += time.perf_counter() - began

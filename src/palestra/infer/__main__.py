@@ -13,6 +13,9 @@ from palestra.core.errors import UserError
 from palestra.core.process import die_with_parent
 from palestra.infer.launch import Device, engine_argv, engine_environment
 
+# The logits of a whole chunk of a scored prompt exist at once, beside what vLLM takes of a GPU's memory.
+_SCORING = {"max-num-batched-tokens": 2048}
+
 
 def main(argv: list[str]) -> NoReturn:
     """Errors: SystemExit with code 2, if the config or the environment is wrong."""
@@ -34,9 +37,10 @@ def _command(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[str], dict[str, str]]:
     """Command line and additional environment of engine `index` of a run."""
-    engine, device = config.engine, _device(config)
+    engine, device, model = config.engine, _device(config), config.engine_model(index)
+    is_frozen_on_gpu = index >= engine.replicas and device == "cuda"
     command = engine_argv(
-        model=config.model_dir,
+        model=model,
         host=config.launch.host,
         port=port,
         dtype=config.engine_dtype,
@@ -46,10 +50,10 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         max_in_flight=engine.max_in_flight,
         kv_cache_gib=engine.kv_cache_gib,
         seed=config.train.seed + index,
-        args=engine.args,
+        args={**(_SCORING if is_frozen_on_gpu else {}), **engine.args},
     )
     environment = engine_environment(
-        model=config.model_dir, device=device, tensor_parallel=engine.tensor_parallel, threads=engine.threads
+        model=model, device=device, tensor_parallel=engine.tensor_parallel, threads=engine.threads
     )
     return command, environment
 

@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--only", choices=["train", "env", "infer"], help="what runs live")
     _add_json(replay)
+    _add_simulate(commands)
+    _add_bench(commands)
     _add_json(_add(commands, "doctor", _doctor, "check this machine and the installation"))
     return parser
 
@@ -124,6 +126,30 @@ def _add_serve(commands) -> None:
     engine.add_argument("model", help="a directory in Hugging Face layout, or a hub name")
     engine.add_argument("overrides", nargs="*", metavar="engine.field=value", help="such as engine.max_model_len=512")
     engine.add_argument("--port", type=int, default=8000)
+
+
+def _add_simulate(commands) -> None:
+    parser = _add(commands, "simulate", _simulate, "predict step time, idle shares and ages of a recipe")
+    _add_recipe(parser)
+    parser.add_argument("--from", dest="run", metavar="RUN", help="measure the curves from this finished run")
+    parser.add_argument("--curves", type=Path, help="read the curves from this file")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the curves as JSON")
+    parser.add_argument("--gpus", type=int, help="find the best split of so many between trainer and engines")
+    parser.add_argument("--steps", type=int, default=20, help="steps to average over (default: 20)")
+    parser.add_argument("--seed", type=int, default=0)
+    _add_json(parser)
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser("bench", help="measure palestra itself", description="Measure palestra itself.")
+    inner = bench.add_subparsers(metavar="WHAT", required=True)
+    loop = _add(inner, "loop", _bench_loop, "the loop against its parts alone, each number beside its aim")
+    loop.add_argument("--quick", action="store_true", help="ratio 1 alone, fewer steps, no M5")
+    inflight = _add(inner, "inflight", _bench_inflight, "updates in flight against waiting for rollouts to end")
+    for parser in (loop, inflight):
+        parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe: train.lr=1e-5")
+        parser.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
+        _add_json(parser)
 
 
 # --- commands
@@ -194,6 +220,34 @@ def _replay(arguments: argparse.Namespace) -> int | None:
         raise UserError(f"--from {arguments.boundary} feeds --only {pair[arguments.boundary]}, not {arguments.only}")
     show = {"batches": replay.show, "replies": replay_env.show, "weights": replay_weights.show}[arguments.boundary]
     return show(runs.find(arguments.run), as_json=arguments.json)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from palestra.launch import runs, simulate
+
+    wish = simulate.Wish(
+        recipe=arguments.recipe,
+        overrides=arguments.overrides,
+        run=runs.find(arguments.run) if arguments.run else None,
+        curves=arguments.curves,
+        save=arguments.save,
+        gpus=arguments.gpus,
+        steps=arguments.steps,
+        seed=arguments.seed,
+    )
+    simulate.show(wish, as_json=arguments.json)
+
+
+def _bench_loop(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import loop
+
+    loop.show(arguments.overrides, quick=arguments.quick, outputs=arguments.outputs, as_json=arguments.json)
+
+
+def _bench_inflight(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import inflight
+
+    inflight.show(arguments.overrides, outputs=arguments.outputs, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ _ROWS = (
     ("publish_max_abs_logprob_gap", "largest trainer-engine gap", "{:.1e}"),
     ("max_versions_in_a_rollout", "policy versions in a rollout, at most", "{:.0f}"),
     ("mean_age", "mean age", "{:.2f}"),
+    ("predicted_mean_age", "mean age, foretold at dispatch", "{:.2f}"),
     ("trainer_idle", "trainer idle", "{:.1%}"),
     ("sample_tokens_per_s", "sampled tokens/s", "{:,.0f}"),
 )
@@ -34,6 +35,8 @@ def show(run: RunDir, *, as_json: bool) -> None:
         return
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(table_of(summary))
+    for warning in summary.get("warnings", []):
+        console.print(f"warning at step {warning['step']}: {warning['text']}")
     if run.export.exists():
         console.print(f"weights: {run.export}")
     console.print(f"where the time went: palestra runs show {run.path}")

@@ -19,6 +19,8 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "reward": lambda x: f"reward {x:.3f}",
     "loss": lambda x: f"loss {x:.4f}",
     "age": lambda x: f"age {x:.2f}",
+    "in_flight": lambda x: f"{x:.0f} in flight",
+    "limit": lambda x: f"limit {x:.0f}",
     "tokens_per_s": lambda x: f"{x:,.0f} tokens/s",
     "trainer_idle": lambda x: f"trainer idle {100 * x:.0f} %",
 }

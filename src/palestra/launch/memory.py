@@ -36,7 +36,12 @@ def count_parameters(config: RunConfig) -> int | None:
     """None where only a download or a build would tell."""
     if config.model.build is not None:
         return built_parameters(config.model.build)
-    directory = Path(config.model.path or "").expanduser()
+    return parameters_in(config.model.path or "")
+
+
+def parameters_in(path: str) -> int | None:
+    """Of a directory in Hugging Face layout; None for anything else."""
+    directory = Path(path).expanduser()
     files = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
     return sum(map(stored_parameters, files)) if files else None
 

@@ -1,4 +1,4 @@
-"""Whether `model.path` can be loaded, told before any process starts."""
+"""Whether a model can be loaded, told before any process starts."""
 
 import os
 import re
@@ -10,7 +10,7 @@ FETCHED = Path("models")  # where `palestra fetch` puts models
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
 
-def require_model(path: str | None) -> None:
+def require_model(path: str | None, *, field: str = "model.path") -> None:
     """A directory must hold a model; a hub name must have been downloaded, if downloads are switched off.
 
     Errors: UserError naming the fix.
@@ -19,25 +19,25 @@ def require_model(path: str | None) -> None:
         return
     directory = Path(path).expanduser()
     if directory.is_dir():
-        _require_files(directory)
+        _require_files(directory, field)
     elif directory.parts[0] == FETCHED.name:
-        raise UserError(f"model.path={path} is not there; `palestra fetch {directory.name}` prepares it")
+        raise UserError(f"{field}={path} is not there; `palestra fetch {directory.name}` prepares it")
     elif not _HUB_NAME.match(path):
         raise UserError(
-            f"model.path={path} is not a directory; give one in Hugging Face layout, or a hub name such as org/name"
+            f"{field}={path} is not a directory; give one in Hugging Face layout, or a hub name such as org/name"
         )
     elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not _is_cached(path):
         raise UserError(
-            f"model.path={path} is neither a directory nor in the cache {_hub_cache()}, and HF_HUB_OFFLINE is set; "
+            f"{field}={path} is neither a directory nor in the cache {_hub_cache()}, and HF_HUB_OFFLINE is set; "
             "unset it, or give a directory in Hugging Face layout"
         )
 
 
-def _require_files(directory: Path) -> None:
+def _require_files(directory: Path, field: str) -> None:
     if not (directory / "config.json").exists():
-        raise UserError(f"model.path={directory} has no config.json; give a directory in Hugging Face layout")
+        raise UserError(f"{field}={directory} has no config.json; give a directory in Hugging Face layout")
     if not any(directory.glob("*.safetensors")):
-        raise UserError(f"model.path={directory} has no *.safetensors; save the model with save_pretrained")
+        raise UserError(f"{field}={directory} has no *.safetensors; save the model with save_pretrained")
 
 
 def _hub_cache() -> Path:

@@ -75,7 +75,10 @@ def make_plan(config: RunConfig, machine: Machine, *, is_model_built: bool = Fal
     engine_devices, trainer_devices, notes = _deal_gpus(config, machine)
     prepare = () if config.model.build is None or is_model_built else (_preparation(config),)
     if config.is_rl:
-        engines = [_engine(config, index, parameters, devices) for index, devices in enumerate(engine_devices)]
+        names = [f"engine-{index}" for index in range(config.engine.replicas)]
+        names += [f"{name}-0" for name in config.algo.frozen]
+        dealt = enumerate(zip(names, engine_devices, strict=True))
+        engines = [_engine(config, index, name, devices) for index, (name, devices) in dealt]
         workers = [_env_worker(config, index) for index in range(config.env.workers)]
         running = [
             *engines,
@@ -116,7 +119,7 @@ def require_fit(plan: Plan, machine: Machine) -> None:
 
 def _deal_gpus(config: RunConfig, machine: Machine) -> tuple[list[tuple[int, ...]], tuple[int, ...], tuple[str, ...]]:
     """GPUs of every engine and of the trainer: apart from each other where there are enough, else shared."""
-    replicas = config.engine.replicas if config.is_rl else 0
+    replicas = config.engine.replicas + len(config.algo.frozen) if config.is_rl else 0
     width, ranks = config.engine.tensor_parallel, config.train.num_ranks
     gpus = [gpu.index for gpu in machine.gpus]
     if config.engine.device == "cuda" and not gpus and replicas:
@@ -153,9 +156,11 @@ def _preparation(config: RunConfig) -> Program:
     )
 
 
-def _engine(config: RunConfig, index: int, parameters: int | None, devices: tuple[int, ...]) -> Program:
+def _engine(config: RunConfig, index: int, name: str, devices: tuple[int, ...]) -> Program:
+    is_policy = index < config.engine.replicas
+    parameters = memory.count_parameters(config) if is_policy else memory.parameters_in(config.engine_model(index))
     return Program(
-        name=f"engine-{index}",
+        name=name,
         role=Role.MEMBER,
         argv=_python("palestra.infer", config),
         env=_environment(threads=config.engine.threads, devices=devices, index=index),

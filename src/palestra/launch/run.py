@@ -27,6 +27,8 @@ from palestra.wire.runlog import RunLog
 def plan_of(config: RunConfig) -> Plan:
     """The plan on this machine. Errors: UserError, for what cannot work here."""
     require_model(config.model.path)
+    for name, frozen in config.algo.frozen.items():
+        require_model(frozen.path, field=f"algo.{name}.path")
     machine = this_machine()
     plan = make_plan(config, machine, is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
     require_fit(plan, machine)

@@ -24,6 +24,11 @@ OUTPUTS = Path("outputs")
 _SHOWN_METRICS = (
     "reward/trained",
     "age/mean",
+    "age/predicted",
+    "rollout/in_flight",
+    "engine/limit",
+    "engine/kv_use",
+    "engine/preemptions",
     "rollout/tokens_per_s",
     "rollout/invalid",
     "train/rl/loss",

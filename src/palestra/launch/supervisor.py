@@ -35,6 +35,7 @@ from palestra.wire.channel import Listener
 from palestra.wire.messages import (
     Done,
     Failed,
+    Notice,
     ProcessEnded,
     ProcessStarted,
     Progress,
@@ -379,7 +380,7 @@ class Supervisor:
             else:
                 await self._hear(child, message)
 
-    async def _hear(self, child: Child, message: Progress | Ready | Done | Failed) -> None:
+    async def _hear(self, child: Child, message: Progress | Notice | Ready | Done | Failed) -> None:
         is_lead = child.program.role is Role.LEAD
         if is_lead and not child.ready.is_set():
             await self._tell_how_things_stand()
@@ -389,6 +390,8 @@ class Supervisor:
         match message:
             case Progress():
                 self._view.progress(message)
+            case Notice():
+                self._view.say(message.text)
             case Done():
                 child.done.set()
                 child.last_word.set()

@@ -1,8 +1,12 @@
 """The group buffer: which groups are ready, and which of them a batch takes. Pure functions of the state."""
 
+from collections.abc import Iterable
+
+from palestra.algo.advantages import group_baseline, group_scale
 from palestra.algo.filters import is_zero_signal
+from palestra.algo.shaping import LengthShaping
 from palestra.core.records import RolloutRecord, Seat
-from palestra.orchestrate.state import Group, GroupStatus, LoopState
+from palestra.orchestrate.state import Baseline, Group, GroupStatus, LoopState
 
 
 def seat_reward(record: RolloutRecord, seat: Seat) -> float:
@@ -28,30 +32,110 @@ def rewards_by_seat(records: list[RolloutRecord]) -> dict[str, list[float]]:
     return rewards
 
 
+def shaped_by_seat(records: list[RolloutRecord], length: LengthShaping) -> dict[str, list[float]]:
+    """Rewards of each seat's rollouts and what the seat's length takes off them: what advantages are computed from.
+
+    Whether a group has signal is judged by the rewards alone, so that length never trains where the task does not.
+    """
+    rewards: dict[str, list[float]] = {}
+    for record in records:
+        for seat in record.seats:
+            rewards.setdefault(seat.name, []).append(seat_reward(record, seat) + length_added(seat, length))
+    return rewards
+
+
+def length_added(seat: Seat, length: LengthShaping) -> float:
+    return length.added_to_reward(sum(sum(sample.sampled) for sample in seat.samples))
+
+
 def is_fresh(record: RolloutRecord, *, step: int, max_age: int) -> bool:
     """Whether a rollout may train at `step`: age = trainer version - its oldest version."""
     return bool(record.versions) and step - record.versions[0] <= max_age
 
 
 def expired(state: LoopState, *, max_age: int) -> list[int]:
-    """Ready groups no member of which may train at the next step."""
+    """Groups whose members have all ended and of which nothing that is left may train at the next step."""
     return [
         group.group_id
-        for group in _ready(state)
-        if not any(is_fresh(record, step=state.next_step, max_age=max_age) for record in group.valid)
+        for group in state.groups.values()
+        if group.status in (GroupStatus.READY, GroupStatus.LATE)
+        and group.all_ended
+        and not _has_fresh(group, state.next_step, max_age)
     ]
 
 
-def take(state: LoopState, *, groups_per_step: int, window: int) -> list[Group] | None:
-    """The next batch: ready groups in dispatch order, at most `window` past the oldest unfinished one; None if too few.
+def take(state: LoopState, *, groups_per_step: int, window: int, max_age: int) -> list[Group] | None:
+    """The next batch: groups of which all that ended may train, in dispatch order, at most `window` past the oldest
+    open one; None if too few. Behind them come groups that trained before, with members that ended since.
 
     The window keeps quick groups from overtaking slow ones for ever, which would select short rollouts.
     """
-    oldest_open = min((g.group_id for g in state.groups.values() if g.status == GroupStatus.OPEN), default=None)
-    allowed = [g for g in _ready(state) if oldest_open is None or g.group_id < oldest_open + max(window, 0)]
-    return allowed[:groups_per_step] if len(allowed) >= groups_per_step else None
+    oldest_open = min((g.group_id for g in _of(state, GroupStatus.OPEN)), default=None)
+    allowed = [
+        group
+        for group in _of(state, GroupStatus.READY, GroupStatus.PARTED)
+        if oldest_open is None or group.group_id < oldest_open + max(window, 0)
+    ]
+    fresh = [group for group in allowed if _has_fresh(group, state.next_step, max_age)]
+    if len(fresh) < groups_per_step:
+        return None
+    late = [group for group in _of(state, GroupStatus.LATE) if _has_fresh(group, state.next_step, max_age)]
+    return fresh[:groups_per_step] + late
 
 
-def _ready(state: LoopState) -> list[Group]:
-    ready = [group for group in state.groups.values() if group.status == GroupStatus.READY]
-    return sorted(ready, key=lambda group: group.group_id)
+def num_nearly_ready(state: LoopState) -> int:
+    """Groups at least half of whose members have ended, and that no batch has taken yet."""
+    return sum(
+        group.status is not GroupStatus.LATE and 2 * len(group.records) >= group.size for group in state.groups.values()
+    )
+
+
+def may_part(group: Group, *, drop_zero_signal: bool) -> bool:
+    """Whether the members of an open group that ended may train without the others: at least half of it, with signal.
+
+    Group rewards need the whole group.
+    """
+    is_half = 2 * len(group.valid) >= group.size
+    is_open = group.status is GroupStatus.OPEN and not group.has_group_rewards
+    return is_open and is_half and outcome(group, drop_zero_signal=drop_zero_signal) == "ready"
+
+
+def baselines(group: Group, length: LengthShaping) -> dict[str, Baseline]:
+    """By seat, what members of the group that end later are compared with.
+
+    It does not depend on what a late member will be worth, so a late member's advantage is as unbiased as with a
+    baseline that leaves it out.
+    """
+    return {
+        seat: Baseline(group_baseline(rewards), group_scale(rewards))
+        for seat, rewards in shaped_by_seat(group.valid, length).items()
+    }
+
+
+def last_chances(state: LoopState, *, before: int, max_age: int) -> list[Group]:
+    """Open groups older than group `before` with members that can train at the next step and never after it."""
+    last = max_age - 1
+    return [
+        group
+        for group in _of(state, GroupStatus.OPEN)
+        if group.group_id < before
+        and any(
+            is_fresh(record, step=state.next_step, max_age=max_age)
+            and not is_fresh(record, step=state.next_step, max_age=last)
+            for record in group.valid
+        )
+    ]
+
+
+def too_old_in_flight(state: LoopState, rollout_ids: Iterable[int], *, max_age: int) -> list[int]:
+    """Those of `rollout_ids`, all in flight, whose first tokens are past the age bound: they can never train."""
+    oldest = {rollout_id: state.oldest_version(rollout_id) for rollout_id in rollout_ids}
+    return [i for i, version in oldest.items() if version is not None and state.next_step - version > max_age]
+
+
+def _has_fresh(group: Group, step: int, max_age: int) -> bool:
+    return any(is_fresh(record, step=step, max_age=max_age) for record in group.unsettled)
+
+
+def _of(state: LoopState, *statuses: GroupStatus) -> list[Group]:
+    return sorted((g for g in state.groups.values() if g.status in statuses), key=lambda group: group.group_id)

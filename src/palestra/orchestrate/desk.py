@@ -13,21 +13,23 @@ import msgspec
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
 from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
-from palestra.core.metrics import Last, Max, Metric, Metrics, add_to, merge
+from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, add_to, merge, values
 from palestra.core.process import life
 from palestra.core.records import RolloutRecord, Sampling
 from palestra.core.spans import SpanLog
 from palestra.orchestrate.fleet import Fleet
+from palestra.orchestrate.frozen import FrozenModels
 from palestra.orchestrate.gateway import Gateway
+from palestra.orchestrate.health import Health
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.report import Totals, percentile
 from palestra.orchestrate.state import LoopState
 from palestra.orchestrate.trainer import TrainerLink
 from palestra.orchestrate.workers import WorkerPool
 from palestra.wire.channel import Caller, Reconnected
-from palestra.wire.messages import Progress, StepTrained, ToOrchestrator, ToSupervisor
+from palestra.wire.messages import Notice, Progress, StepTrained, ToOrchestrator, ToSupervisor
 from palestra.wire.rundir import Attempt, RunDir
-from palestra.wire.runlog import RunLog
+from palestra.wire.runlog import WARNING, RunLog
 
 _SILENCE_S = 30 * 86_400.0  # longer than any run: a supervisor that dies takes the run with it
 
@@ -58,6 +60,7 @@ class Teller:
         self.log, self.spans = RunLog(run), SpanLog(run.spans("orchestrator"), "orchestrator")
         self.totals = Totals(started_at=attempt.started_at)
         self._since_step: Metrics = {}
+        self._health = Health()
 
     def close(self) -> None:
         for owned in (self._supervisor, self.log, self.spans):
@@ -70,6 +73,11 @@ class Teller:
     def note(self, metrics: dict[str, Metric]) -> None:
         """Metrics of whatever happens between two steps."""
         add_to(self._since_step, metrics)
+
+    def note_predicted_age(self, age: float) -> None:
+        """Of one rollout at its dispatch."""
+        self.note({"age/predicted": Mean(age)})
+        self.totals.predicted_age += Mean(age)
 
     def note_ledger(self, *entries: LedgerEntry) -> None:
         for entry in entries:
@@ -87,6 +95,12 @@ class Teller:
         self._since_step = {}
         self.log.metrics(message.step, row)
         return row
+
+    async def watch(self, step: int, row: Metrics) -> None:
+        """Say what the row of a step gives reason to warn of, and keep it in the log."""
+        for warning in self._health.note(step, values(row)):
+            self.log.metrics(step, {}, phase=WARNING, rule=warning.rule, text=warning.text)
+            await self.send(Notice(process="orchestrator", text=f"warning at step {step}: {warning.text}"))
 
     def write_rollouts(self, name: str, records: list[RolloutRecord]) -> Path:
         """Finished rollouts, a JSON line each."""
@@ -122,12 +136,18 @@ class Desk:
     pool: WorkerPool
     trainer: TrainerLink
     teller: Teller
+    frozen: FrozenModels
     changed: Changes
     tasks: asyncio.TaskGroup
 
     @property
     def state(self) -> LoopState:
         return self.journal.state
+
+    def close_ledgers(self) -> list[LedgerEntry]:
+        """Of the engines and of the orchestrator, up to now."""
+        engines = [link.ledger.close() for link in self.fleet.links]
+        return [*engines, *self.frozen.close_ledgers(), self.teller.ledger.close()]
 
     @property
     def sampling(self) -> Sampling:
@@ -136,7 +156,7 @@ class Desk:
     @property
     def capacity(self) -> int:
         """Rollouts that may be in flight at once."""
-        return self.config.engine.max_in_flight * len(self.fleet.serving)
+        return sum(link.limit for link in self.fleet.serving)
 
     async def progress(self, stage: str, **numbers: float) -> None:
         await self.teller.progress(stage, self.state.next_step, self.config.train.steps, **numbers)

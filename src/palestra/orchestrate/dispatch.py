@@ -2,6 +2,9 @@
 
 Consumes: tasks. Produces: finished rollouts and closed groups, as events in the journal.
 Waits for: a free slot, a published version. Woken by: `changed`. Ends when: cancelled, or an environment is broken.
+
+A group whose members in flight make no progress for `algo.stuck_s` is parted: those that ended may train without them.
+A rollout in flight that became too old to train is stopped.
 """
 
 import asyncio
@@ -11,19 +14,26 @@ from collections import deque
 import msgspec
 
 from palestra.core.errors import InfrastructureError, UserError
+from palestra.core.metrics import Mean
 from palestra.core.records import Ending, Reply, RolloutRecord
-from palestra.orchestrate.buffer import outcome
+from palestra.orchestrate.buffer import may_part, outcome, too_old_in_flight
+from palestra.orchestrate.curriculum import draw_metrics
 from palestra.orchestrate.desk import Desk
-from palestra.orchestrate.report import finished_metrics
-from palestra.orchestrate.sources import TaskSources, seed_for
+from palestra.orchestrate.pacing import predicted_age
+from palestra.orchestrate.pooled import open_sources
+from palestra.orchestrate.pulse import Pulse
+from palestra.orchestrate.ratings import observe_group, rate_if_long_without_batch
+from palestra.orchestrate.report import Tails, finished_metrics
+from palestra.orchestrate.sources import seed_for
 from palestra.orchestrate.state import (
     Group,
     GroupClosed,
-    GroupOpened,
+    GroupParted,
     GroupStatus,
     JournalledReply,
     PartlyReplied,
     Replied,
+    RolloutCut,
     RolloutEnded,
     RolloutRetried,
 )
@@ -39,27 +49,21 @@ class Dispatcher:
 
     def __init__(self, desk: Desk):
         self._desk = desk
-        config = desk.config
-        self._sources = TaskSources(
-            config.env.mix,
-            desk.pool.list_tasks,
-            seed=config.train.seed,
-            chunk_tasks=config.env.chunk_tasks,
-            refuses=lambda source, task: bool(desk.pool.quarantine.reason(source, task)),
-        )
-        self._sources.resume(desk.state.cursors)
+        self._sources = open_sources(desk)
         self._waiting: deque[int] = deque()
-        self._plays: set[asyncio.Task[None]] = set()
+        self._plays: dict[int, asyncio.Task[None]] = {}  # by rollout, from its start to the close of what it ends
+        self._pulses: dict[int, Pulse] = {}
+        self._tails = Tails(desk.teller.note)
+        self._cut_at = desk.state.next_step  # nothing in flight is too old for this step
         self._fruitless = 0  # groups since the last one that trains
         self._invalid: dict[str, int] = {}  # by source: groups in a row without a valid rollout
 
     async def run(self) -> None:
         await self._take_up()
         while True:
-            if self._waiting and len(self._plays) < self._desk.capacity and self._desk.trainer.is_current:
-                play = self._desk.tasks.create_task(self._play_to_end(self._waiting.popleft()))
-                self._plays.add(play)
-                play.add_done_callback(self._free_slot)
+            await self._cut_too_old()
+            if self._waiting and self._may_start():
+                self._start(self._waiting.popleft())
             elif not self._waiting and self._may_open():
                 await self._open_group()
             else:
@@ -67,62 +71,112 @@ class Dispatcher:
 
     def cancel(self) -> None:
         """Rollouts that no step is left for."""
-        for play in self._plays:
+        for play in self._plays.values():
             play.cancel()
 
-    def _free_slot(self, play: asyncio.Task[None]) -> None:
-        self._plays.discard(play)
+    def _start(self, rollout_id: int) -> None:
+        self._admit(rollout_id)
+        self._plays[rollout_id] = play = self._desk.tasks.create_task(self._play_to_end(rollout_id))
+        play.add_done_callback(lambda _: self._free_slot(rollout_id))
+
+    def _admit(self, rollout_id: int) -> None:
+        desk, group_id = self._desk, rollout_id // self._desk.config.algo.group_size
+        desk.fleet.admit(rollout_id, group_id)
+        if rollout_id not in desk.state.replies and rollout_id not in desk.state.begun:  # its first token is to come
+            groups_per_step, loaded = desk.config.algo.groups_per_step, desk.trainer.loaded
+            age = predicted_age(desk.state, group_id, groups_per_step=groups_per_step, loaded=loaded)
+            desk.teller.note_predicted_age(age)
+
+    def _free_slot(self, rollout_id: int) -> None:
+        del self._plays[rollout_id]
+        self._desk.fleet.release(rollout_id)  # of a play that was cancelled, too
         self._desk.changed.tell()
 
     async def _take_up(self) -> None:
         """Groups that an earlier attempt left open."""
         for group in list(self._desk.state.groups.values()):
-            if group.status == GroupStatus.OPEN:
-                self._waiting += [i for i in group.rollout_ids if i not in group.records]
-                if group.all_ended:
-                    await self._close_group(group)
+            self._waiting += [i for i in group.rollout_ids if i not in group.records]
+            if group.all_ended:
+                await self._close_group(group)
+
+    def _may_start(self) -> bool:
+        fleet = self._desk.fleet
+        return fleet.room > 0 and self._desk.trainer.is_current and not fleet.holds
 
     def _may_open(self) -> bool:
         """Pacing: bounds the rollouts dispatched and not yet in the engines' weights; none more than can be trained."""
         config, state, trainer = self._desk.config, self._desk.state, self._desk.trainer
         needed = (config.train.steps - state.next_step) * config.algo.groups_per_step
-        outstanding = len(state.groups) * config.algo.group_size + trainer.rollouts_on_the_way
+        untrained = sum(group.status is not GroupStatus.LATE for group in state.groups.values())
+        outstanding = state.num_outstanding + trainer.rollouts_on_the_way
         has_room = outstanding + config.algo.group_size <= config.algo.max_outstanding
-        return trainer.is_current and len(state.groups) < needed and has_room
+        return trainer.is_current and untrained < needed and has_room
 
     async def _open_group(self) -> None:
-        group_id = self._desk.state.next_group
-        label, task, cursor = await self._sources.next(group_id)
-        event = GroupOpened(
-            group_id=group_id,
-            source=label,
-            task=task,
-            size=self._desk.config.algo.group_size,
-            cursor_epoch=cursor.epoch,
-            cursor_taken=cursor.taken,
-            has_group_rewards=self._sources.has_group_rewards[label],
-        )
-        self._desk.journal.record(event)
-        self._waiting += self._desk.state.groups[group_id].rollout_ids
+        opened = await self._sources.open(self._desk.state.next_group, self._desk.config.algo.group_size)
+        self._desk.journal.record(opened)
+        self._desk.teller.note(draw_metrics(opened.source, opened.pool))
+        self._waiting += self._desk.state.groups[opened.group_id].rollout_ids
 
     # --- one rollout
 
     async def _play_to_end(self, rollout_id: int) -> None:
         """Play a rollout until it is valid or its retries are used up. Infrastructure failures are never rewards."""
         desk, group = self._desk, self._desk.state.groups[rollout_id // self._desk.config.algo.group_size]
-        while True:
-            record = await desk.pool.play(self._order(group, rollout_id))
-            if self._quarantined(group):
-                return
-            if record.ending != Ending.INVALID or group.tries.get(rollout_id, 0) >= desk.config.env.retries:
-                break
-            print(f"rollout {rollout_id} of {group.source} is invalid and retried: {record.error}", file=sys.stderr)
-            desk.journal.record(RolloutRetried(rollout_id=rollout_id, error=record.error))
+        with Pulse(desk.config.algo.stuck_s, lambda: self._part_if_stuck(group)) as pulse:
+            self._pulses[rollout_id] = pulse
+            try:
+                record = await self._play_validly(group, rollout_id)
+            finally:
+                del self._pulses[rollout_id]
+        desk.fleet.release(rollout_id)  # before it is scored
+        if record is None:
+            return
         desk.journal.record(RolloutEnded(record=record))
         desk.teller.note(finished_metrics(record))
         desk.teller.totals.note_tokens(record.num_sampled_tokens)
+        self._tails.ended(group)
         if group.all_ended:
             await self._close_group(group)
+        else:
+            self._part_if_stuck(group)
+
+    async def _play_validly(self, group: Group, rollout_id: int) -> RolloutRecord | None:
+        """None, if its task turned out not to be played any more."""
+        desk = self._desk
+        while True:
+            record = await desk.pool.play(self._order(group, rollout_id))
+            if self._quarantined(group):
+                return None
+            if record.ending != Ending.INVALID or group.tries.get(rollout_id, 0) >= desk.config.env.retries:
+                return record
+            print(f"rollout {rollout_id} of {group.source} is invalid and retried: {record.error}", file=sys.stderr)
+            desk.journal.record(RolloutRetried(rollout_id=rollout_id, error=record.error))
+
+    def _part_if_stuck(self, group: Group) -> None:
+        """Every member that is not done has made no progress for a while: the others train without it."""
+        out = [self._pulses.get(i) for i in group.rollout_ids if i not in group.records]
+        if (
+            out
+            and all(pulse is not None and pulse.is_quiet for pulse in out)
+            and may_part(group, drop_zero_signal=self._desk.config.algo.filters_groups)
+        ):
+            self._desk.journal.record(GroupParted(group_id=group.group_id))
+            self._tails.closed(group)
+            self._desk.changed.tell()
+
+    async def _cut_too_old(self) -> None:
+        """Stop what can never train. Once a step: nothing becomes too old in between."""
+        desk, step = self._desk, self._desk.state.next_step
+        if step == self._cut_at:
+            return
+        self._cut_at = step
+        for rollout_id in too_old_in_flight(desk.state, self._pulses, max_age=desk.config.algo.max_age):
+            group = desk.state.groups[rollout_id // desk.config.algo.group_size]
+            desk.journal.record(RolloutCut(rollout_id=rollout_id, num_tokens=desk.state.num_known_tokens(rollout_id)))
+            self._plays[rollout_id].cancel()
+            if group.all_ended:
+                await self._close_group(group)
 
     def _order(self, group: Group, rollout_id: int) -> PlayOrder:
         seed = self._desk.config.train.seed
@@ -147,6 +201,10 @@ class Dispatcher:
         if (known := state.reply_to(rollout_id, call.call, prompt_hash)) is not None:
             return known
 
+        def beat() -> None:
+            if (pulse := self._pulses.get(rollout_id)) is not None:
+                pulse.beat()
+
         def journalled(reply: Reply) -> JournalledReply:
             return JournalledReply(call=call.call, prompt_hash=prompt_hash, reply=reply)
 
@@ -155,13 +213,15 @@ class Dispatcher:
                 self._desk.journal.record(PartlyReplied(rollout_id=rollout_id, piece=journalled(piece)))
 
         reply = await self._desk.gateway.call(
-            group.group_id,
+            rollout_id,
             call.token_ids,
             call.sampling,
             seed=seed,
             begun=state.reply_begun(rollout_id, call.call, prompt_hash) or NOTHING,
             note=note,
+            beat=beat,
         )
+        beat()
         if rollout_id not in group.records:
             self._desk.journal.record(Replied(rollout_id=rollout_id, reply=journalled(reply)))
         return reply
@@ -169,6 +229,14 @@ class Dispatcher:
     # --- one group
 
     async def _close_group(self, group: Group) -> None:
+        """All its members ended. A group that trained before has no outcome left."""
+        self._desk.fleet.forget(group.group_id)
+        self._tails.closed(group)
+        if group.status in (GroupStatus.OPEN, GroupStatus.PARTED):
+            await self._judge(group)
+        self._desk.changed.tell()
+
+    async def _judge(self, group: Group) -> None:
         records: list[RolloutRecord] = []
         if group.has_group_rewards and group.valid:
             records = await self._score_group(group)
@@ -176,10 +244,16 @@ class Dispatcher:
             return
         scored = {record.rollout_id: record for record in records}
         judged = msgspec.structs.replace(group, records=group.records | scored)
-        result = outcome(judged, drop_zero_signal=self._desk.config.algo.drop_zero_signal)
-        self._desk.journal.record(GroupClosed(group_id=group.group_id, outcome=result, records=records))
-        self._desk.fleet.forget(group.group_id)
-        self._desk.changed.tell()
+        result = outcome(judged, drop_zero_signal=self._desk.config.algo.filters_groups)
+        if result == "ready":
+            self._desk.frozen.begin(judged.unsettled)
+        observed = observe_group(self._desk.config, judged)
+        closed = GroupClosed(group_id=group.group_id, outcome=result, records=records, observed=observed)
+        self._desk.journal.record(closed)
+        rate_if_long_without_batch(self._desk)
+        self._desk.teller.note(
+            {"groups/zero_signal_share": Mean(outcome(judged, drop_zero_signal=True) == "zero_signal")}
+        )
         await self._watch_outcomes(judged, result)
 
     def _quarantined(self, group: Group) -> bool:

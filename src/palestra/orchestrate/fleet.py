@@ -4,17 +4,25 @@
         ^                    |                      |
         +------ out <--------+----------------------+   died, failed a publish, or did not answer
 
-Consumes: what the supervisor says of engine processes, what publishes and calls find out about engines.
+A *session* is a rollout as the engines see it: its turns share a growing prefix and stay on the engine that holds it.
+An engine has room for as many sessions as its limit says (`admission.py`). New ones are let in by `admit`; those whose
+engine left, and those of evaluations, wait for room in `engine_for`, and come before new ones.
+
+Consumes: what the supervisor says of engine processes, what publishes, calls and readings find out about engines.
 Produces: the engine for a call; word to the supervisor of engines that must be started again.
-Waits for: an engine that serves, with a deadline. Woken by: an engine that joined. Ends: with the loop.
+Waits for: an engine that serves and has room, with a deadline. Woken by: an engine that joined, a session that ended,
+a higher limit. Ends: with the loop.
 """
 
 import asyncio
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 
 from palestra.core.deadline import within
+from palestra.core.errors import DeadlineError
 from palestra.core.ledger import Ledger
 from palestra.wire.policy import EngineClient
 
@@ -43,27 +51,45 @@ _SPEED_WEIGHT = 0.05  # of one reply in an engine's measured speed
 class EngineLink:
     """One engine as the gateway sees it. Its ledger books what the engine process does."""
 
-    def __init__(self, name: str, client: EngineClient, ledger: Ledger, *, is_inherited: bool = False):
+    def __init__(
+        self,
+        name: str,
+        client: EngineClient,
+        ledger: Ledger,
+        *,
+        limit: int = sys.maxsize,
+        is_inherited: bool = False,
+    ):
         """`is_inherited`: an orchestrator that is gone has left it, perhaps in the middle of a publish."""
         self.name, self.client, self.ledger, self.is_inherited = name, client, ledger, is_inherited
         self.state = EngineState.STARTING
+        self.limit = limit  # sessions
+        self.is_braked = False  # no room now, whatever the limit
+        self.sessions = 0
+        self.ended = 0  # sessions, so far
+        self.stops = 0  # and goings on, by publishes, so far
         self.starts = 0  # of other processes under its name
-        self.in_flight = 0
+        self.in_flight = 0  # calls
         self.tokens_per_s: float | None = None  # of one reply, smoothed
         self.gone = asyncio.Event()  # set while the engine is out
-        self._is_stopped = self._refills = False
+        self.is_stopped = self._refills = False
+
+    def backlog(self, typical: float) -> float:
+        """How long its sessions will take, relative to other engines: a slow engine gets less. `typical` is the speed
+        of an engine that has not replied yet."""
+        return (self.sessions + 1) / (self.tokens_per_s or typical)
 
     @property
-    def backlog(self) -> float:
-        """How long its calls will take, relative to other engines: a slow engine gets less."""
-        return (self.in_flight + 1) / (self.tokens_per_s or 1.0)
+    def room(self) -> int:
+        """Sessions that it may take now. An empty engine takes one, whatever its gauges say."""
+        return max(0, (1 if self.is_braked else max(self.limit, 1)) - self.sessions)
 
     def move(self, state: EngineState) -> None:
         if state not in _ALLOWED[self.state]:
             raise ValueError(f"{self.name} cannot go from {self.state} to {state}")
         self.state = state
         (self.gone.set if state is EngineState.OUT else self.gone.clear)()
-        self._is_stopped = self._refills = False
+        self.is_stopped = self._refills = False
         self._book()
 
     @contextmanager
@@ -79,7 +105,8 @@ class EngineLink:
 
     def stop(self, is_stopped: bool, *, refills: bool) -> None:
         """A publish stops it, or lets it go on; `refills`: running requests are prefilled again then."""
-        self._is_stopped = is_stopped
+        self.is_stopped = is_stopped
+        self.stops += 1
         self._refills = refills and not is_stopped and self.in_flight > 0
         self._book()
 
@@ -103,7 +130,7 @@ class EngineLink:
     def _cause(self) -> str:
         if self.state is not EngineState.SERVING:
             return _BEFORE_SERVING[self.state]
-        if self._is_stopped:
+        if self.is_stopped:
             return "publish"
         if self._refills:
             return "prefill again"
@@ -123,8 +150,10 @@ class Fleet:
     ):
         self.links = list(links)
         self._healthy_s, self._restart, self._changed = healthy_s, restart, changed
-        self._home: dict[int, EngineLink] = {}
-        self._serves = asyncio.Event()
+        self.holds = False  # no rollout starts: a publish waits for those that run (`sync.wait`)
+        self._home: dict[int, EngineLink] = {}  # by session
+        self._prefix: dict[int, EngineLink] = {}  # by group
+        self._held: deque[tuple[int, asyncio.Event]] = deque()  # sessions that wait for room
 
     def of_state(self, *states: EngineState) -> list[EngineLink]:
         return [link for link in self.links if link.state in states]
@@ -180,31 +209,93 @@ class Fleet:
         return link
 
     def _leave(self, link: EngineLink) -> None:
-        self._home = {home: known for home, known in self._home.items() if known is not link}
+        self._home = {session: known for session, known in self._home.items() if known is not link}
+        self._prefix = {group: known for group, known in self._prefix.items() if known is not link}
+        link.sessions, link.is_braked = 0, False
         self._move(link, EngineState.OUT)
 
     def _move(self, link: EngineLink, state: EngineState) -> None:
         link.move(state)
-        (self._serves.set if self.serving else self._serves.clear)()
-        self._changed()
+        self._let_in()
 
     def _named(self, name: str) -> EngineLink:
         return next(link for link in self.links if link.name == name)
 
-    # --- calls
+    # --- sessions
 
-    async def engine_for(self, home: int) -> EngineLink:
-        """The engine that holds the prefixes of `home` (a group), or the one that is done soonest.
+    @property
+    def room(self) -> int:
+        """New sessions that may start now."""
+        return sum(link.room for link in self.serving) - len({session for session, _ in self._held})
+
+    def limit(self, link: EngineLink, limit: int, *, is_braked: bool) -> None:
+        if (limit, is_braked) != (link.limit, link.is_braked):
+            link.limit, link.is_braked = limit, is_braked
+            self._let_in()
+
+    def admit(self, session: int, group: int) -> None:
+        """A new session, where there is `room`: on the engine that holds the prefix of its group, if that one has room,
+        or on the one that is done soonest."""
+        holder = self._prefix.get(group)
+        if holder is None or not holder.room:
+            holder = self._soonest()
+            self._prefix.setdefault(group, holder)
+        self._settle(session, holder)
+
+    def release(self, session: int) -> None:
+        """The session has ended."""
+        link = self._home.pop(session, None)
+        if link is not None:
+            link.sessions -= 1
+            link.ended += 1
+            self._let_in()
+
+    def forget(self, group: int) -> None:
+        """No session of this group will start any more."""
+        self._prefix.pop(group, None)
+
+    async def engine_for(self, session: int) -> EngineLink:
+        """The engine that holds the session's prefix; else one that has room, or for want of room the one that is done
+        soonest.
 
         Errors: DeadlineError, if no engine serves in time.
         """
-        if not self._serves.is_set():
-            hint = "see logs/engine-*.log"
-            await within(self._healthy_s, self._serves.wait(), waiting_for="an engine that serves", hint=hint)
-        if home not in self._home:
-            self._home[home] = min(self.serving, key=lambda link: link.backlog)
-        return self._home[home]
+        if session not in self._home and self.room > 0:
+            self._settle(session, self._soonest())
+        elif session not in self._home:
+            await self._hold(session)
+        return self._home[session]
 
-    def forget(self, home: int) -> None:
-        """The rollouts that share `home` have all ended."""
-        self._home.pop(home, None)
+    async def _hold(self, session: int) -> None:
+        held = (session, asyncio.Event())
+        self._held.append(held)
+        try:
+            hint = "see logs/engine-*.log"
+            await within(self._healthy_s, held[1].wait(), waiting_for="an engine that serves", hint=hint)
+        except DeadlineError:
+            if not self.serving:
+                raise
+        finally:
+            self._held = deque(other for other in self._held if other is not held)
+        if session not in self._home:
+            self._settle(session, self._soonest())
+
+    def _soonest(self) -> EngineLink:
+        """Of the serving engines with room, or of all where none has any."""
+        known = [link.tokens_per_s for link in self.serving if link.tokens_per_s]
+        typical = sum(known) / len(known) if known else 1.0
+        able = [link for link in self.serving if link.room] or self.serving
+        return min(able, key=lambda link: link.backlog(typical))
+
+    def _settle(self, session: int, link: EngineLink) -> None:
+        self._home[session] = link
+        link.sessions += 1
+
+    def _let_in(self) -> None:
+        """Sessions that wait, in their order, as far as there is room; then whoever waits for a change."""
+        while self._held and (self._held[0][0] in self._home or any(link.room for link in self.serving)):
+            session, let_in = self._held.popleft()
+            if session not in self._home:
+                self._settle(session, self._soonest())
+            let_in.set()
+        self._changed()

@@ -60,38 +60,40 @@ class Gateway:
 
     async def call(
         self,
-        home: int,
+        session: int,
         token_ids: list[int],
         sampling: Sampling,
         *,
         seed: int,
         begun: Reply = NOTHING,
         note: Note = lambda piece: None,
+        beat: Callable[[], None] = lambda: None,
     ) -> Reply:
-        """One reply. Calls of the same `home` (a group) go to the same engine.
+        """One reply. Calls of one session (a rollout) go to the same engine.
 
         `begun` is what is known of the reply from before; `note` hears what follows it, in pieces, while it is on its
-        way, and all of it when an engine breaks off.
+        way, and all of it when an engine breaks off; `beat` is called whenever tokens arrive.
         Errors: InfrastructureError, if no engine could answer in time.
         """
         reply, breaks = as_ended(begun, sampling), 0
         while not is_whole(reply):
             if breaks == _BREAKS:
                 raise InfrastructureError(f"a reply broke off {breaks} times, after {len(reply.token_ids)} tokens")
-            link = await self.fleet.engine_for(home)
+            link = await self.fleet.engine_for(session)
             with link.busy():
-                rest = await self._go_on(link, token_ids, reply, sampling, seed=seed, note=note)
+                pieces = _Pieces(link, note, beat)
+                rest = await self._go_on(pieces, token_ids, reply, sampling, seed=seed)
             reply, breaks = as_ended(reply.then(rest), sampling), breaks + 1
         return reply
 
     async def _go_on(
-        self, link: EngineLink, token_ids: list[int], begun: Reply, sampling: Sampling, *, seed: int, note: Note
+        self, pieces: "_Pieces", token_ids: list[int], begun: Reply, sampling: Sampling, *, seed: int
     ) -> Reply:
         """The rest of a reply, or as much of it as came before the engine broke off."""
+        link = pieces.link
         prompt, left = [*token_ids, *begun.token_ids], sampling.max_tokens - len(begun.token_ids)
         rest = msgspec.structs.replace(sampling, max_tokens=left)
         seed = seed_for(seed, len(begun.token_ids)) if begun.token_ids else seed
-        pieces = _Pieces(link, note)
         salt = link.client.cache_salt  # prefixes computed under another version are never shared
         if left <= self._join_max_tokens and not begun.token_ids:
             asking = self._join(_Joinable(link.name, tuple(prompt), rest, salt), link.client, seed)
@@ -176,12 +178,13 @@ class Gateway:
 class _Pieces:
     """The draft of one reply, told in pieces."""
 
-    def __init__(self, link: EngineLink, note: Note):
+    def __init__(self, link: EngineLink, note: Note, beat: Callable[[], None]):
         self.draft = Draft(lambda: link.client.serving, self._arrived)
-        self._link, self._note, self._told = link, note, 0
+        self.link, self._note, self._beat, self._told = link, note, beat, 0
 
     def _arrived(self) -> None:
-        self._link.progressed()
+        self.link.progressed()
+        self._beat()
         if len(self.draft.token_ids) - self._told >= _PIECE_TOKENS:
             self.tell_all()
 

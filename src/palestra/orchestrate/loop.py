@@ -17,14 +17,16 @@ from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.ledger import Ledger, LedgerSelector
-from palestra.core.metrics import Last, Metrics
+from palestra.core.metrics import Last, Metrics, Sum
 from palestra.orchestrate.checkpoint import write_checkpoint
 from palestra.orchestrate.desk import Changes, Desk, Teller
 from palestra.orchestrate.dispatch import Dispatcher
 from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
+from palestra.orchestrate.frozen import FrozenModels, make_frozen, require_same_tokens
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
+from palestra.orchestrate.pressure import Pressure
 from palestra.orchestrate.publisher import Publisher
 from palestra.orchestrate.quarantine import Quarantine
 from palestra.orchestrate.report import summary
@@ -53,7 +55,7 @@ from palestra.wire.messages import (
 )
 from palestra.wire.policy import EngineClient
 from palestra.wire.rundir import Attempt, RunDir, newest_checkpoint
-from palestra.wire.runlog import as_rows, read_ledger, read_restarts
+from palestra.wire.runlog import as_rows, read_ledger, read_restarts, read_warnings
 
 TRAINER = "trainer"
 _FromAll = FromWorker | FromTrainer
@@ -79,8 +81,9 @@ class Loop:
             attempt.orchestrator, attempt=attempt.number, receives=_FromAll, life=life
         )
         tasks, changed = asyncio.TaskGroup(), Changes(config.train.batch_deadline_s)
+        ledgers = _engine_ledgers(run, attempt, is_inherited=life > 0)
         fleet = Fleet(
-            _make_links(run, attempt, make_client, is_inherited=life > 0),
+            _make_links(attempt, config, make_client, ledgers, is_inherited=life > 0),
             healthy_s=config.engine.healthy_s,
             restart=self._ask_restart,
             changed=changed.tell,
@@ -106,12 +109,18 @@ class Loop:
                 published=journal.state.published,
             ),
             teller=Teller(run, attempt, selector),
+            frozen=FrozenModels(
+                make_frozen(config, attempt, make_client, ledgers),
+                tasks.create_task,
+                deadline_s=config.train.batch_deadline_s,
+            ),
             changed=changed,
             tasks=tasks,
         )
         self._evaluations = Evaluations(self.desk)
         self._publisher = Publisher(self.desk, self._evaluations)
         self._dispatcher = Dispatcher(self.desk)
+        self._pressure = Pressure(self.desk)
         self._exported = asyncio.Event()
         self._gone: set[str] = set()  # workers that said their last word, or died before it
         self._lives: dict[str, int] = {}  # of the processes that had more than one
@@ -132,9 +141,8 @@ class Loop:
         """Errors: an ExceptionGroup of whatever ended the attempt."""
         try:
             async with self.desk.tasks as tasks:
-                serving = [
-                    tasks.create_task(serve()) for serve in (self._receive, self._hear_supervisor, self._publisher.run)
-                ]
+                loops = (self._receive, self._hear_supervisor, self._publisher.run, self._pressure.run)
+                serving = [tasks.create_task(serve()) for serve in loops]
                 await self._train(tasks)
                 await self._evaluations.run_last()
                 await self._finish()
@@ -142,6 +150,7 @@ class Loop:
                     task.cancel()
         finally:
             await self.desk.gateway.close()
+            await self.desk.frozen.close()
             for owned in (self._listener, self.desk.journal, self.desk.teller):
                 owned.close()
 
@@ -154,24 +163,29 @@ class Loop:
             await self.desk.changed.wait("the last version in the engines")
         dispatching.cancel()
         self._dispatcher.cancel()
+        self.desk.frozen.cancel()
 
     async def _start(self) -> None:
         """Workers and engines; the trainer says by itself when it is ready."""
         desk = self.desk
         if self._life:
             await desk.progress(f"going on from step {desk.state.next_step}, with the processes that are there")
+            desk.tasks.create_task(desk.frozen.start())
             for link in desk.fleet.links:
                 desk.tasks.create_task(self._rejoin(link))
             return
         await desk.progress("starting engines and environment workers")
+        require_same_tokens(desk.config.model_dir, desk.config.algo.frozen)
         await desk.pool.wait_ready()
         async with asyncio.TaskGroup() as joining:
+            joining.create_task(desk.frozen.start())
             for link in desk.fleet.links:
                 joining.create_task(self._join(link))
 
     async def _join(self, link: EngineLink) -> None:
         """Errors: DeadlineError, if the engine does not become healthy."""
         await link.client.wait_healthy(self.desk.config.engine.healthy_s)
+        await self._pressure.meet(link)
         if link.state is EngineState.STARTING:
             self.desk.fleet.healthy(link)
 
@@ -193,10 +207,11 @@ class Loop:
             await self._send(worker, Stop())
         while not self._gone >= stopped:
             await desk.changed.wait("the last ledger entry of every environment worker")
-        teller.note_ledger(*(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
+        teller.note_ledger(*desk.close_ledgers())
         first = desk.config.eval.sets[0].label if desk.config.eval.sets else None
         told = summary(teller.totals, desk.state, name=desk.run.name, first_eval=first, attempt=desk.attempt.number)
-        teller.log.summary(told | {"restarts": as_rows(read_restarts(desk.run))})
+        also = {"restarts": as_rows(read_restarts(desk.run)), "warnings": read_warnings(desk.run)}
+        teller.log.summary(told | also)
         await teller.send(Done(process="orchestrator"))
 
     async def _hear_supervisor(self) -> None:
@@ -291,13 +306,17 @@ class Loop:
         desk, teller = self.desk, self.desk.teller
         desk.trainer.note_trained(message.step)
         teller.totals.note_step(message.ledgers[0])
-        teller.note_ledger(*message.ledgers, *(link.ledger.close() for link in desk.fleet.links), teller.ledger.close())
+        teller.note_ledger(*message.ledgers, *desk.close_ledgers())
         in_flight: Metrics = {
             "engine/in_flight": Last(sum(link.in_flight for link in desk.fleet.links)),
             "engine/serving": Last(len(desk.fleet.serving)),
+            "engine/limit": Last(desk.capacity),
+            "engine/preemptions": Sum(0),
+            "rollout/in_flight": Last(sum(link.sessions for link in desk.fleet.links)),
         }
         batch = desk.state.batch_metrics.get(message.step, {})
         row = teller.step_row(message, batch, teller.totals.metrics(desk.state), in_flight)
+        await teller.watch(message.step, row)
         shown = {name: row[key].value for name, key in _SHOWN.items() if key in row}
         totals = {"tokens_per_s": teller.totals.tokens_per_s, "trainer_idle": teller.totals.trainer_idle}
         await teller.progress("training", message.step + 1, desk.config.train.steps, **shown, **totals)
@@ -310,18 +329,31 @@ class Loop:
             print(f"{type(message).__name__} was not sent: {error}", file=sys.stderr)
 
 
-_SHOWN = {"reward": "reward/trained", "age": "age/mean"}
+_SHOWN = {"reward": "reward/trained", "age": "age/mean", "in_flight": "rollout/in_flight", "limit": "engine/limit"}
+
+
+def _engine_ledgers(run: RunDir, attempt: Attempt, *, is_inherited: bool) -> Callable[[str], Ledger]:
+    """By an engine's name. Those of inherited engines go on where the dead orchestrator's end."""
+    entries = read_ledger(run) if is_inherited else []
+
+    def ledger(name: str) -> Ledger:
+        since = max([attempt.started_at, *(e.started_at + e.wall_s for e in entries if e.process == name)])
+        return Ledger(name, "lost" if is_inherited else "start", since=since)
+
+    return ledger
 
 
 def _make_links(
-    run: RunDir, attempt: Attempt, make_client: Callable[[str], EngineClient], *, is_inherited: bool
+    attempt: Attempt,
+    config: RunConfig,
+    make_client: Callable[[str], EngineClient],
+    ledger: Callable[[str], Ledger],
+    *,
+    is_inherited: bool,
 ) -> list[EngineLink]:
-    """The ledgers of inherited engines go on where those that the dead orchestrator kept for them end."""
-    entries = read_ledger(run) if is_inherited else []
-
-    def link(name: str, url: str) -> EngineLink:
-        since = max([attempt.started_at, *(e.started_at + e.wall_s for e in entries if e.process == name)])
-        cause = "lost" if is_inherited else "start"
-        return EngineLink(name, make_client(url), Ledger(name, cause, since=since), is_inherited=is_inherited)
-
-    return [link(f"engine-{index}", url) for index, url in enumerate(attempt.engines)]
+    limit = config.engine.max_in_flight
+    policy = attempt.engines[: len(attempt.engines) - len(config.algo.frozen)]  # those of frozen models come behind
+    return [
+        EngineLink(name, make_client(url), ledger(name), limit=limit, is_inherited=is_inherited)
+        for name, url in ((f"engine-{index}", url) for index, url in enumerate(policy))
+    ]

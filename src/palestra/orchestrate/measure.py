@@ -69,7 +69,7 @@ class Evaluations:
                 default=desk.sampling,
                 list_tasks=desk.pool.list_tasks,
                 play=self._play,
-                max_in_flight=max(desk.capacity, 1),
+                max_in_flight=max(desk.capacity if when == "end" else desk.capacity // 2, 1),  # training goes on
                 retries=desk.config.env.retries,
                 seed=desk.config.train.seed,
             )
@@ -87,13 +87,15 @@ class Evaluations:
         desk.teller.log.metrics(version, reward, phase=f"eval-{when}")
 
     async def _play(self, source: str, task: Task, sampling: Sampling, seed: int) -> RolloutRecord:
-        home = -1 - seed  # no group's
+        session = -1 - seed  # no rollout's
 
         async def answer(call: Call) -> Reply:
-            return await self._desk.gateway.call(home, call.token_ids, call.sampling, seed=seed + call.call)
+            return await self._desk.gateway.call(session, call.token_ids, call.sampling, seed=seed + call.call)
 
         order = PlayOrder(rollout_id=0, source=source, task=task, sampling=sampling, seed=seed, answer=answer)
-        record = await self._desk.pool.play(order)
-        self._desk.fleet.forget(home)
+        try:
+            record = await self._desk.pool.play(order)
+        finally:
+            self._desk.fleet.release(session)
         self._desk.teller.totals.note_tokens(record.num_sampled_tokens)
         return record

@@ -1,11 +1,14 @@
 """Publishes: weights into the engines, while they generate.
 
 Consumes: staged versions, the newest first; engines that join. Produces: engines that are proved to hold them.
-Waits for: the trainer's next staged version; an evaluation that withholds publishes. Woken by: `changed`.
+Waits for: the trainer's next staged version; an evaluation that withholds publishes; with `sync.wait` what runs.
+Woken by: `changed`.
 Ends when: cancelled; the last version is in the engines when `trainer.loaded` says so.
 """
 
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from palestra.core.errors import DeadlineError
 from palestra.core.metrics import Max, Mean
@@ -14,7 +17,7 @@ from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
 from palestra.orchestrate.state import Published
 from palestra.wire.policy import EngineClient, UnreachableError
-from palestra.wire.publish import EnginePublish, NoEngineLeft, publish
+from palestra.wire.publish import EnginePublish, NoEngineLeft, PublishReport, publish
 from palestra.wire.weights.manifest import Staged
 
 
@@ -66,10 +69,17 @@ class Publisher:
 
     async def _publish(self, staged: Staged, links: list[EngineLink]) -> bool:
         """Whether any engine holds the version. Errors: NoEngineLeft, if the last ones failed the proof."""
-        desk, sync = self._desk, self._desk.config.sync
         if not links:
             return False
         starts = {link.name: link.starts for link in links}
+        async with self._between_rollouts():
+            report = await self._publish_to(staged, links)
+        told = zip(links, report.engines, strict=True)
+        still_there = [(link, engine) for link, engine in told if link.starts == starts[link.name]]  # the same process
+        return await self._account(still_there, report.max_gap, staged)
+
+    async def _publish_to(self, staged: Staged, links: list[EngineLink]) -> PublishReport:
+        desk, sync = self._desk, self._desk.config.sync
         with desk.teller.spans.span("publish", version=staged.version) as attributes:
             try:
                 report = await publish(
@@ -86,9 +96,20 @@ class Publisher:
                     raise
                 report = failure.report
             attributes |= {"max_gap": report.max_gap, "stopped_s": report.stopped_s}
-        told = zip(links, report.engines, strict=True)
-        still_there = [(link, engine) for link, engine in told if link.starts == starts[link.name]]  # the same process
-        return await self._account(still_there, report.max_gap, staged)
+        return report
+
+    @asynccontextmanager
+    async def _between_rollouts(self) -> AsyncIterator[None]:
+        """With `sync.wait`: none runs, and none starts before it is over."""
+        desk = self._desk
+        desk.fleet.holds = desk.config.sync.wait
+        while desk.fleet.holds and desk.pool.num_playing:
+            await desk.changed.wait(f"{desk.pool.num_playing} rollouts to end before a publish (sync.wait)")
+        try:
+            yield
+        finally:
+            desk.fleet.holds = False
+            desk.changed.tell()
 
     def _adopts(self, links: list[EngineLink]) -> bool:
         """Whether an engine may be as a dead orchestrator left it, in the middle of a publish."""

@@ -1,6 +1,7 @@
 """What the loop tells: metrics of a step, progress for people, the summary of a run."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,8 @@ from palestra.core.clock import unix_now
 from palestra.core.ledger import LedgerEntry, total
 from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from palestra.core.records import Ending, RolloutRecord
-from palestra.orchestrate.state import EvalEnded, LoopState
+from palestra.orchestrate.curriculum import pool_metrics, pool_summary
+from palestra.orchestrate.state import EvalEnded, Group, LoopState
 
 
 def finished_metrics(record: RolloutRecord) -> Metrics:
@@ -41,6 +43,23 @@ def trained_metrics(records: Iterable[RolloutRecord], step: int) -> Metrics:
     )
 
 
+class Tails:
+    """Time lost to tails: from the end of the member in the middle of a group to the group's end. `note` hears it."""
+
+    def __init__(self, note: Callable[[Metrics], None]):
+        self._note = note
+        self._ends: dict[int, list[float]] = {}
+
+    def ended(self, group: Group) -> None:
+        """A member did."""
+        self._ends.setdefault(group.group_id, []).append(time.monotonic())
+
+    def closed(self, group: Group) -> None:
+        """All members did, or those that did may train without the others."""
+        if ends := self._ends.pop(group.group_id, []):
+            self._note({"group/tail_s": Mean(time.monotonic() - ends[(len(ends) - 1) // 2])})
+
+
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that `share` of the values do not exceed; 0 for none."""
     ordered = sorted(values)
@@ -55,6 +74,7 @@ class Totals:
     publishes: int = 0
     max_gap: float = 0.0
     age: Mean = field(default_factory=lambda: Mean(0, 0))
+    predicted_age: Mean = field(default_factory=lambda: Mean(0, 0))
     sampled_tokens: int = 0
     sampling_since: float | None = None
     ledgers: dict[str, LedgerEntry] = field(default_factory=dict)  # by process
@@ -103,6 +123,10 @@ class Totals:
             "groups/too_old": Last(state.counts.get("groups_too_old", 0)),
             "groups/all_invalid": Last(state.counts.get("groups_all_invalid", 0)),
             "rollout/retried": Last(state.counts.get("rollouts_retried", 0)),
+            "rollout/cut": Last(state.counts.get("rollouts_cut", 0)),
+            "rollout/length_drift": Last(state.length_drift),
+            "groups/parted": Last(state.counts.get("groups_parted", 0)),
+            **pool_metrics(state.pools),
         }
 
 
@@ -126,8 +150,11 @@ def summary(totals: Totals, state: LoopState, *, name: str, first_eval: str | No
         "ledger_closure": totals.ledger_closure,
         "trainer_idle": totals.trainer_idle,
         "mean_age": totals.age.value if totals.age.count else None,
+        "predicted_mean_age": totals.predicted_age.value if totals.predicted_age.count else None,
         "sample_tokens_per_s": totals.tokens_per_s,
+        "length_drift": state.length_drift,
         "counts": dict(sorted(state.counts.items())),
+        "curriculum": pool_summary(state.pools, state.seeds),
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from palestra.config.schema import Source
 from palestra.core.errors import UserError
 from palestra.core.records import Task
-from palestra.orchestrate.state import Cursor
+from palestra.orchestrate.state import Cursor, GroupOpened
 from palestra.wire.messages import Tasks
 
 ListTasksCall = Callable[[str, int, int, int], Awaitable[Tasks]]  # source, epoch, offset, count
@@ -47,7 +47,7 @@ class TaskSources:
         refuses: Callable[[str, Task], bool] = lambda source, task: False,
     ):
         """`refuses` says which tasks are passed over."""
-        self._refuses = refuses
+        self.refuses = refuses
         self._list_tasks, self._seed, self._chunk_tasks = list_tasks, seed, chunk_tasks
         self._labels = [source.label for source in mix]
         weights = np.asarray([source.weight for source in mix])
@@ -58,17 +58,33 @@ class TaskSources:
     def resume(self, cursors: dict[str, Cursor]) -> None:
         self._shelves = {label: _Shelf(Cursor(epoch=c.epoch, taken=c.taken)) for label, c in cursors.items()}
 
+    def source_of(self, group_id: int) -> str:
+        """The source that group `group_id` takes its task from."""
+        rng = np.random.default_rng((self._seed, group_id))
+        return self._labels[int(rng.choice(len(self._labels), p=self._shares))]
+
+    async def open(self, group_id: int, size: int) -> GroupOpened:
+        """Group `group_id` of `size` rollouts. Errors: as `next`."""
+        label, task, cursor = await self.next(group_id)
+        return GroupOpened(
+            group_id=group_id,
+            source=label,
+            task=task,
+            size=size,
+            cursor_epoch=cursor.epoch,
+            cursor_taken=cursor.taken,
+            has_group_rewards=self.has_group_rewards[label],
+        )
+
     async def next(self, group_id: int) -> tuple[str, Task, Cursor]:
         """The task of group `group_id`, and its source's cursor after it.
 
         Errors: UserError, if an environment's `tasks` raised or is empty.
         """
-        label = self._labels[
-            int(np.random.default_rng((self._seed, group_id)).choice(len(self._labels), p=self._shares))
-        ]
+        label = self.source_of(group_id)
         shelf = self._shelves.setdefault(label, _Shelf(Cursor()))
         epoch = shelf.cursor.epoch
-        while self._refuses(label, task := await self._take(label, shelf)):
+        while self.refuses(label, task := await self._take(label, shelf)):
             if shelf.cursor.epoch > epoch + 1:
                 raise UserError(f"every task of environment {label!r} is quarantined; see the log of the orchestrator")
         return label, task, shelf.cursor
@@ -84,16 +100,23 @@ class TaskSources:
     async def _fetch(self, label: str, shelf: _Shelf) -> None:
         """Replace the shelf's chunk by the one that holds the cursor."""
         start = shelf.cursor.taken // self._chunk_tasks * self._chunk_tasks
-        tasks = await self._list_tasks(label, shelf.cursor.epoch, start, self._chunk_tasks)
-        if tasks.error:
-            raise UserError(f"environment {label!r} could not list its tasks: {tasks.error}")
-        if not tasks.tasks and start == 0:
-            raise UserError(
-                f"environment {label!r} has no tasks in epoch {shelf.cursor.epoch}; its tasks() must yield some"
-            )
-        self.has_group_rewards[label] = tasks.has_group_rewards
-        order = np.random.default_rng((self._seed, shelf.cursor.epoch, start)).permutation(len(tasks.tasks))
+        tasks = await self.read_chunk(label, shelf.cursor.epoch, start)
+        order = self.order_of_chunk(shelf.cursor.epoch, start, len(tasks.tasks))
         shelf.chunk = [tasks.tasks[i] for i in order]
         shelf.chunk_start, shelf.exhausted = start, tasks.exhausted or not tasks.tasks
         if shelf.cursor.taken - start >= len(shelf.chunk) and shelf.exhausted:  # the epoch ended at a chunk's edge
             shelf.cursor, shelf.chunk, shelf.chunk_start = Cursor(epoch=shelf.cursor.epoch + 1), [], 0
+
+    async def read_chunk(self, label: str, epoch: int, start: int) -> Tasks:
+        """Tasks [start, start + chunk_tasks) in the environment's order. Errors: as `next`."""
+        tasks = await self._list_tasks(label, epoch, start, self._chunk_tasks)
+        if tasks.error:
+            raise UserError(f"environment {label!r} could not list its tasks: {tasks.error}")
+        if not tasks.tasks and start == 0:
+            raise UserError(f"environment {label!r} has no tasks in epoch {epoch}; its tasks() must yield some")
+        self.has_group_rewards[label] = tasks.has_group_rewards
+        return tasks
+
+    def order_of_chunk(self, epoch: int, start: int, size: int) -> list[int]:
+        """Positions within a chunk in the order they are taken."""
+        return np.random.default_rng((self._seed, epoch, start)).permutation(size).tolist()

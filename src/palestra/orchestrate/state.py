@@ -11,18 +11,23 @@ from msgspec import Struct, field
 
 from palestra.core.metrics import Metric, Metrics
 from palestra.core.records import Ending, Reply, RolloutRecord, Task
+from palestra.orchestrate.curriculum import Found, Observation, Pool, Rating, Result, SourcePools
 
 
 class GroupStatus(StrEnum):
     OPEN = "open"  # members are waiting, running or being scored
+    PARTED = "parted"  # the members that ended may train without the others
     READY = "ready"  # all members ended and there is signal
+    LATE = "late"  # members are in a batch; others are still out, or ended later and may train
     DROPPED = "dropped"  # never trains; see `GroupClosed.outcome`
-    SHIPPED = "shipped"  # in a batch
+    SHIPPED = "shipped"  # all of it is in batches
 
 
 _ALLOWED = {
-    GroupStatus.OPEN: {GroupStatus.READY, GroupStatus.DROPPED},
-    GroupStatus.READY: {GroupStatus.SHIPPED, GroupStatus.DROPPED},
+    GroupStatus.OPEN: {GroupStatus.READY, GroupStatus.PARTED, GroupStatus.DROPPED},
+    GroupStatus.PARTED: {GroupStatus.READY, GroupStatus.LATE, GroupStatus.SHIPPED, GroupStatus.DROPPED},
+    GroupStatus.READY: {GroupStatus.SHIPPED, GroupStatus.LATE, GroupStatus.DROPPED},
+    GroupStatus.LATE: {GroupStatus.LATE, GroupStatus.SHIPPED, GroupStatus.DROPPED},
     GroupStatus.DROPPED: set(),
     GroupStatus.SHIPPED: set(),
 }
@@ -35,8 +40,19 @@ class Cursor(Struct, kw_only=True):
     taken: int = 0
 
 
+class Baseline(Struct, frozen=True, array_like=True):
+    """What rewards of one seat are compared with: the mean and the standard deviation of a group's members."""
+
+    mean: float
+    std: float
+
+
 class Group(Struct, kw_only=True):
-    """The rollouts of one task. Member m has rollout id `group_id * size + m`."""
+    """The rollouts of one task. Member m has rollout id `group_id * size + m`.
+
+    `settled` are members that a batch has taken, or that were too old for it; `baselines`, by seat, are what members
+    that end after that are compared with.
+    """
 
     group_id: int
     source: str
@@ -46,6 +62,9 @@ class Group(Struct, kw_only=True):
     status: GroupStatus = GroupStatus.OPEN
     records: dict[int, RolloutRecord] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
+    settled: set[int] = field(default_factory=set)
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    is_observed: bool = False  # a curriculum knows what its rollouts were worth
 
     @property
     def rollout_ids(self) -> range:
@@ -61,6 +80,11 @@ class Group(Struct, kw_only=True):
         return [
             self.records[i] for i in self.rollout_ids if i in self.records and self.records[i].ending != Ending.INVALID
         ]
+
+    @property
+    def unsettled(self) -> list[RolloutRecord]:
+        """Valid members that no batch has taken yet."""
+        return [record for record in self.valid if record.rollout_id not in self.settled]
 
     def move(self, status: GroupStatus) -> None:
         if status not in _ALLOWED[self.status]:
@@ -80,7 +104,7 @@ class JournalledReply(Struct, frozen=True, kw_only=True):
 
 
 class GroupOpened(Struct, frozen=True, kw_only=True, tag=True):
-    """`cursor_*` is the source's position after this task was taken."""
+    """`cursor_*` is the source's position after this task was taken; `pool` is where a curriculum drew it from."""
 
     group_id: int
     source: str
@@ -89,6 +113,7 @@ class GroupOpened(Struct, frozen=True, kw_only=True, tag=True):
     cursor_epoch: int
     cursor_taken: int
     has_group_rewards: bool = False
+    pool: str = ""
 
 
 class Replied(Struct, frozen=True, kw_only=True, tag=True):
@@ -116,26 +141,47 @@ class RolloutRetried(Struct, frozen=True, kw_only=True, tag=True):
 
 class GroupClosed(Struct, frozen=True, kw_only=True, tag=True):
     """All members ended. `records` replace the members' (group rewards are in them). Outcome: see `buffer.outcome`; or
-    `quarantined`, whatever its members did."""
+    `quarantined`, whatever its members did. `observed` is what a curriculum learns of the task; of no rollouts without
+    one."""
 
     group_id: int
     outcome: str
     records: list[RolloutRecord] = []
+    observed: Result = Result(0.0, 0)
+
+
+class GroupParted(Struct, frozen=True, kw_only=True, tag=True):
+    """The members that ended may train without the others."""
+
+    group_id: int
+
+
+class RolloutCut(Struct, frozen=True, kw_only=True, tag=True):
+    """A rollout in flight became too old to train: it is stopped. `num_tokens`: how far it had come."""
+
+    rollout_id: int
+    num_tokens: int
 
 
 class GroupExpired(Struct, frozen=True, kw_only=True, tag=True):
-    """A ready group became too old to train."""
+    """What of a group has not trained yet became too old to train."""
 
     group_id: int
 
 
 class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
-    """The batch file of `step` is complete on disk and holds these groups. `metrics` are those of its rollouts."""
+    """The batch file of `step` is complete on disk and holds these rollouts of these groups; the rollouts in `too_old`
+    were past the age bound. `baselines`, by group and seat, are those of groups with members still out: they train
+    later against the same ones. `metrics` are those of its rollouts; `observed` is what a curriculum learns of groups
+    that train before they closed."""
 
     step: int
     group_ids: list[int]
     rollout_ids: list[int]
+    too_old: list[int] = []
+    baselines: dict[int, dict[str, Baseline]] = {}
     metrics: dict[str, Metric] = {}
+    observed: dict[int, Result] = {}
 
 
 class Published(Struct, frozen=True, kw_only=True, tag=True):
@@ -168,6 +214,32 @@ class EvalEnded(Struct, frozen=True, kw_only=True, tag=True):
     when: str  # start, end or during
 
 
+class TasksSeeded(Struct, frozen=True, kw_only=True, tag=True):
+    """The curriculum begins with these results, by task key."""
+
+    results: dict[str, Result]
+
+
+class SourceRead(Struct, frozen=True, kw_only=True, tag=True):
+    """A curriculum read `num_tasks` further tasks of a source and met these for the first time."""
+
+    source: str
+    cursor_epoch: int
+    cursor_taken: int
+    num_tasks: int
+    found: list[Found] = []
+    forgotten: list[str] = []
+    barren: int = 0
+    is_whole: bool = False
+
+
+class TasksRated(Struct, frozen=True, kw_only=True, tag=True):
+    """All pending observations count from now on. `step` is the step that the next batch is for."""
+
+    step: int
+    ratings: list[Rating]
+
+
 Event = (
     GroupOpened
     | Replied
@@ -175,20 +247,26 @@ Event = (
     | RolloutEnded
     | RolloutRetried
     | GroupClosed
+    | GroupParted
+    | RolloutCut
     | GroupExpired
     | BatchShipped
     | Published
     | TaskQuarantined
     | StepsSaved
     | EvalEnded
+    | TasksSeeded
+    | SourceRead
+    | TasksRated
 )
 
 
 class LoopState(Struct, kw_only=True):
     """Everything the loop must know to go on. Only `apply` changes it.
 
-    `groups` holds open and ready groups; `replies` and the `begun` ones those of rollouts that have not ended;
-    `next_step` is the step the next batch is for.
+    `groups` holds groups that are not wholly trained or dropped; `replies` and the `begun` ones those of rollouts that
+    have not ended; `next_step` is the step the next batch is for. `pools`, by source, and `seeds`, by task key, are the
+    curriculum's; `moves` are those of the last ratings, of step `rated_at`.
     """
 
     next_group: int = 0
@@ -203,6 +281,10 @@ class LoopState(Struct, kw_only=True):
     max_versions_in_a_rollout: int = 0
     published: int = -1  # the newest version that engines held; -1: none yet
     quarantined: dict[str, str] = field(default_factory=dict)  # task -> why
+    pools: dict[str, SourcePools] = field(default_factory=dict)
+    seeds: dict[str, Result] = field(default_factory=dict)
+    moves: list[Rating] = field(default_factory=list)
+    rated_at: int = 0
 
     def apply(self, event: Event) -> None:
         """Errors: ValueError for an event that cannot follow (a rollout that ends twice, a batch out of order)."""
@@ -215,6 +297,32 @@ class LoopState(Struct, kw_only=True):
     def reply_begun(self, rollout_id: int, call: int, prompt_hash: int) -> Reply | None:
         """What was journalled of a reply that broke off."""
         return _find(self.begun.get(rollout_id, []), call, prompt_hash)
+
+    def oldest_version(self, rollout_id: int) -> int | None:
+        """Of the tokens that a rollout in flight is known to have; None before the first of them."""
+        return min((span.version for reply in self._known(rollout_id) for span in reply.spans), default=None)
+
+    def num_known_tokens(self, rollout_id: int) -> int:
+        """That a rollout in flight is known to have sampled."""
+        return sum(len(reply.token_ids) for reply in self._known(rollout_id))
+
+    def _known(self, rollout_id: int) -> list[Reply]:
+        return [known.reply for known in (*self.replies.get(rollout_id, []), *self.begun.get(rollout_id, []))]
+
+    @property
+    def num_outstanding(self) -> int:
+        """Rollouts dispatched, or to be, and not in a batch yet."""
+        return sum(group.size - len(group.settled) for group in self.groups.values())
+
+    @property
+    def length_drift(self) -> float:
+        """How much longer the rollouts that trained are than those dispatched in groups with signal, as a share: the
+        loop selects by length, if it is not about 0."""
+        counts = self.counts
+        if not counts.get("tokens_dispatched") or not counts.get("rollouts_shipped"):
+            return 0.0
+        dispatched = counts["tokens_dispatched"] / counts["rollouts_dispatched"]
+        return counts.get("tokens_trained", 0) / counts["rollouts_shipped"] / dispatched - 1
 
     def count(self, name: str, amount: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + amount
@@ -238,6 +346,9 @@ def _group_opened(state: LoopState, event: GroupOpened) -> None:
     state.cursors[event.source] = Cursor(epoch=event.cursor_epoch, taken=event.cursor_taken)
     state.next_group += 1
     state.count("groups_opened")
+    if event.pool:
+        state.pools[event.source].draw(event.task.key, event.group_id)
+        state.count(f"draws_{event.pool}")
 
 
 def _replied(state: LoopState, event: Replied) -> None:
@@ -260,15 +371,43 @@ def _drop_begun(state: LoopState, rollout_id: int, call: int) -> None:
 
 def _rollout_ended(state: LoopState, event: RolloutEnded) -> None:
     record = event.record
+    state.max_versions_in_a_rollout = max(state.max_versions_in_a_rollout, len(record.versions))
+    state.count(f"rollouts_{record.ending}")
+    state.count("tokens_sampled", record.num_sampled_tokens)
+    _note_end(state, record)
+
+
+def _rollout_cut(state: LoopState, event: RolloutCut) -> None:
+    group = _live_group(state, event.rollout_id)
+    error = "stopped in flight: too old to train (algo.max_age)"
+    state.count("rollouts_cut")
+    _count_dispatched(state, [event.num_tokens])
+    _note_end(
+        state,
+        RolloutRecord(
+            rollout_id=event.rollout_id, environment=group.source, task=group.task, ending=Ending.INVALID, error=error
+        ),
+    )
+
+
+def _count_dispatched(state: LoopState, tokens: list[int]) -> None:
+    """Lengths of rollouts whose group has signal, whether they train or not: at least these, of those that were cut."""
+    state.count("rollouts_dispatched", len(tokens))
+    state.count("tokens_dispatched", sum(tokens))
+
+
+def _note_end(state: LoopState, record: RolloutRecord) -> None:
     group = _live_group(state, record.rollout_id)
     if record.rollout_id in group.records:
         raise ValueError(f"rollout {record.rollout_id} ended twice")
     group.records[record.rollout_id] = record
     state.replies.pop(record.rollout_id, None)
     state.begun.pop(record.rollout_id, None)
-    state.max_versions_in_a_rollout = max(state.max_versions_in_a_rollout, len(record.versions))
-    state.count(f"rollouts_{record.ending}")
-    state.count("tokens_sampled", record.num_sampled_tokens)
+    if group.status in (GroupStatus.PARTED, GroupStatus.LATE) and record.ending != Ending.INVALID:
+        _count_dispatched(state, [record.num_sampled_tokens])
+    if group.status is GroupStatus.LATE:
+        state.count("rollouts_late")
+        _leave_if_settled(state, group)
 
 
 def _rollout_retried(state: LoopState, event: RolloutRetried) -> None:
@@ -284,7 +423,10 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
     for record in event.records:
         group.records[record.rollout_id] = record
     state.count(f"groups_{event.outcome}")
+    _note_observed(state, group, event.observed)
     if event.outcome == "ready":
+        if group.status is GroupStatus.OPEN:
+            _count_dispatched(state, [record.num_sampled_tokens for record in group.valid])
         group.move(GroupStatus.READY)
     else:
         group.move(GroupStatus.DROPPED)
@@ -294,19 +436,43 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
             state.begun.pop(rollout_id, None)
 
 
+def _group_parted(state: LoopState, event: GroupParted) -> None:
+    group = state.groups[event.group_id]
+    group.move(GroupStatus.PARTED)
+    _count_dispatched(state, [record.num_sampled_tokens for record in group.valid])
+    state.count("groups_parted")
+
+
 def _group_expired(state: LoopState, event: GroupExpired) -> None:
-    state.groups.pop(event.group_id).move(GroupStatus.DROPPED)
-    state.count("groups_too_old")
+    group = state.groups.pop(event.group_id)
+    if group.status is GroupStatus.LATE:
+        state.count("rollouts_late_too_old", len(group.unsettled))
+    else:
+        state.count("groups_too_old")
+    group.move(GroupStatus.DROPPED)
 
 
 def _batch_shipped(state: LoopState, event: BatchShipped) -> None:
     if event.step != state.next_step:
         raise ValueError(f"batch of step {event.step} shipped where step {state.next_step} is next")
-    for group_id in event.group_ids:
-        state.groups.pop(group_id).move(GroupStatus.SHIPPED)
+    trained = set(event.rollout_ids)
+    for group in [state.groups[group_id] for group_id in event.group_ids if group_id in state.groups]:
+        _note_observed(state, group, event.observed.get(group.group_id, Result(0.0, 0)))
+        members = set(group.rollout_ids)
+        tokens = sum(group.records[i].num_sampled_tokens for i in trained & members)
+        state.count("tokens_trained", tokens)
+        group.settled |= members & trained.union(event.too_old)
+        group.baselines = event.baselines.get(group.group_id, group.baselines)
+        group.move(GroupStatus.LATE)
+        _leave_if_settled(state, group)
     state.batch_metrics[event.step] = event.metrics
     state.next_step += 1
     state.count("rollouts_shipped", len(event.rollout_ids))
+
+
+def _leave_if_settled(state: LoopState, group: Group) -> None:
+    if group.all_ended and not group.unsettled:
+        state.groups.pop(group.group_id).move(GroupStatus.SHIPPED)
 
 
 def _published(state: LoopState, event: Published) -> None:
@@ -317,6 +483,9 @@ def _published(state: LoopState, event: Published) -> None:
 
 def _task_quarantined(state: LoopState, event: TaskQuarantined) -> None:
     state.quarantined[event.task] = event.reason
+    for source, pools in state.pools.items():
+        if event.task.startswith(f"{source}/"):
+            pools.forget(event.task.removeprefix(f"{source}/"))
     state.count("tasks_quarantined")
 
 
@@ -326,6 +495,36 @@ def _steps_saved(state: LoopState, event: StepsSaved) -> None:
 
 def _eval_ended(state: LoopState, event: EvalEnded) -> None:
     state.evals.append(event)
+
+
+def _note_observed(state: LoopState, group: Group, result: Result) -> None:
+    group.is_observed = True
+    if result.count:
+        state.pools[group.source].pending.append(Observation(group.group_id, group.task.key, result))
+
+
+def _tasks_seeded(state: LoopState, event: TasksSeeded) -> None:
+    state.seeds = event.results
+
+
+def _source_read(state: LoopState, event: SourceRead) -> None:
+    pools = state.pools.setdefault(event.source, SourcePools())
+    pools.read(event.found, event.forgotten, barren=event.barren, is_whole=event.is_whole)
+    state.cursors[event.source] = Cursor(epoch=event.cursor_epoch, taken=event.cursor_taken)
+    state.count("tasks_found", len(event.found))
+    state.count("tasks_seeded", sum(bool(found.standing.recent) for found in event.found))
+    state.count("tasks_forgotten", len(event.forgotten))
+
+
+def _tasks_rated(state: LoopState, event: TasksRated) -> None:
+    for pools in state.pools.values():
+        pools.pending = []
+    for rating in event.ratings:
+        state.pools[rating.source].rate(rating)
+    state.rated_at = event.step
+    state.moves = [rating for rating in event.ratings if rating.after != rating.before]
+    state.count("pool_moves", len(state.moves))
+    state.count("tasks_retired", sum(rating.after == Pool.RETIRED for rating in state.moves))
 
 
 def _live_group(state: LoopState, rollout_id: int) -> Group:
@@ -342,10 +541,15 @@ _APPLY = {
     RolloutEnded: _rollout_ended,
     RolloutRetried: _rollout_retried,
     GroupClosed: _group_closed,
+    GroupParted: _group_parted,
+    RolloutCut: _rollout_cut,
     GroupExpired: _group_expired,
     BatchShipped: _batch_shipped,
     Published: _published,
     TaskQuarantined: _task_quarantined,
     StepsSaved: _steps_saved,
     EvalEnded: _eval_ended,
+    TasksSeeded: _tasks_seeded,
+    SourceRead: _source_read,
+    TasksRated: _tasks_rated,
 }

@@ -119,6 +119,10 @@ class WorkerPool:
     def names(self) -> list[str]:
         return sorted(self._running)
 
+    @property
+    def num_playing(self) -> int:
+        return len(self._playing)
+
     async def wait_ready(self) -> None:
         await within(
             self._deadlines.ready_s,
@@ -222,7 +226,7 @@ class WorkerPool:
         try:
             return await playing.ended
         except asyncio.CancelledError:
-            if number in self._playing:
+            if number in self._playing:  # else it has just ended
                 self._end(number)
                 await self._cancel(worker, number)
             raise

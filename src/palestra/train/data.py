@@ -130,4 +130,5 @@ def sft_batch(rows: Sequence[SftRow], *, step: int, attempt: int, max_pack_token
         rollout=np.arange(len(rows)),
         temperature=np.ones(len(rows), np.float32),
         pack=packing.pack_of_sample,
+        version=np.full(len(rows), step),
     )

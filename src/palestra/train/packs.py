@@ -29,6 +29,7 @@ class Pack:
     advantage: Tensor
     weights: dict[str, Tensor]  # by component
     rollout: Tensor
+    age: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def _pack(batch: Batch, index: int, device: torch.device | str) -> Pack:
         advantage=stream("advantage"),
         weights={name: stream(f"{name}_weight") for name in COMPONENTS},
         rollout=_tensor(rollout_K, np.int64, device),
+        age=_tensor(batch.age[sample_T[scored]], np.int64, device),
     )
 
 
@@ -124,6 +126,7 @@ def _empty_pack(device: torch.device | str) -> Pack:
         advantage=nothing,
         weights=dict.fromkeys(COMPONENTS, nothing),
         rollout=no_index,
+        age=no_index,
     )
 
 

@@ -23,14 +23,17 @@ from palestra.model.policy import Policy
 from palestra.train.optimizer import set_lr
 from palestra.train.packs import Pack, Plan
 from palestra.train.ranks import Ranks
+from palestra.train.spread import histogram, spread_metrics
 
 
 class Readings:
-    """Sums over packs, kept on the device until the step is over. `means` are (total, count); `maxima` scalars."""
+    """Sums over packs, kept on the device until the step is over. `means` are (total, count); `maxima` scalars;
+    `tallies` counts of any shape."""
 
     def __init__(self):
         self.means: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
+        self.tallies: dict[str, Tensor] = {}
 
     def add(self, name: str, total_and_count: Tensor) -> None:
         known = self.means.get(name)
@@ -39,6 +42,10 @@ class Readings:
     def raise_to(self, name: str, value: Tensor) -> None:
         known = self.maxima.get(name)
         self.maxima[name] = value if known is None else torch.maximum(known, value)
+
+    def tally(self, name: str, counts: Tensor) -> None:
+        known = self.tallies.get(name)
+        self.tallies[name] = counts if known is None else known + counts
 
     def over_all(self, ranks: Ranks) -> tuple[dict[str, Tensor], Metrics]:
         """The sums and the metrics over all ranks, which all have the same names: every rank has a pack."""
@@ -52,6 +59,7 @@ class Readings:
         if maxima:
             largest = ranks.max(torch.stack([self.maxima[name].double() for name in maxima])).tolist()
             metrics |= {name: Max(value) for name, value in zip(maxima, largest, strict=True)}
+        sums |= {name: ranks.sum(self.tallies[name]).cpu() for name in sorted(self.tallies)}
         return sums, metrics
 
 
@@ -65,9 +73,13 @@ def train_step(
     max_grad_norm: float,
     ranks: Ranks,
     ledger: Ledger,
+    lr_ess_power: float = 0.0,
 ) -> Metrics:
     """Turn the policy into the next version. A collective. Metrics are those of the whole batch on every rank.
 
+    With `lr_ess_power` p the learning rate is lr x (effective sample share of the whole batch)^p: 0.5 treats the share
+    as a smaller batch under Adam's square-root rule (Huang et al. 2026, arXiv:2602.17616, scale by it; Malladi et al.
+    2022, arXiv:2205.10287, on the rule).
     Errors: PalestraError for a gradient that is not finite; the policy is then unchanged.
     """
     readings = Readings()
@@ -82,10 +94,12 @@ def train_step(
             raise PalestraError(
                 f"step {plan.step}: the gradient's norm is {grad_norm}; lower train.lr or check the rewards"
             )
+        sums, metrics = readings.over_all(ranks)
+        if plan.counts["rl"]:
+            lr *= _effective_share(sums) ** lr_ess_power
         set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad()
-        sums, metrics = readings.over_all(ranks)
     return metrics | _step_metrics(plan, grad_norm, lr, sums)
 
 
@@ -103,7 +117,9 @@ def pack_loss(policy: Policy, pack: Pack, counts: dict[str, int], rl_loss: Polic
             readings.add(f"train/{name}/{stat}", parts)
     if counts["rl"]:
         trained_K = pack.weights["rl"] != 0
-        gap_K = torch.where(trained_K, (trainer_logp_K.detach() - pack.engine_logp).abs(), 0.0)
+        log_ratio_K = trainer_logp_K.detach() - pack.engine_logp
+        readings.tally("train/rl/log_ratio", histogram(log_ratio_K, pack.age, trained_K))
+        gap_K = torch.where(trained_K, log_ratio_K.abs(), 0.0)
         readings.add("train/rl/mismatch_abs", _mean(gap_K, trained_K))
         readings.raise_to("train/rl/mismatch_max", torch.cat([gap_K, gap_K.new_zeros(1)]).max())
     return loss
@@ -140,6 +156,10 @@ def _step_metrics(plan: Plan, grad_norm: float, lr: float, sums: dict[str, Tenso
         "train/rollouts_split": Mean(plan.num_split, plan.num_rollouts),
     }
     if plan.counts["rl"]:
-        stats = {name.removeprefix("train/rl/"): parts for name, parts in sums.items()}
-        metrics["train/rl/effective_share"] = Last(effective_sample_share(stats))
+        metrics["train/rl/effective_share"] = Last(_effective_share(sums))
+        metrics |= spread_metrics(sums["train/rl/log_ratio"])
     return metrics
+
+
+def _effective_share(sums: dict[str, Tensor]) -> float:
+    return effective_sample_share({name.removeprefix("train/rl/"): parts for name, parts in sums.items()})

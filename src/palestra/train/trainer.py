@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from palestra.algo.losses import policy_loss
+from palestra.algo.losses import RolloutMasks, policy_loss, with_masks
 from palestra.config import RunConfig
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import Ledger
@@ -31,9 +31,10 @@ class Trainer:
     def __init__(self, config: RunConfig, ranks: Ranks, ledger: Ledger):
         self._config, self._run, self.ranks = config, RunDir(config.run_dir), ranks
         try:
-            self._rl_loss = policy_loss(config.algo.loss, config.algo.loss_args)
+            loss = policy_loss(config.algo.loss, config.algo.loss_args)
         except ValueError as error:
             raise UserError(str(error)) from error
+        self._rl_loss = with_masks(loss, RolloutMasks(**config.algo.masks.model_dump(exclude_none=True)))
         with ledger.spend("load"):
             self.policy = load_policy(
                 config.model_dir,
@@ -70,6 +71,7 @@ class Trainer:
             max_grad_norm=self._config.train.max_grad_norm,
             ranks=self.ranks,
             ledger=ledger,
+            lr_ess_power=self._config.train.lr_ess_power,
         )
         self.version += 1
         seconds = time.perf_counter() - started

@@ -16,7 +16,8 @@ import numpy as np
 
 from palestra.core.errors import FencedError, InfrastructureError
 
-_MAGIC = b"palestra-batch-1\n"
+_MAGIC = b"palestra-batch-2\n"
+_INTEGERS = ("token_ids", "lengths", "rollout", "pack", "version")
 _RUN_STREAMS = ("advantage", "rl_weight", "ce_weight", "ref_weight", "reference_logprobs", "engine_logprobs")
 
 
@@ -24,8 +25,9 @@ _RUN_STREAMS = ("advantage", "rl_weight", "ce_weight", "ref_weight", "reference_
 class Batch:
     """All samples of one step, packed for the trainer's ranks.
 
-    Shapes: per-token fields are [N]; `lengths`, `rollout`, `temperature`, `pack` are [S].
+    Shapes: per-token fields are [N]; `lengths`, `rollout`, `temperature`, `pack`, `version` are [S].
     `pack[s]` is the microbatch of sample s; rank r of R owns packs [r*P/R, (r+1)*P/R), samples in order.
+    `version[s]` is the oldest policy version that sampled a token of sample s (`step`, if nothing in it was sampled).
     Log-probabilities stand at the token's own position; the weights are 0 where a token is not trained.
     """
 
@@ -44,6 +46,7 @@ class Batch:
     rollout: np.ndarray
     temperature: np.ndarray
     pack: np.ndarray
+    version: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +55,11 @@ class Batch:
     @property
     def num_samples(self) -> int:
         return int(self.lengths.size)
+
+    @property
+    def age(self) -> np.ndarray:
+        """[S]: how many versions older than the trainer's the oldest token of each sample is."""
+        return self.step - self.version
 
     @property
     def offsets(self) -> np.ndarray:
@@ -67,7 +75,7 @@ def encode(batch: Batch) -> bytes:
         columns[name] = {"dtype": array.dtype.str, "size": int(array.size)}
         buffers.append(array.tobytes())
 
-    for name in ("token_ids", "lengths", "rollout", "pack"):
+    for name in _INTEGERS:
         array = getattr(batch, name)
         low = int(array.min()) if array.size else 0
         add(name, _narrow(array - low))
@@ -109,22 +117,14 @@ def decode(data: bytes, *, source: str = "a batch") -> Batch:
             raise InfrastructureError(f"{source} is torn: column {name} ends after the last byte; restore it or resume")
         arrays[name] = np.frombuffer(data, dtype, column["size"], end)
         end += column["size"] * dtype.itemsize
+    integers = {name: arrays[name].astype(np.int64) + header["columns"][name]["low"] for name in _INTEGERS}
     return Batch(
         step=header["step"],
         attempt=header["attempt"],
         num_packs=header["num_packs"],
         max_pack_tokens=header["max_pack_tokens"],
-        token_ids=arrays["token_ids"].astype(np.int64) + header["columns"]["token_ids"]["low"],
-        lengths=arrays["lengths"].astype(np.int64) + header["columns"]["lengths"]["low"],
-        rollout=arrays["rollout"].astype(np.int64) + header["columns"]["rollout"]["low"],
-        pack=arrays["pack"].astype(np.int64) + header["columns"]["pack"]["low"],
-        temperature=_stream(arrays, "temperature"),
-        engine_logprobs=_stream(arrays, "engine_logprobs"),
-        reference_logprobs=_stream(arrays, "reference_logprobs"),
-        advantage=_stream(arrays, "advantage"),
-        rl_weight=_stream(arrays, "rl_weight"),
-        ce_weight=_stream(arrays, "ce_weight"),
-        ref_weight=_stream(arrays, "ref_weight"),
+        **integers,
+        **{name: _stream(arrays, name) for name in (*_RUN_STREAMS, "temperature")},
     )
 
 

@@ -211,6 +211,13 @@ class Ready(Struct, frozen=True, kw_only=True, tag=True):
     process: str
 
 
+class Notice(Struct, frozen=True, kw_only=True, tag=True):
+    """A line that stays in the live view, above what changes."""
+
+    process: str
+    text: str
+
+
 class Done(Struct, frozen=True, kw_only=True, tag=True):
     """The process has done all it had to."""
 
@@ -235,7 +242,7 @@ class Restart(Struct, frozen=True, kw_only=True, tag=True):
     life: int = 0
 
 
-ToSupervisor = Progress | Ready | Done | Failed | Restart
+ToSupervisor = Progress | Notice | Ready | Done | Failed | Restart
 
 
 # --- supervisor -> orchestrator

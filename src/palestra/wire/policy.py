@@ -7,6 +7,7 @@ reply to a request of its own with that seed, up to what batching does to floati
 """
 
 import asyncio
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Self, TypeVar
@@ -18,6 +19,7 @@ from msgspec import Struct, field
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError, PalestraError
 from palestra.core.records import Reply, Sampling, Span
+from palestra.wire.connections import Connections
 from palestra.wire.draft import Draft
 
 T = TypeVar("T")
@@ -25,8 +27,10 @@ T = TypeVar("T")
 _RETRIES = 4
 _FIRST_PAUSE_S = 0.1  # doubles with every retry
 _KEEPALIVE_S = 3.0  # shorter than the 5 s after which vLLM's server hangs up
+_LAST_WORD_S = 1.0
 _HEALTH_S, _HEALTH_PAUSE_S = 5.0, 0.2
 _GENERATE = "/inference/v1/generate"
+_SAFE = re.compile(r'^vllm:cache_config_info\{.*kv_cache_max_concurrency="([0-9.]+)"', re.MULTILINE)
 
 
 class RefusedError(PalestraError):
@@ -42,7 +46,10 @@ class UnreachableError(InfrastructureError):
 
 
 class EngineLoad(Struct, frozen=True, kw_only=True):
-    """Gauges and counters of one engine. `kv_use` is a share of the cache; the last three count since its start."""
+    """Gauges and counters of one engine. `kv_use` is a share of the cache; three count since the engine's start.
+
+    `safe_requests`: how many requests have room in the cache at their full length; None if the engine does not say.
+    """
 
     running: int
     waiting: int
@@ -50,6 +57,7 @@ class EngineLoad(Struct, frozen=True, kw_only=True):
     preemptions: int
     prompt_tokens: int
     sampled_tokens: int
+    safe_requests: float | None = None
 
 
 class EngineClient:
@@ -68,8 +76,7 @@ class EngineClient:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=httpx.Timeout(None, connect=5.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_S),
-            transport=transport,
+            transport=transport or Connections(keepalive_s=_KEEPALIVE_S),
             trust_env=False,
         )
 
@@ -153,6 +160,7 @@ class EngineClient:
             events = read_events(response.aiter_bytes())
             while (event := await within(silence_s, anext(events, None), waiting_for=waiting_for)) is not None:
                 if (choice := self._streamed(event)) is not None and (reply := _extend(draft, choice, self.url)):
+                    await _read_to_end(events)
                     return reply
         finally:
             await response.aclose()
@@ -321,6 +329,7 @@ def parse_metrics(text: str) -> EngineLoad:
         preemptions=total("num_preemptions_total"),
         prompt_tokens=total("prompt_tokens_total"),
         sampled_tokens=total("generation_tokens_total"),
+        safe_requests=sum(map(float, safe)) if (safe := _SAFE.findall(text)) else None,
     )
 
 
@@ -388,21 +397,32 @@ def _sampling_params(sampling: Sampling, *, seed: int | None, num_replies: int) 
         "logprobs": 0,  # the sampled token's only
         "detokenize": False,
     }
-    if sampling.stop_token_ids:
+    if sampling.ignores_stop:
+        params["ignore_eos"] = True
+    elif sampling.stop_token_ids:
         params["stop_token_ids"] = list(sampling.stop_token_ids)
     return params if seed is None else {**params, "seed": seed}
 
 
 async def read_events(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of server-sent events, until the one that says that there are no more."""
+    """The data of server-sent events, but for the one that says that there are no more."""
     held = b""
     async for part in parts:
         *events, held = (held + part).split(b"\n\n")
         for event in events:
             data = event.removeprefix(b"data: ")
-            if data == b"[DONE]":
-                return
-            yield data
+            if data != b"[DONE]":
+                yield data
+
+
+async def _read_to_end(events: AsyncIterator[bytes]) -> None:
+    """Nothing counts after the last chunk; but a connection whose answer was read to its end is used again."""
+    try:
+        async with asyncio.timeout(_LAST_WORD_S):
+            async for _ in events:
+                pass
+    except (httpx.TransportError, TimeoutError):
+        pass  # closed instead
 
 
 def _extend(draft: Draft, choice: _Choice, url: str) -> Reply | None:
@@ -410,8 +430,7 @@ def _extend(draft: Draft, choice: _Choice, url: str) -> Reply | None:
     draft.add(choice.token_ids, _logprobs(choice))
     if choice.finish_reason is None:
         return None
-    content = [_Logprob(logprob) for logprob in draft.logprobs]
-    return _reply(msgspec.structs.replace(choice, token_ids=draft.token_ids, logprobs=_Logprobs(content)), url)
+    return _whole(draft.token_ids, draft.logprobs, choice, url)
 
 
 def _logprobs(choice: _Choice) -> list[float]:
@@ -419,16 +438,20 @@ def _logprobs(choice: _Choice) -> list[float]:
 
 
 def _reply(choice: _Choice, url: str) -> Reply:
-    logprobs = _logprobs(choice)
+    return _whole(choice.token_ids, _logprobs(choice), choice, url)
+
+
+def _whole(token_ids: list[int], logprobs: list[float], choice: _Choice, url: str) -> Reply:
+    """The reply that `choice` ends."""
     spans = tuple(Span(_version(span, url), span.start, span.end) for span in choice.weight_versions or [])
     covered = sum(span.end - span.start for span in spans)
-    if not len(choice.token_ids) == len(logprobs) == covered:
+    if not len(token_ids) == len(logprobs) == covered:
         raise EngineError(
-            f"engine {url} returned {len(choice.token_ids)} tokens with {len(logprobs)} log-probabilities, "
+            f"engine {url} returned {len(token_ids)} tokens with {len(logprobs)} log-probabilities, "
             f"{covered} of them with a version"
         )
     finish_reason = choice.finish_reason or "abort"
-    return Reply(token_ids=choice.token_ids, logprobs=logprobs, spans=spans, finish_reason=finish_reason)
+    return Reply(token_ids=token_ids, logprobs=logprobs, spans=spans, finish_reason=finish_reason)
 
 
 def _version(span: _VersionSpan, url: str) -> int:

@@ -60,6 +60,11 @@ class RunDir:
         return self.path / "restarts.jsonl"
 
     @property
+    def moves(self) -> Path:
+        """Tasks that went from one pool of the curriculum to another, a JSON line each."""
+        return self.path / "curriculum.jsonl"
+
+    @property
     def journal(self) -> Path:
         """Everything the orchestrator decided and every engine reply, in order."""
         return self.path / "journal"

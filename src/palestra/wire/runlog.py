@@ -1,13 +1,13 @@
-"""What a run tells about itself: metrics.jsonl, ledger.jsonl, summary.json, restarts.jsonl.
+"""What a run tells about itself: metrics.jsonl, ledger.jsonl, curriculum.jsonl, summary.json, restarts.jsonl.
 
-One process writes the first three; the supervisor writes the last one, and into the ledger what nobody else can account
-for.
+The orchestrator writes all but the last; the supervisor writes that one, and into the ledger what nobody else can
+account for.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from palestra.core.metrics import Metric, values
 from palestra.wire.batches import write_atomically
 from palestra.wire.rundir import RunDir
 
+WARNING = "warning"  # phase of a row of metrics.jsonl that says something in words: `rule` and `text`
+
 
 class RunLog:
     """Appends rows; each reaches the operating system before the call returns."""
@@ -31,6 +33,7 @@ class RunLog:
             _cut_torn_line(path)
         self._metrics = run.metrics.open("a", encoding="utf-8", buffering=1)
         self._ledger = run.ledger.open("a", encoding="utf-8", buffering=1)
+        self._num_moves: int | None = None  # counted when they are first asked for
 
     def metrics(self, step: int, metrics: Mapping[str, Metric], **more: Any) -> None:
         """One row of metrics.jsonl. A metric without a value (0 of 0) is left out."""
@@ -39,6 +42,17 @@ class RunLog:
 
     def ledger(self, entry: LedgerEntry) -> None:
         self._ledger.write(msgspec.json.encode(entry).decode() + "\n")
+
+    def moves(self, rows: Sequence[Mapping[str, Any]], *, total: int) -> None:
+        """The last rows of curriculum.jsonl, which has `total` then; those that are there are not written again."""
+        if self._num_moves is None:
+            _cut_torn_line(self._run.moves)
+            self._num_moves = len(_whole_lines(self._run.moves))
+        missing = rows[max(len(rows) - (total - self._num_moves), 0) :]
+        if missing:
+            with self._run.moves.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in missing)
+        self._num_moves += len(missing)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self._run.summary, (json.dumps(summary, indent=2) + "\n").encode())
@@ -94,8 +108,24 @@ def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(run.metrics)]
 
 
+def read_moves(run: RunDir) -> list[dict[str, Any]]:
+    """Moves between the pools of the curriculum, in the order they happened."""
+    return [json.loads(line) for line in _whole_lines(run.moves)]
+
+
+def read_warnings(run: RunDir) -> list[dict[str, Any]]:
+    """`step`, `rule` and `text` of every warning of the run, in the order they were said."""
+    rows = [row for row in read_metrics(run) if row.get("phase") == WARNING]
+    return [{key: row[key] for key in ("step", "rule", "text")} for row in rows]
+
+
 def read_ledger(run: RunDir) -> list[LedgerEntry]:
     return [msgspec.json.decode(line, type=LedgerEntry) for line in _whole_lines(run.ledger)]
+
+
+def read_spans(run: RunDir, process: str) -> list[dict[str, Any]]:
+    """Rows of `core.spans`, in the order they ended."""
+    return [json.loads(line) for line in _whole_lines(run.spans(process))]
 
 
 def read_summary(run: RunDir) -> dict[str, Any] | None:

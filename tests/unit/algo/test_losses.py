@@ -141,6 +141,16 @@ def test_dppo_with_the_binary_kl_is_finite_at_certainty():
     assert gradient == pytest.approx([-1, -0.5])
 
 
+def test_without_correction_the_ratio_counts_as_one():
+    # -w A: whatever r is. logp = ln 0.1, ln 0.4, ln 0.8 = -2.302585, -0.916291, -0.223144
+    loss, gradient, stats = run("none", [0.5, 2, 4], [1, -1, 2], weight=[1, 1, 0.5])
+    assert gradient == pytest.approx([-1, 1, -1])
+    assert loss == pytest.approx([2.3025851, -0.9162907, 0.2231436])
+    assert stats["ratio"] == pytest.approx((6.5, 3))
+    # the control: the default weighs the same tokens by 0.5, 2 and 4
+    assert run("mis", [0.5, 2, 4], [1, -1, 2], weight=[1, 1, 0.5])[1] == pytest.approx([-0.5, 2, -4])
+
+
 def test_cross_entropy():
     logp_T = tensor([0.5, 0.25, 0.1]).log().requires_grad_()
     term = cross_entropy(logp_T, tensor([1.0, 2.0, 0.0]))
@@ -173,7 +183,7 @@ def test_mismatch_estimators_and_effective_sample_share():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("grpo", {}, "choose one of mis, tis, cispo, gspo, dppo, ppo_clip"),
+        ("grpo", {}, "choose one of mis, tis, cispo, gspo, dppo, ppo_clip, none"),
         ("mis", {"cap": 2.0}, "has no option cap; it has low=0.5, high=5.0, floor=1e-05"),
         ("ppo_clip", {"low": 1.3}, "low must be less than high"),
     ],

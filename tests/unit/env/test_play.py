@@ -1,6 +1,7 @@
 """One rollout: endings, limits, seats, forks; what raises is never a reward."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -68,6 +69,7 @@ class Countdown(Environment):
 
 
 async def test_ok(playing):
+    began_at = time.time()
     record = await playing(Echo(system="Say it."), Task(prompt="hello", key="k"))
     assert (record.rollout_id, record.environment, record.task.key) == (4, "echo", "k")
     assert (record.ending, record.reward, record.error) == (Ending.OK, 1.0, "")
@@ -75,12 +77,33 @@ async def test_ok(playing):
     assert [message["role"] for message in record.messages] == ["system", "user", "assistant"]
     assert (record.num_turns, record.num_sampled_tokens, record.versions) == (1, 6, (0,))
     assert 0 < record.wall_s < 5
+    assert began_at + record.wall_s <= record.ended_at + 0.01
+    assert record.ended_at <= time.time()
 
 
 async def test_a_reply_cut_by_max_tokens_is_truncated_and_scored(playing):
     record = await playing(Echo(), Task(prompt="hello"), max_tokens=3)
     assert (record.ending, record.reward, record.metrics) == (Ending.TRUNCATED, 0.0, {"length": 3.0})
     assert "cut off after 3 tokens" in record.error
+
+
+async def test_a_reply_of_a_given_length_is_whole_and_the_next_one_is_as_ever(playing, tokenizer):
+    asked: list[Sampling] = []
+
+    class Measured(Environment):
+        async def run(self, task, agent):
+            await agent(task.prompt, num_tokens=3)
+            await agent("again")
+
+    async def call(token_ids: list[int], sampling: Sampling) -> Reply:
+        asked.append(sampling)
+        return await policy(tokenizer, lambda prompt: "hello")(token_ids, sampling)
+
+    record = await playing(Measured(), Task(prompt="x"), call=call)
+    assert (record.ending, record.num_sampled_tokens) == (Ending.OK, 3 + 6)
+    assert [(one.max_tokens, one.ignores_stop) for one in asked] == [(3, True), (50, False)]
+    assert asked[0].stop_token_ids == ()
+    assert asked[1].stop_token_ids == tokenizer.stop_ids
 
 
 async def test_an_unfinished_thought_is_no_answer(playing):

@@ -43,8 +43,20 @@ def test_going_back_or_to_another_epoch_reads_anew_and_skipping_ahead_does_not()
     assert prompts(tasks.take(0, 6, 2)) == ["0/6", "0/7"]
     assert prompts(tasks.take(0, 1, 2)) == ["0/1", "0/2"]
     assert prompts(tasks.take(3, 0, 1)) == ["3/0"]
+    assert prompts(tasks.take(4, 0, 1)) == ["4/0"]
     assert tasks.take(0, 50, 2) == ([], True)
-    assert Numbers.made == [0, 0, 3, 0]
+    assert Numbers.made == [0, 0, 3, 4, 0]
+
+
+def test_tasks_that_come_again_do_not_cost_the_place_of_those_that_are_new():
+    tasks = listed(size=0)
+    for i in range(20):
+        assert prompts(tasks.take(0, 1000 + 2 * i, 2)) == [f"0/{1000 + 2 * i}", f"0/{1001 + 2 * i}"]
+        assert prompts(tasks.take(0, 30 * i, 1)) == [f"0/{30 * i}"]  # further on each time
+    assert Numbers.made == [0, 0]
+    assert prompts(tasks.take(0, 5, 1)) == ["0/5"]
+    assert prompts(tasks.take(0, 1040, 1)) == ["0/1040"]
+    assert Numbers.made == [0, 0, 0]  # the one that is far ahead kept its place
 
 
 def test_endless_tasks_are_taken_bit_by_bit():

@@ -82,6 +82,22 @@ def test_the_engine_of_a_run() -> None:
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in environment
 
 
+def test_the_engine_of_a_frozen_model() -> None:
+    config = RunConfig.model_validate(
+        {
+            "log": {"name": "r"},
+            "model": {"path": "org/name"},
+            "algo": {"teacher": {"path": "org/teacher", "weight": 1.0}},
+            "engine": {"device": "cpu", "replicas": 2},
+        }
+    )
+    models = [value(engine_command(config, index=index, port=1)[0], "--model") for index in range(3)]
+    assert models == ["org/name", "org/name", "org/teacher"]
+    on_gpu = config.model_copy(update={"engine": config.engine.model_copy(update={"device": "cuda"})})
+    flag = "--max-num-batched-tokens"  # a chunk's logits exist at once
+    assert [flag in engine_command(on_gpu, index=index, port=1)[0] for index in range(3)] == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"), [([], "usage:"), (["nowhere.json"], "PALESTRA_PORT=None is not a number")]
 )

@@ -89,6 +89,21 @@ def test_gpus_are_apart_where_there_are_enough():
     assert plan.notes == ()
 
 
+def test_frozen_models_are_engines_behind_those_of_the_policy(tmp_path: Path):
+    store(tmp_path, {"w": [1000, 30]})
+    algo = {"teacher": {"path": "t", "weight": 1.0}, "reference": {"path": str(tmp_path), "weight": 0.1}}
+    wanted = config(engine={"replicas": 2}, algo=algo)
+    plan = make_plan(wanted, gpus(8))
+    assert [program.name for program in plan.engines] == ["engine-0", "engine-1", "reference-0", "teacher-0"]
+    assert [program.engine for program in plan.engines] == [0, 1, 2, 3]  # its place among the attempt's addresses
+    assert [dict(program.env)["PALESTRA_INDEX"] for program in plan.engines] == ["0", "1", "2", "3"]
+    assert [wanted.engine_model(index) for index in range(4)] == ["somewhere", "somewhere", str(tmp_path), "t"]
+    assert [program.devices for program in plan.engines] == [(0,), (1,), (2,), (3,)]
+    reference, teacher = plan.engines[2:]
+    assert dict(reference.memory.parts)["weights"] == 2 * 30_000
+    assert teacher.memory.unknown
+
+
 def test_gpus_are_shared_with_a_note_where_there_are_too_few():
     plan = make_plan(config(), gpus(1))
     assert [program.devices for program in plan.programs if program.devices] == [(0,), (0,)]

@@ -162,6 +162,13 @@ def test_the_closing_words_have_before_and_after(run: RunDir, capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out) == SUMMARY
 
 
+def test_the_closing_words_repeat_the_warnings(run: RunDir, capsys: pytest.CaptureFixture):
+    warning = {"step": 7, "rule": "masked", "text": "12% of the sampled tokens are masked"}
+    write_atomically(run.summary, json.dumps(SUMMARY | {"warnings": [warning]}).encode())
+    closing.show(run, as_json=False)
+    assert "warning at step 7: 12% of the sampled tokens are masked" in capsys.readouterr().err
+
+
 # --- replay
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from palestra.config.schema import RunConfig
 from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
+from palestra.core.metrics import Metrics
 from palestra.core.records import Ending, Reply, RolloutRecord, Sample, Sampling, Seat, Span, Task
 from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.loop import Loop
@@ -39,6 +40,7 @@ from palestra.wire.messages import (
     WeightsStaged,
     WorkerReady,
 )
+from palestra.wire.policy import EngineLoad
 from palestra.wire.rundir import Attempt, RunDir, read_manifests
 from palestra.wire.weights.manifest import Probe, Staged
 
@@ -98,6 +100,11 @@ class ScriptedEngine:
     async def score(self, token_ids, *, deadline_s=None):
         return [-1.0] * (len(token_ids) - 1)
 
+    async def load(self, *, deadline_s=None) -> EngineLoad:
+        return EngineLoad(
+            running=0, waiting=0, kv_use=0.0, preemptions=0, prompt_tokens=0, sampled_tokens=0, safe_requests=1000.0
+        )
+
     async def wait_healthy(self, deadline_s):
         pass
 
@@ -134,6 +141,7 @@ class ScriptedWorker:
         self._reward = reward
         self._plays: dict[int, Play] = {}
         self.num_played = 0
+        self.num_tasks = 10**9
 
     async def run(self) -> None:
         await self._say_ready()
@@ -141,8 +149,10 @@ class ScriptedWorker:
             message = await self._channel.receive(deadline_s=20, waiting_for="the loop")
             match message:
                 case ListTasks():
-                    tasks = [Task(prompt=f"task {message.offset + i}") for i in range(message.count)]
-                    await self._channel.send(Tasks(request_id=message.request_id, tasks=tasks, exhausted=False))
+                    names = [f"task {i}" for i in range(message.offset, message.offset + message.count)]
+                    tasks = [Task(prompt=name, key=name) for name in names[: max(self.num_tasks - message.offset, 0)]]
+                    ended = len(tasks) < message.count
+                    await self._channel.send(Tasks(request_id=message.request_id, tasks=tasks, exhausted=ended))
                 case Reconnected():
                     self._plays.clear()
                     await self._say_ready()
@@ -210,6 +220,7 @@ class ScriptedTrainer:
         self._told = TrainerReady(version=version)  # for an orchestrator that takes another's place
         self.trained: list[tuple[int, list[int]]] = []
         self.batches: list = []
+        self.metrics: Callable[[int], Metrics] = lambda step: {}
 
     async def run(self) -> None:
         await self._channel.send(TrainerReady(version=self._version))
@@ -233,7 +244,7 @@ class ScriptedTrainer:
         self.trained.append((step, sorted(set(batch.rollout.tolist()))))
         self.batches.append(batch)
         self._version += 1
-        trained = StepTrained(step=step, metrics={}, ledgers=[_entry()])
+        trained = StepTrained(step=step, metrics=self.metrics(step), ledgers=[_entry()])
         self._tell(version=self._version, steps=[*self._told.steps, trained][-2:])
         await self._channel.send(trained)
         if publish:

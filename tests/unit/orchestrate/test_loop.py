@@ -7,8 +7,11 @@ from collections import Counter
 import msgspec
 import pytest
 
+from palestra.core.metrics import Last
 from palestra.core.records import Ending
 from palestra.orchestrate.journal import recover
+from palestra.wire.messages import Notice
+from palestra.wire.runlog import read_metrics, read_warnings
 from tests.unit.orchestrate.scripted import (
     GROUP_SIZE,
     GROUPS,
@@ -55,6 +58,30 @@ async def test_no_rollout_trains_beyond_its_age_bound(tmp_path, max_age):
         for line in path.read_text().splitlines():
             spans = json.loads(line)["seats"][0]["samples"][0]["spans"]
             assert step - min(span[0] for span in spans) <= max_age
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_with_sync_wait_no_rollout_runs_while_weights_are_loaded(tmp_path, waits):
+    class Engine(ScriptedEngine):
+        running, at_pause = 0, []
+
+        async def stream(self, *args, **kwargs):
+            self.running += 1
+            try:
+                return await super().stream(*args, **kwargs)
+            finally:
+                self.running -= 1
+
+        async def pause(self, **_):
+            self.at_pause = [*self.at_pause, self.running]
+
+    config = make_config(tmp_path, sync={"wait": waits}, engine={"join_max_tokens": 0})
+    life = Life(config, reward=reward_by_seed, engine=lambda url: Engine(url, delay_s=lambda seed: seed % 5 * 0.01))
+    await life.play()
+    (engine,) = life.engines
+    assert [step for step, _ in life.trainer.trained] == list(range(6))
+    assert len(engine.at_pause) > 3
+    assert (max(engine.at_pause) == 0) == waits
 
 
 async def test_with_max_age_zero_two_runs_train_the_same_rollouts_in_the_same_order(tmp_path):
@@ -162,6 +189,38 @@ async def test_rollouts_in_flight_at_a_kill_are_answered_from_the_journal(tmp_pa
     second.loop.desk.gateway.call = count
     await second.play()
     assert second.worker.num_played == len(asked) + answered
+
+
+async def test_a_warning_is_said_once_in_the_view_the_metrics_and_the_summary(tmp_path):
+    life = Life(make_config(tmp_path), reward=reward_by_seed)
+    life.trainer.metrics = lambda step: {"train/rl/effective_share": Last(0.2)}
+    heard: list[Notice] = []
+
+    async def view():
+        while True:
+            _, message = await life.supervisor.receive()
+            heard.extend([message] if isinstance(message, Notice) else [])
+
+    viewing = asyncio.create_task(view())
+    await life.play()
+    viewing.cancel()
+    (warning,) = read_warnings(life.run)
+    assert (warning["rule"], warning["step"]) == ("effective_share", 4)  # five steps are enough
+    assert json.loads(life.run.summary.read_text())["warnings"] == [warning]
+    assert [notice.text for notice in heard] == [f"warning at step 4: {warning['text']}"]
+
+
+async def test_groups_without_signal_are_a_share_of_each_step(tmp_path):
+    def reward(record):
+        return 0.0 if "task 1" in str(record.task.prompt) else reward_by_seed(record)
+
+    for drops in (True, False):
+        config = make_config(tmp_path, log={"name": str(drops)}, algo={"drop_zero_signal": drops})
+        life = Life(config, reward=reward)
+        await life.play()
+        rows = read_metrics(life.run)
+        shares = [row["groups/zero_signal_share"] for row in rows if "groups/zero_signal_share" in row]
+        assert 0 <= min(shares) < max(shares) <= 1
 
 
 async def test_equal_prompts_of_a_group_are_one_request(tmp_path):

@@ -1,12 +1,16 @@
 """State, sources and batcher on their own."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from palestra.algo.shaping import LengthShaping
 from palestra.config.schema import Source
 from palestra.core.errors import UserError
 from palestra.core.records import Ending, RolloutRecord, Sample, Seat, Span, Task
 from palestra.orchestrate.batcher import BatchRules, make_batch
+from palestra.orchestrate.buffer import length_added, outcome
 from palestra.orchestrate.sources import TaskSources, seed_for
 from palestra.orchestrate.state import Cursor, Group, GroupOpened, LoopState, Published, RolloutEnded
 from palestra.orchestrate.trainer import Schedule, TrainerLink
@@ -32,12 +36,23 @@ def group(group_id: int, records: list[RolloutRecord]) -> Group:
     return Group(group_id=group_id, source="e", task=Task(), size=size, records={r.rollout_id: r for r in records})
 
 
-RULES = BatchRules(baseline="mean", advantage_scale="none", max_age=2, max_pack_tokens=16, num_ranks=1, temperature=0.7)
+RULES = BatchRules(
+    baseline="mean",
+    advantage_scale="none",
+    max_age=2,
+    max_pack_tokens=16,
+    num_ranks=1,
+    temperature=0.7,
+    length=LengthShaping(max_tokens=8),
+    reference_weight=0.0,
+    teacher_weight=0.0,
+    reward_weight=1.0,
+)
 
 
 def test_advantages_by_hand_and_an_invalid_member_counts_for_nothing():
     members = [record(0, 1.0), record(1, 0.0), record(2, 0.0, ending=Ending.INVALID), record(3, 0.5)]
-    batch, _, trained = make_batch([group(0, members)], step=0, attempt=1, rules=RULES)
+    batch, _, trained = make_batch([group(0, members)], {}, step=0, attempt=1, rules=RULES)
     assert [r.rollout_id for r in trained] == [0, 1, 3]
     np.testing.assert_allclose(batch.advantage[batch.offsets[:-1]], [0.5, -0.5, 0.0])  # mean of 1, 0, 0.5 is 0.5
     assert set(batch.temperature.tolist()) == {np.float32(0.7)}
@@ -45,13 +60,36 @@ def test_advantages_by_hand_and_an_invalid_member_counts_for_nothing():
 
 def test_a_member_past_the_age_bound_is_left_out_but_counts_in_the_baseline():
     members = [record(0, 1.0, version=5), record(1, 0.0, version=2)]
-    batch, _, trained = make_batch([group(0, members)], step=5, attempt=1, rules=RULES)
+    batch, _, trained = make_batch([group(0, members)], {}, step=5, attempt=1, rules=RULES)
     assert [r.rollout_id for r in trained] == [0]
     np.testing.assert_allclose(batch.advantage, 0.5)
 
 
+def test_a_sample_has_the_version_of_its_oldest_token():
+    members = [record(0, 1.0, version=5), record(1, 0.0, version=4)]
+    batch, _, _ = make_batch([group(0, members)], {}, step=6, attempt=1, rules=RULES)
+    assert batch.version.tolist() == [5, 4]
+    assert batch.age.tolist() == [1, 2]
+
+
+def test_length_is_taken_off_before_advantages_and_the_reward_stays():
+    # full is 8 tokens, of which the last 4 cost up to 1; 2 tokens of any cost 0.1
+    shaping = LengthShaping(max_tokens=8, penalty=0.4, overlong_tokens=4, overlong_penalty=1.0)
+    members = [record(0, 1.0, tokens=2), record(1, 1.0, tokens=6), record(2, 0.0, tokens=4)]
+    # 1 - 0.1 = 0.9; 1 - 0.3 - 0.5 = 0.2; 0 - 0.2 = -0.2; their mean is 0.3
+    rules = dataclasses.replace(RULES, length=shaping)
+    batch, _, trained = make_batch([group(0, members)], {}, step=0, attempt=1, rules=rules)
+    np.testing.assert_allclose(batch.advantage[batch.offsets[:-1]], [0.6, -0.1, -0.5], atol=1e-6)
+    assert [r.reward for r in trained] == [1.0, 1.0, 0.0]
+    assert [length_added(r.seats[0], shaping) for r in trained] == pytest.approx([-0.1, -0.8, -0.2])
+    plain, _, _ = make_batch([group(0, members)], {}, step=0, attempt=1, rules=RULES)
+    np.testing.assert_allclose(plain.advantage[plain.offsets[:-1]], [1 / 3, 1 / 3, -2 / 3], atol=1e-6)
+    equal = group(0, [record(0, 1.0, tokens=2), record(1, 1.0, tokens=6)])
+    assert outcome(equal, drop_zero_signal=True) == "zero_signal"  # length alone is no signal
+
+
 def test_a_batch_survives_the_wire_to_the_bit():
-    batch, _, _ = make_batch([group(0, [record(0, 1.0), record(1, 0.0, tokens=7)])], step=1, attempt=2, rules=RULES)
+    batch, _, _ = make_batch([group(0, [record(0, 1.0), record(1, 0.0, tokens=7)])], {}, step=1, attempt=2, rules=RULES)
     assert equal(decode(encode(batch)), batch)
 
 

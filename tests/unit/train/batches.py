@@ -17,6 +17,7 @@ def make_batch(
     temperature: float = 1.0,
     seed: int = 0,
     supervised: Sequence[int] = (),
+    ages: Sequence[int] | None = None,
 ) -> Batch:
     """Every sample trains its tokens after the first `prompt`, by reinforcement unless it is in `supervised`."""
     rng = np.random.default_rng(seed)
@@ -40,4 +41,5 @@ def make_batch(
         rollout=np.asarray(rollouts if rollouts is not None else np.arange(samples)),
         temperature=np.full(samples, temperature, np.float32),
         pack=pack,
+        version=step - np.asarray(ages if ages is not None else np.zeros(samples, np.int64)),
     )

@@ -48,11 +48,19 @@ def _assert_same(grads, others):
         torch.testing.assert_close(grad, others[name], atol=1e-6, rtol=1e-4)
 
 
-def _step(policy, batch, ranks, lr=1e-3, rl_loss=LOSS):
+def _step(policy, batch, ranks, lr=1e-3, rl_loss=LOSS, lr_ess_power=0.0):
     optimizer = adamw(policy, betas=(0.9, 0.95), weight_decay=0.0)
     plan = plan_step(batch, rank=0, num_ranks=1)
     return train_step(
-        policy, optimizer, plan, rl_loss=rl_loss, lr=lr, max_grad_norm=1.0, ranks=ranks, ledger=Ledger("test")
+        policy,
+        optimizer,
+        plan,
+        rl_loss=rl_loss,
+        lr=lr,
+        max_grad_norm=1.0,
+        ranks=ranks,
+        ledger=Ledger("test"),
+        lr_ess_power=lr_ess_power,
     )
 
 
@@ -149,6 +157,49 @@ def test_metrics_are_those_of_the_whole_batch(policy, ranks):
     assert numbers["train/rl/mismatch_max"] > numbers["train/rl/mismatch_abs"] > 0
     assert 0 < numbers["train/rl/entropy"] < np.log(31)
     assert 0 < numbers["train/rl/effective_share"] <= 1
+
+
+def _log_ratios(policy, batch):
+    """(log r, age) of the trained tokens."""
+    plan = plan_step(batch, rank=0, num_ranks=1)
+    (pack,) = plan.packs
+    with torch.no_grad():
+        logp, _ = policy(pack.token_ids, pack.documents, pack.scored, pack.temperature)
+    policy.reshard()
+    return (logp - pack.engine_logp).double().numpy(), pack.age.numpy()
+
+
+@pytest.mark.parametrize("packs", [[0] * 8, [0, 1, 2, 0, 1, 2, 0, 1]], ids=str)
+def test_the_ratio_spreads_by_the_age_of_each_sample(policy, ranks, packs):
+    ages = [0, 0, 2, 2, 4, 4, 4, 12]
+    log_ratio, age = _log_ratios(policy, make_batch(LENGTHS, ages=ages))
+    assert sorted(set(age)) == [0, 2, 4, 12]
+    numbers = values(_step(policy, make_batch(LENGTHS, ages=ages, packs=packs), ranks, lr=0.0))
+    spread = {name.removeprefix("train/rl/log_ratio/"): x for name, x in numbers.items() if "log_ratio/" in name}
+    assert {name.split("/")[0] for name in spread} == {"age_0", "age_2", "age_3_4", "age_9_up"}
+    for bucket, of_age in {"age_0": age == 0, "age_3_4": age == 4, "age_9_up": age == 12}.items():
+        exact = np.quantile(log_ratio[of_age], [0.01, 0.5, 0.99], method="inverted_cdf")
+        found = [spread[f"{bucket}/{quantile}"] for quantile in ("p01", "p50", "p99")]
+        assert found == pytest.approx(exact.tolist(), rel=0.08, abs=1e-4)
+
+
+@pytest.mark.parametrize("packs", [[0] * 8, [0, 0, 0, 0, 0, 0, 0, 1]], ids=str)
+def test_the_learning_rate_follows_the_effective_sample_size_of_the_whole_batch(policy, ranks, packs):
+    log_ratio, _ = _log_ratios(policy, make_batch(LENGTHS))
+    ratio = np.exp(log_ratio)
+    share = ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())  # Kish, over all packs at once
+    assert share < 0.9
+    before = {name: parameter.detach().full_tensor().clone() for name, parameter in policy.named_parameters()}
+    metrics = values(_step(policy, make_batch(LENGTHS, packs=packs), ranks, lr=1e-3, lr_ess_power=0.5))
+    assert metrics["train/lr"] == pytest.approx(1e-3 * share**0.5, rel=1e-4)
+    moved = max(
+        float((parameter.detach().full_tensor() - before[name]).abs().max())
+        for name, parameter in policy.named_parameters()
+    )
+    assert moved == pytest.approx(1e-3 * share**0.5, rel=1e-2)  # AdamW's first step is as long as its rate
+    assert values(_step(policy, make_batch(LENGTHS), ranks, lr=1e-3))["train/lr"] == 1e-3  # off
+    supervised = make_batch(LENGTHS, supervised=range(8))
+    assert values(_step(policy, supervised, ranks, lr=1e-3, lr_ess_power=0.5))["train/lr"] == 1e-3
 
 
 def _on_policy(policy, batch):

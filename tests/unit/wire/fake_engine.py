@@ -136,6 +136,7 @@ vllm:num_requests_running{engine="0",model_name="m"} 5.0
 vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
 vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 7.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:cache_config_info{block_size="16",engine="0",kv_cache_max_concurrency="12.5",num_gpu_blocks="800"} 1.0
 vllm:num_preemptions_total{engine="0",model_name="m"} 3.0
 vllm:prompt_tokens_total{engine="0",model_name="m"} 676.0
 vllm:generation_tokens_total{engine="0",model_name="m"} 2143.0

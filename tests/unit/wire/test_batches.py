@@ -38,6 +38,7 @@ def batch(*, num_samples: int, prompt: int, reply: int, turns: int = 1, vocabula
         rollout=np.arange(num_samples) + 70_000,
         temperature=np.ones(num_samples, np.float32),
         pack=RNG.integers(0, 4, num_samples),
+        version=RNG.integers(1, 4, num_samples),
     )
 
 
@@ -75,7 +76,9 @@ def test_a_batch_survives_the_wire():
     assert equal(decode(encode(before)), before)
 
 
-@pytest.mark.parametrize("field", ["token_ids", "engine_logprobs", "advantage", "rl_weight", "pack", "temperature"])
+@pytest.mark.parametrize(
+    "field", ["token_ids", "engine_logprobs", "advantage", "rl_weight", "pack", "version", "temperature"]
+)
 def test_equal_sees_one_changed_number(field: str):
     before = batch(num_samples=5, prompt=3, reply=4)
     changed = getattr(before, field).copy()

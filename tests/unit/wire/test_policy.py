@@ -52,6 +52,16 @@ async def test_what_the_engine_is_asked(engine: FakeEngine, client: EngineClient
     }
 
 
+async def test_a_reply_of_an_exact_length_is_asked_for_without_stops(engine: FakeEngine, client: EngineClient) -> None:
+    sampling = Sampling(max_tokens=4, stop_token_ids=(9,), ignores_stop=True)
+    await client.generate([1, 2], sampling, seed=100, deadline_s=5)
+    params = engine.calls[0][1]["sampling_params"]
+    assert params["ignore_eos"] is True
+    assert "stop_token_ids" not in params
+    await client.generate([1, 2], SAMPLING, seed=100, deadline_s=5)
+    assert "ignore_eos" not in engine.calls[1][1]["sampling_params"]
+
+
 async def test_replies_of_a_joined_request_come_in_the_order_of_their_seeds(client: EngineClient) -> None:
     joined = await client.generate([1], SAMPLING, seed=100, deadline_s=5, num_replies=3)
     alone = [(await client.generate([1], SAMPLING, seed=100 + index, deadline_s=5))[0] for index in range(3)]
@@ -167,9 +177,21 @@ async def test_pause_says_what_becomes_of_the_cache(engine: FakeEngine, client: 
 
 
 async def test_load_of_an_engine(client: EngineClient) -> None:
-    expected = EngineLoad(running=5, waiting=2, kv_use=0.25, preemptions=3, prompt_tokens=676, sampled_tokens=2143)
+    expected = EngineLoad(
+        running=5,
+        waiting=2,
+        kv_use=0.25,
+        preemptions=3,
+        prompt_tokens=676,
+        sampled_tokens=2143,
+        safe_requests=12.5,
+    )
     assert parse_metrics(METRICS) == expected
     assert await client.load() == expected
+
+
+def test_an_engine_that_does_not_say_what_has_room_in_its_cache() -> None:
+    assert parse_metrics(METRICS.replace('"12.5"', '"None"')).safe_requests is None
 
 
 # --- streamed replies

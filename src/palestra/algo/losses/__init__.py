@@ -8,43 +8,32 @@ Legend: T packed tokens. All policy losses take (trainer_logp_T, engine_logp_T, 
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from palestra.algo.losses.cispo import cispo
 from palestra.algo.losses.cross_entropy import cross_entropy
 from palestra.algo.losses.dppo import dppo
 from palestra.algo.losses.gspo import gspo
+from palestra.algo.losses.masks import RolloutMasks, with_masks
 from palestra.algo.losses.mis import masked_importance_sampling
+from palestra.algo.losses.none import no_correction
 from palestra.algo.losses.ppo_clip import ppo_clip
 from palestra.algo.losses.ratio import effective_sample_share
 from palestra.algo.losses.reference_kl import reference_kl
-from palestra.algo.losses.term import LossTerm
+from palestra.algo.losses.term import LossTerm, PolicyLoss
 from palestra.algo.losses.tis import truncated_importance_sampling
 
 __all__ = [
     "LOSSES",
     "LossTerm",
     "PolicyLoss",
+    "RolloutMasks",
     "cross_entropy",
     "effective_sample_share",
     "policy_loss",
     "reference_kl",
+    "with_masks",
 ]
-
-
-class PolicyLoss(Protocol):
-    """A policy loss with its options bound."""
-
-    def __call__(
-        self,
-        trainer_logp_T: Tensor,
-        engine_logp_T: Tensor,
-        advantage_T: Tensor,
-        weight_T: Tensor,
-        rollout_T: Tensor,
-    ) -> LossTerm: ...
 
 
 LOSSES: dict[str, PolicyLoss] = {
@@ -54,6 +43,7 @@ LOSSES: dict[str, PolicyLoss] = {
     "gspo": gspo,
     "dppo": dppo,
     "ppo_clip": ppo_clip,
+    "none": no_correction,
 }
 
 

@@ -1,6 +1,7 @@
-"""What a loss returns. Legend: T packed tokens."""
+"""What a policy loss is, and what a loss returns. Legend: T packed tokens."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ class LossTerm:
 
     loss_T: Tensor
     stats: dict[str, Tensor]
+
+
+class PolicyLoss(Protocol):
+    """A policy loss with its options bound."""
+
+    def __call__(
+        self,
+        trainer_logp_T: Tensor,
+        engine_logp_T: Tensor,
+        advantage_T: Tensor,
+        weight_T: Tensor,
+        rollout_T: Tensor,
+    ) -> LossTerm: ...
 
 
 def mean_parts(value_T: Tensor, where_T: Tensor) -> Tensor:
