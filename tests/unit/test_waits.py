@@ -199,6 +199,8 @@ ENDS_ALL_THE_SAME = {
     ("orchestrate.loop.Loop._receive", "await self._listener.receive()"): _LISTENS,
     ("orchestrate.measure.Evaluations.run_last", "await self._running"): _ROLLOUT,
     ("orchestrate.measure.Evaluations._measure", "await asyncio.to_thread(...)"): _DISK,
+    ("orchestrate.mend._make_anew", "await asyncio.to_thread(...)"): _DISK,
+    ("orchestrate.mend._make_anew", "await desk.frozen.wait(...)"): "it has train.batch_deadline_s inside",
     ("orchestrate.publisher.Publisher.run", "await self._evaluations.unpinned.wait()"): _ROLLOUT,
     ("orchestrate.ship._ship", "await asyncio.to_thread(...)"): _DISK,
     ("orchestrate.ship._wait_for_answers", "await desk.frozen.wait(...)"): "it has train.batch_deadline_s inside",

@@ -3,6 +3,7 @@
 State after a kill = newest complete checkpoint's snapshot + every event in its segment and later ones.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -56,12 +57,21 @@ def recover(directory: Path, snapshot: Path | None) -> Journal:
     else:
         known = _decode_snapshot(snapshot.read_bytes())
         state, segment = known.state, known.segment
-    segments = sorted(int(path.stem) for path in directory.glob("*.frames"))
-    for number in segments:
-        if number >= segment:
+    for event in events(directory, since=segment):
+        state.apply(event)
+    return Journal(directory, state, max([segment, *_segments(directory)]))
+
+
+def events(directory: Path, *, since: int = 0) -> Iterator[Event]:
+    """In the order they were applied, from segment `since` on."""
+    for number in _segments(directory):
+        if number >= since:
             for frame in read_frames(_segment_path(directory, number)):
-                state.apply(_decode_event(frame))
-    return Journal(directory, state, max([segment, *segments]))
+                yield _decode_event(frame)
+
+
+def _segments(directory: Path) -> list[int]:
+    return sorted(int(path.stem) for path in directory.glob("*.frames"))
 
 
 def _segment_path(directory: Path, segment: int) -> Path:

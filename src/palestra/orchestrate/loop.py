@@ -26,6 +26,7 @@ from palestra.orchestrate.frozen import FrozenModels, make_frozen, require_same_
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.measure import Evaluations
+from palestra.orchestrate.mend import mend_batches
 from palestra.orchestrate.pressure import Pressure
 from palestra.orchestrate.publisher import Publisher
 from palestra.orchestrate.quarantine import Quarantine
@@ -295,6 +296,7 @@ class Loop:
             self._save(message.saved)
         if staged is not None:
             self._publisher.stage(staged)
+        await mend_batches(desk, range(message.version, desk.trainer.catch_up))
         await desk.trainer.ready(message.version, staged=None if staged is None else staged.version)
 
     def _save(self, message: TrainerSaved) -> None:
