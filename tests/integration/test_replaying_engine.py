@@ -82,6 +82,7 @@ def body(max_tokens: int, *, stream: bool = False, prompt: list[int] = PROMPT, *
 
 async def exchange(talk: Talk) -> dict[str, Any]:
     """Everything that a run asks of an engine; facts that both engines must share are among the shapes."""
+    before = parse_metrics((await talk.ask("metrics", "/metrics", method="GET")).text)
     await talk.pause()
     version = await talk.publish("publish")
     await talk.ask("resume", "/resume")
@@ -93,7 +94,8 @@ async def exchange(talk: Talk) -> dict[str, Any]:
     await over_a_pause(talk, version)
     await errors(talk)
     load = parse_metrics((await talk.ask("metrics", "/metrics", method="GET")).text)
-    talk.shapes["load"] = (load.running, load.waiting, load.preemptions, load.sampled_tokens > LONG)
+    preemptions, sampled = load.preemptions - before.preemptions, load.sampled_tokens - before.sampled_tokens
+    talk.shapes["load"] = (load.running, load.waiting, preemptions, sampled > LONG)
     return talk.shapes
 
 

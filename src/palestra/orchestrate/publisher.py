@@ -73,12 +73,13 @@ class Publisher:
             return False
         starts = {link.name: link.starts for link in links}
         async with self._between_rollouts():
-            report = await self._publish_to(staged, links)
+            report = await self._publish_to(staged, links, starts)
         told = zip(links, report.engines, strict=True)
         still_there = [(link, engine) for link, engine in told if link.starts == starts[link.name]]  # the same process
         return await self._account(still_there, report.max_gap, staged)
 
-    async def _publish_to(self, staged: Staged, links: list[EngineLink]) -> PublishReport:
+    async def _publish_to(self, staged: Staged, links: list[EngineLink], starts: dict[str, int]) -> PublishReport:
+        """`starts`: what a publish says of an engine that died meanwhile, it says of two processes."""
         desk, sync = self._desk, self._desk.config.sync
         with desk.teller.spans.span("publish", version=staged.version) as attributes:
             try:
@@ -92,7 +93,9 @@ class Publisher:
                     watch=self._note_stop,
                 )
             except NoEngineLeft as failure:
-                if not failure.is_lost and len(links) == len(desk.fleet.links) and not self._adopts(links):
+                is_whole_fleet = len(links) == len(desk.fleet.links)
+                has_changed = any(link.starts != starts[link.name] or link.state is EngineState.OUT for link in links)
+                if not failure.is_lost and is_whole_fleet and not has_changed and not self._adopts(links):
                     raise
                 report = failure.report
             attributes |= {"max_gap": report.max_gap, "stopped_s": report.stopped_s}

@@ -11,7 +11,10 @@ import httpx
 
 
 class Connections(httpx.AsyncBaseTransport):
-    """As many connections as there ever were requests at once; an idle one is used again for `keepalive_s`."""
+    """As many connections as there ever were requests at once; an idle one is used again for `keepalive_s`.
+
+    One whose request failed or was cancelled, or whose answer was left before its end, is never used again.
+    """
 
     def __init__(self, *, keepalive_s: float):
         self._limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=keepalive_s)
@@ -24,10 +27,10 @@ class Connections(httpx.AsyncBaseTransport):
         try:
             response = await connection.handle_async_request(request)
         except BaseException:
-            self._idle.append(connection)
+            await self.drop(connection)
             raise
         assert isinstance(response.stream, httpx.AsyncByteStream)
-        response.stream = _Body(response.stream, self._idle, connection)
+        response.stream = _Body(response.stream, connection, self)
         return response
 
     def _new(self) -> httpx.AsyncHTTPTransport:
@@ -35,21 +38,30 @@ class Connections(httpx.AsyncBaseTransport):
         self._all.add(connection)
         return connection
 
+    def keep(self, connection: httpx.AsyncHTTPTransport) -> None:
+        """It is free for another request."""
+        self._idle.append(connection)
+
+    async def drop(self, connection: httpx.AsyncHTTPTransport) -> None:
+        self._all.discard(connection)
+        await connection.aclose()
+
     async def aclose(self) -> None:
-        for connection in self._all:
-            await connection.aclose()
+        for connection in list(self._all):
+            await self.drop(connection)
 
 
 class _Body(httpx.AsyncByteStream):
-    """The body of an answer; the connection is idle when it is closed."""
+    """The body of an answer; the connection is free when it was read to its end and closed."""
 
-    def __init__(self, body: httpx.AsyncByteStream, idle: list[httpx.AsyncHTTPTransport], of: httpx.AsyncHTTPTransport):
-        self._body, self._idle, self._of = body, idle, of
-        self._is_closed = False
+    def __init__(self, body: httpx.AsyncByteStream, connection: httpx.AsyncHTTPTransport, owner: Connections):
+        self._body, self._connection, self._owner = body, connection, owner
+        self._is_read = self._is_closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for part in self._body:
             yield part
+        self._is_read = True
 
     async def aclose(self) -> None:
         if self._is_closed:
@@ -57,5 +69,10 @@ class _Body(httpx.AsyncByteStream):
         self._is_closed = True
         try:
             await self._body.aclose()
-        finally:
-            self._idle.append(self._of)
+        except BaseException:
+            await self._owner.drop(self._connection)
+            raise
+        if self._is_read:
+            self._owner.keep(self._connection)
+        else:
+            await self._owner.drop(self._connection)

@@ -139,3 +139,22 @@ async def test_a_request_costs_the_same_however_many_are_in_flight(server: Serve
     print(f"ms a request: {1000 * few:.2f} among 8, {1000 * many:.2f} among 200; by httpx's own pool {1000 * own:.2f}")
     assert many < 2 * few
     assert own > 2 * many
+
+
+async def test_streams_cancelled_at_any_moment_leave_no_connection_stuck(server: Server, client: httpx.AsyncClient):
+    async def read() -> None:
+        async with client.stream("GET", "/400") as response:
+            async for _ in read_events(response.aiter_bytes()):
+                pass
+
+    for moment_s in (0.0, 0.001, 0.002, 0.004, 0.008, 0.016):
+        reading = [asyncio.create_task(read()) for _ in range(8)]
+        await asyncio.sleep(moment_s)
+        for task in reading:
+            task.cancel()
+        await asyncio.sleep(0)
+        for task in reading:
+            task.cancel()  # again, while it closes
+        await asyncio.wait(reading)
+        for _ in range(10):
+            assert (await asyncio.wait_for(client.get("/1"), 2)).status_code == 200
