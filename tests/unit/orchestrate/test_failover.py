@@ -14,7 +14,7 @@ from palestra.core.records import Ending
 from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, Published, RolloutEnded, RolloutRetried
 from palestra.wire.framelog import read_frames
 from palestra.wire.messages import Done, Exported, Play
-from palestra.wire.policy import UnreachableError
+from palestra.wire.policy import EngineError, UnreachableError
 from tests.unit.orchestrate.mortal import MortalRun
 from tests.unit.orchestrate.scripted import GROUP_SIZE, GROUPS, make_config, reward_by_seed
 
@@ -180,6 +180,26 @@ async def test_what_a_publish_says_of_a_dead_engine_does_not_end_its_successor(t
         await run.replace("engine-1")
     require_whole(run)
     assert [restart for restart in run.restarts if restart.life > 0] == []  # its own death may be noticed twice
+
+
+async def test_a_publish_that_goes_on_at_the_successor_of_the_only_engine_ends_no_run(tmp_path):
+    """The successor refuses the half that it gets: as the last engine's failure that would be the end."""
+    hung = asyncio.Event()
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
+        server = run.engines["engine-0"]
+        score = server.score
+
+        async def is_refused_by_its_successor(token_ids, *, deadline_s=None):
+            if server.loaded == 2 and not hung.is_set():
+                hung.set()
+                await asyncio.sleep(0.3)
+                raise EngineError("an update is one start, one whole version, one finish")
+            return await score(token_ids, deadline_s=deadline_s)
+
+        server.score = is_refused_by_its_successor
+        await asyncio.wait_for(hung.wait(), 20)
+        await run.replace("engine-0")
+    require_whole(run)
 
 
 async def test_engines_that_a_dead_orchestrator_left_in_the_middle_of_a_publish_are_started_again(tmp_path):
