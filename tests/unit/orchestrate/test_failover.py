@@ -162,43 +162,35 @@ async def test_an_engine_that_dies_comes_back_with_the_version_of_the_others(tmp
     assert run.restarts == [], "the supervisor knew"
 
 
+async def replaced_while_it_is_published_to(run: MortalRun, name: str, failure: Exception) -> None:
+    """The publish of version 2 to this engine goes on for a while after another took its place, and fails."""
+    server, hung = run.engines[name], asyncio.Event()
+    score = server.score
+
+    async def fails_late(token_ids, *, deadline_s=None):
+        if server.loaded == 2 and not hung.is_set():
+            hung.set()
+            await asyncio.sleep(0.3)
+            raise failure
+        return await score(token_ids, deadline_s=deadline_s)
+
+    server.score = fails_late
+    await asyncio.wait_for(hung.wait(), 20)
+    await run.replace(name)
+
+
 async def test_what_a_publish_says_of_a_dead_engine_does_not_end_its_successor(tmp_path):
-    hung = asyncio.Event()
     async with MortalRun(config_of(tmp_path), reward=reward_by_seed, num_engines=2) as run:
-        server = run.engines["engine-1"]
-        score = server.score
-
-        async def tries_again_for_a_while(token_ids, *, deadline_s=None):
-            if server.loaded == 2 and not hung.is_set():
-                hung.set()
-                await asyncio.sleep(0.3)
-                raise UnreachableError("nobody answered any more")
-            return await score(token_ids, deadline_s=deadline_s)
-
-        server.score = tries_again_for_a_while
-        await asyncio.wait_for(hung.wait(), 20)
-        await run.replace("engine-1")
+        await replaced_while_it_is_published_to(run, "engine-1", UnreachableError("nobody answered any more"))
     require_whole(run)
     assert [restart for restart in run.restarts if restart.life > 0] == []  # its own death may be noticed twice
 
 
 async def test_a_publish_that_goes_on_at_the_successor_of_the_only_engine_ends_no_run(tmp_path):
     """The successor refuses the half that it gets: as the last engine's failure that would be the end."""
-    hung = asyncio.Event()
+    refusal = EngineError("an update is one start, one whole version, one finish")
     async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
-        server = run.engines["engine-0"]
-        score = server.score
-
-        async def is_refused_by_its_successor(token_ids, *, deadline_s=None):
-            if server.loaded == 2 and not hung.is_set():
-                hung.set()
-                await asyncio.sleep(0.3)
-                raise EngineError("an update is one start, one whole version, one finish")
-            return await score(token_ids, deadline_s=deadline_s)
-
-        server.score = is_refused_by_its_successor
-        await asyncio.wait_for(hung.wait(), 20)
-        await run.replace("engine-0")
+        await replaced_while_it_is_published_to(run, "engine-0", refusal)
     require_whole(run)
 
 
