@@ -195,12 +195,21 @@ class Engine:
         self._look()
 
     def start_update(self) -> None:
+        if self._is_updating:
+            raise InfrastructureError("start_weight_update called while a weight update is already active")
         self._is_updating, self._received = True, None
 
     def update(self, directory: str, version: int) -> None:
+        """One that fails ends the update."""
         if not self._is_updating:
-            raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
-        self._received = read(Path(directory), version)
+            raise InfrastructureError("start_weight_update must be called before update_weights")
+        try:
+            if self._received is not None:
+                raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
+            self._received = read(Path(directory), version)
+        except InfrastructureError:
+            self._is_updating = False
+            raise
 
     def finish(self, label: str | None) -> None:
         if self._received is None:

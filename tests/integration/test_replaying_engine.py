@@ -174,7 +174,21 @@ async def errors(talk: Talk) -> None:
     talk.shapes["failed update says"] = "cannot be read: No such file or directory; was the version staged?" in said
     await talk.ask("health after an error", "/health", method="GET")
     await talk.publish("publish after an error")
+    directory, version = talk.stage()
+    whole = {"update_info": {"directory": directory, "version": version}}
+    nothing = {"update_info": {"directory": "", "version": -1}}
+    await talk.ask("abandoned: none begun", "/update_weights", nothing)
+    for begun, infos in {"nothing loaded": [], "all loaded": [whole]}.items():
+        await talk.ask(f"abandoned: start, {begun}", "/start_weight_update")
+        for info in infos:
+            await talk.ask(f"abandoned: {begun}", "/update_weights", info)
+        await talk.ask(f"abandoned: start again, {begun}", "/start_weight_update")
+        await talk.ask(f"abandoned: end, {begun}", "/update_weights", nothing)
+        await talk.publish(f"publish after {begun}")
     await talk.ask("resume", "/resume")
+    label = (await talk.ask("info", "/weight_info", method="GET")).json()["weight_version"]
+    [choice] = (await talk.ask("alone", GENERATE, body(8))).json()["choices"]
+    talk.shapes["after all"] = choice["weight_versions"] == [{"version": label, "start": 0, "end": 8}]
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ from palestra.core.records import Reply, Sampling
 from palestra.orchestrate.fleet import EngineLink, Fleet
 from palestra.orchestrate.sources import seed_for
 from palestra.wire.draft import NOTHING, Draft
-from palestra.wire.policy import EngineClient, EngineError, UnreachableError
+from palestra.wire.policy import EngineClient, EngineError, UnpublishedError, UnreachableError
 
 _JOIN_S = 0.003
 _PIECE_TOKENS = 256  # a reply on its way is told in pieces of at least so many tokens
@@ -114,8 +114,9 @@ class Gateway:
             pieces.tell_all()  # whoever asks again goes on from there
             raise
         except (UnreachableError, DeadlineError, EngineError) as failure:
-            if isinstance(failure, EngineError) and await link.client.is_healthy():
-                raise  # the request made it fail, and would again
+            is_of_request = isinstance(failure, EngineError) and not isinstance(failure, UnpublishedError)
+            if is_of_request and await link.client.is_healthy():
+                raise  # it made the engine fail, and would again
             self.fleet.take_out(link, str(failure))
             reply = None
         if reply is None:

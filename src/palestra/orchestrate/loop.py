@@ -186,6 +186,9 @@ class Loop:
     async def _join(self, link: EngineLink) -> None:
         """Errors: DeadlineError, if the engine does not become healthy."""
         await link.client.wait_healthy(self.desk.config.engine.healthy_s)
+        if link.is_inherited:  # perhaps in the middle of a publish
+            await link.client.pause(clear_cache=False)
+            await link.client.abandon_update()
         await self._pressure.meet(link)
         if link.state is EngineState.STARTING:
             self.desk.fleet.healthy(link)

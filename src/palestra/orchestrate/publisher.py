@@ -10,6 +10,8 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
+
 from palestra.core.errors import DeadlineError
 from palestra.core.metrics import Max, Mean
 from palestra.orchestrate.desk import Desk
@@ -74,9 +76,15 @@ class Publisher:
         starts = {link.name: link.starts for link in links}
         async with self._between_rollouts():
             report = await self._publish_to(staged, links, starts)
-        told = zip(links, report.engines, strict=True)
-        still_there = [(link, engine) for link, engine in told if link.starts == starts[link.name]]  # the same process
-        return await self._account(still_there, report.max_gap, staged)
+        held = [
+            await self._account(link, engine, staged, life=starts[link.name])
+            for link, engine in zip(links, report.engines, strict=True)
+        ]
+        if any(held):
+            desk = self._desk
+            desk.teller.note({"publish/max_abs_logprob_gap": Max(report.max_gap)})
+            desk.teller.totals.note_publish(report.max_gap)
+        return any(held)
 
     async def _publish_to(self, staged: Staged, links: list[EngineLink], starts: dict[str, int]) -> PublishReport:
         """`starts`: what a publish says of an engine that died meanwhile, it says of two processes."""
@@ -95,7 +103,7 @@ class Publisher:
             except NoEngineLeft as failure:
                 is_whole_fleet = len(links) == len(desk.fleet.links)
                 has_changed = any(link.starts != starts[link.name] or link.state is EngineState.OUT for link in links)
-                if not failure.is_lost and is_whole_fleet and not has_changed and not self._adopts(links):
+                if not failure.is_lost and is_whole_fleet and not has_changed:
                     raise
                 report = failure.report
             attributes |= {"max_gap": report.max_gap, "stopped_s": report.stopped_s}
@@ -114,44 +122,42 @@ class Publisher:
             desk.fleet.holds = False
             desk.changed.tell()
 
-    def _adopts(self, links: list[EngineLink]) -> bool:
-        """Whether an engine may be as a dead orchestrator left it, in the middle of a publish."""
-        return any(link.is_inherited for link in links)
+    async def _account(self, link: EngineLink, engine: EnginePublish, staged: Staged, *, life: int) -> bool:
+        """Whether it serves the version: one that failed is taken out, one that joined serves from now on.
 
-    async def _account(self, told: list[tuple[EngineLink, EnginePublish]], max_gap: float, staged: Staged) -> bool:
-        """Engines that failed are taken out, those that joined serve."""
-        desk, held = self._desk, False
-        for link, engine in told:
-            if engine.failure:
-                print(f"{link.name} is taken out: {engine.failure}", file=sys.stderr)
-                desk.fleet.take_out(link, engine.failure)
-                continue
-            if link.state is EngineState.JOINING:
-                await self._require_logprobs(link, staged)
-            if link.state is EngineState.JOINING:
-                desk.fleet.joined(link)
-            if link.state is not EngineState.SERVING:
-                continue  # it died meanwhile
-            held = True
-            desk.teller.note(
-                {
-                    "publish/stopped_s": Mean(engine.stopped_s),
-                    "publish/pause_s": Mean(engine.pause_s),
-                    "publish/load_s": Mean(engine.load_s),
-                    "publish/resume_s": Mean(engine.resume_s),
-                }
-            )
-        if held:
-            desk.teller.note({"publish/max_abs_logprob_gap": Max(max_gap)})
-            desk.teller.totals.note_publish(max_gap)
-        return held
+        What was found out about another `life` of it says nothing of the process that is there now.
+        """
+        desk = self._desk
+        if link.starts == life and not engine.failure and link.state is EngineState.JOINING:
+            engine = await self._require_logprobs(link, engine, staged)
+        if link.starts != life:
+            return False
+        if engine.failure:
+            print(f"{link.name} is taken out: {engine.failure}", file=sys.stderr)
+            desk.fleet.take_out(link, engine.failure)
+            return False
+        if link.state is EngineState.JOINING:
+            desk.fleet.joined(link)
+        if link.state is not EngineState.SERVING:
+            return False  # it died meanwhile
+        desk.teller.note(
+            {
+                "publish/stopped_s": Mean(engine.stopped_s),
+                "publish/pause_s": Mean(engine.pause_s),
+                "publish/load_s": Mean(engine.load_s),
+                "publish/resume_s": Mean(engine.resume_s),
+            }
+        )
+        return True
 
-    async def _require_logprobs(self, link: EngineLink, staged: Staged) -> None:
-        """Errors: EngineError, if its log-probabilities are not those of the distribution it samples from."""
+    async def _require_logprobs(self, link: EngineLink, engine: EnginePublish, staged: Staged) -> EnginePublish:
+        """What its publish comes to. Errors: EngineError, if its log-probabilities are not those of the distribution
+        it samples from."""
         try:
             await link.client.require_processed_logprobs(staged.probe.token_ids[:4])
         except (UnreachableError, DeadlineError) as failure:
-            self._desk.fleet.take_out(link, str(failure))
+            return msgspec.structs.replace(engine, failure=str(failure), is_lost=True)
+        return engine
 
     def _note_stop(self, client: EngineClient, is_stopped: bool) -> None:
         link = next(link for link in self._desk.fleet.links if link.client is client)

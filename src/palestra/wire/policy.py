@@ -41,6 +41,10 @@ class EngineError(InfrastructureError):
     """The engine answered that it failed."""
 
 
+class UnpublishedError(EngineError):
+    """The engine samples from weights that nobody published to it: a process took the place of the one that had them."""
+
+
 class UnreachableError(InfrastructureError):
     """No answer from the engine: not started, dead, or cut off."""
 
@@ -225,6 +229,14 @@ class EngineClient:
         """Load the version staged in `directory`. Errors: EngineError naming the tensor or module that is wrong."""
         body = {"update_info": {"directory": directory, "version": version}}
         await self._call("/update_weights", body, deadline_s=deadline_s)
+
+    async def abandon_update(self, *, deadline_s: float | None = None) -> None:
+        """End an update that somebody began and did not finish: a load that fails ends its update. Pause it first, and
+        publish a version before it goes on; until then the engine holds a mixture."""
+        try:
+            await self.update("", -1, deadline_s=deadline_s)
+        except EngineError:
+            pass  # as it must
 
     async def finish(self, version: int, *, deadline_s: float | None = None) -> None:
         """End the update; from here on tokens are labelled `version`."""
@@ -456,7 +468,7 @@ def _whole(token_ids: list[int], logprobs: list[float], choice: _Choice, url: st
 
 def _version(span: _VersionSpan, url: str) -> int:
     if not span.version.isdigit():
-        raise EngineError(f"engine {url} labels its tokens {span.version!r}: nothing was published to it yet")
+        raise UnpublishedError(f"engine {url} labels its tokens {span.version!r}: nothing was published to it yet")
     return int(span.version)
 
 

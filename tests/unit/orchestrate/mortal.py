@@ -13,7 +13,7 @@ from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.loop import Loop
 from palestra.wire.channel import Caller, Listener
 from palestra.wire.messages import Done, Play, ProcessEnded, ProcessStarted, Restart, ToSupervisor
-from palestra.wire.policy import UnreachableError
+from palestra.wire.policy import EngineError, UnreachableError
 from palestra.wire.rundir import Attempt, RunDir, version_to_load
 from tests.unit.orchestrate.scripted import ScriptedEngine, ScriptedTrainer, ScriptedWorker
 
@@ -29,12 +29,13 @@ class Server(ScriptedEngine):
         super().__init__(url, **options)
         self.history: list[int] = []
         self.fails_at: int | None = None
+        self.is_updating = False
         self.is_alive = asyncio.Event()
         self.is_alive.set()
 
     def die(self) -> None:
         self.is_alive.clear()
-        self.loaded = -1
+        self.loaded, self.is_updating = -1, False
 
     def _require_alive(self) -> None:
         if not self.is_alive.is_set():
@@ -55,9 +56,17 @@ class Server(ScriptedEngine):
         self._require_alive()
         return [-9.0 if self.loaded == self.fails_at else -1.0] * (len(token_ids) - 1)
 
+    async def start_update(self, *, deadline_s=None):
+        if self.is_updating:
+            raise EngineError("start_weight_update called while a weight update is already active")
+        self.is_updating = True
+
+    async def abandon_update(self, *, deadline_s=None):
+        self.is_updating = False
+
     async def finish(self, version, *, deadline_s=None):
         self._require_alive()
-        self.loaded = version
+        self.is_updating, self.loaded = False, version
         self.history.append(version)
 
     def forget(self):
@@ -234,12 +243,16 @@ class MortalRun:
                     if life and name != "orchestrator":
                         await self._tell(ProcessStarted(process=name, life=life))
             match message:
-                case Restart() if message.life == self.lives.get(message.process, 0):
+                case Restart() if message.life == self.lives.get(message.process, 0) and self._is_there(message):
                     self.restarts.append(message)
-                    if message.process in self._tasks:
-                        await self.replace(message.process)
+                    await self.replace(message.process)
                 case Done():
                     self.is_done.set()
+
+    def _is_there(self, message: Restart) -> bool:
+        """A death may be noticed by others before word of it comes."""
+        task = self._tasks.get(message.process)
+        return task is not None and not task.done()
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
         async with asyncio.timeout(TIMEOUT_S):

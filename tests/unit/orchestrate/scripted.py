@@ -127,7 +127,7 @@ class ScriptedEngine:
     async def _nothing(self, *args, **kwargs):
         pass
 
-    pause = resume = start_update = update = close = require_processed_logprobs = _nothing
+    pause = resume = start_update = update = abandon_update = close = require_processed_logprobs = _nothing
 
 
 class ScriptedWorker:

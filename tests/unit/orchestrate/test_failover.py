@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from palestra.core.records import Ending
+from palestra.orchestrate.fleet import EngineState
 from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, Published, RolloutEnded, RolloutRetried
 from palestra.wire.framelog import read_frames
 from palestra.wire.messages import Done, Exported, Play
@@ -194,18 +195,38 @@ async def test_a_publish_that_goes_on_at_the_successor_of_the_only_engine_ends_n
     require_whole(run)
 
 
-async def test_engines_that_a_dead_orchestrator_left_in_the_middle_of_a_publish_are_started_again(tmp_path):
+async def test_an_engine_that_a_dead_orchestrator_left_in_the_middle_of_a_publish_is_of_use(tmp_path):
     async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
         await run.until(lambda: run.loop.desk.trainer.loaded >= 2, "version 2")
         await run.kill("orchestrator")
         [server] = run.servers.values()
-        server.fails_at = 2  # whatever is published first
-        server.finish, finish = lambda version, **_: finish(2), server.finish  # type: ignore[method-assign]
+        server.is_updating = True  # it refuses to start another
         await run.restart("orchestrator")
-        await run.until(lambda: len(run.restarts) == 1, "the orchestrator to ask for another engine")
-        server.fails_at = None
-        server.finish = finish  # type: ignore[method-assign]
     require_whole(run)
+    assert run.restarts == [], "it need not be started again"
+
+
+async def test_one_that_is_replaced_while_it_joins_does_not_serve_before_it_has_weights(tmp_path):
+    """The last word of a publish, asked of the dead one, is answered by the one that took its place."""
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed, num_engines=2) as run:
+        await run.until(lambda: run.loop.desk.trainer.loaded >= 1, "version 1")
+        server, asked, answered = run.engines["engine-0"], asyncio.Event(), asyncio.Event()
+
+        async def hangs(token_ids, *, deadline_s=None):
+            if not asked.is_set():
+                asked.set()
+                await answered.wait()
+
+        server.require_processed_logprobs = hangs
+        await run.replace("engine-0")
+        await asyncio.wait_for(asked.wait(), 20)
+        await run.replace("engine-0")
+        [link] = [link for link in run.loop.desk.fleet.links if link.name == "engine-0"]
+        await run.until(lambda: link.state is EngineState.JOINING, "the second successor to be healthy")
+        answered.set()
+    require_whole(run)
+    assert -1 not in {version for _, version in server.calls}, "it sampled from weights that nobody published"
+    assert run.restarts == []
 
 
 async def test_the_trainer_dies_while_it_exports(tmp_path):

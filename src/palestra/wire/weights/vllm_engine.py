@@ -67,9 +67,9 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
 
     def receive_weights(self, update_info: FilesUpdateInfo) -> None:
         """Load every tensor of the version. Errors: InfrastructureError naming the tensor or the module."""
-        if self._coverage is None or self._complete:
-            raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
         try:
+            if self._coverage is None or self._complete:
+                raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
             manifest = self._expect(update_info)
             self._coverage.require_complete(self._load(update_info.directory, manifest))
         except BaseException:
