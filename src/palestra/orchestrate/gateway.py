@@ -118,6 +118,8 @@ class Gateway:
             if is_of_request and await link.client.is_healthy():
                 raise  # it made the engine fail, and would again
             self.fleet.take_out(link, str(failure))
+            if isinstance(failure, UnpublishedError):
+                return NOTHING  # no token of the policy
             reply = None
         if reply is None:
             pieces.tell_all()

@@ -42,7 +42,7 @@ class EngineError(InfrastructureError):
 
 
 class UnpublishedError(EngineError):
-    """The engine samples from weights that nobody published to it: a process took the place of the one that had them."""
+    """The engine samples from weights that nobody published to it: it took the place of one that is gone."""
 
 
 class UnreachableError(InfrastructureError):

@@ -9,7 +9,7 @@ from palestra.core.ledger import Ledger
 from palestra.core.records import Reply, Sampling, Span
 from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
 from palestra.orchestrate.gateway import Gateway
-from palestra.wire.policy import EngineError, UnreachableError
+from palestra.wire.policy import EngineError, UnpublishedError, UnreachableError
 
 LONG = Sampling(max_tokens=1000, stop_token_ids=(9999,))
 
@@ -169,6 +169,14 @@ async def test_a_request_that_makes_a_healthy_engine_fail_fails_alone():
     await asyncio.wait([call], timeout=0.1)
     assert restarts == [("engine-0", "assertion failed")]
     call.cancel()
+
+
+async def test_an_engine_that_has_no_weights_of_this_run_fails_and_not_the_request():
+    stranger, engine = Counter(3, breaks_at=9, failure=UnpublishedError("labels its tokens 'default'")), Counter(3)
+    gateway, restarts = make_gateway(stranger, engine)
+    reply = await gateway.call(0, [5], LONG, seed=1)
+    assert restarts == [("engine-0", "labels its tokens 'default'")]
+    assert (engine.prompts, reply.token_ids) == ([[5]], list(range(6, 61))), "none of its tokens is kept"
 
 
 async def test_calls_wait_for_an_engine_to_come_back_and_say_so():
