@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CROSSOVER_TOKENS = 32_768
+_GRAINS, _CANDIDATES = 4096, 64
 
 Packs = list[list[int]]
 Lengths = Sequence[int] | NDArray[np.integer]
@@ -65,8 +66,9 @@ def pack(
 ) -> Packing:
     """Place samples into packs of at most `max_tokens`, the same number on every rank, at about equal cost.
 
-    First-fit decreasing says how many packs it takes; rounded up to a multiple of `num_ranks`, they are filled by
-    longest-processing-time, or as first-fit did where that does not fit. Samples with the same `keep_together` id (the
+    First-fit decreasing says how many packs it takes, or filling one pack after the other as full as possible, where
+    that saves each rank one. Rounded up to a multiple of `num_ranks`, they are filled by longest-processing-time, or
+    as found where that does not fit. Samples with the same `keep_together` id (the
     rollout) share a pack; an id longer than a pack is split into its samples and named in `Packing.split`. A pack is
     empty only if there are fewer units than packs. Deterministic.
 
@@ -74,7 +76,8 @@ def pack(
              much as everything else (about 12 x width for a dense transformer).
     Keeps:   every sample exactly once.
     Errors:  ValueError naming the sample, if one alone is too long or empty.
-    Source:  Krell et al. 2021, arXiv:2107.02027; Johnson 1973 (first-fit decreasing); Graham 1969 (longest first).
+    Source:  Krell et al. 2021, arXiv:2107.02027; Johnson 1973 (first-fit decreasing); Gupta and Ho 1999 (minimum bin
+             slack); Graham 1969 (longest first).
     """
     lengths_S = _checked(lengths, max_tokens, num_ranks)
     unit_S, split = _units(lengths_S, max_tokens, keep_together)
@@ -82,6 +85,8 @@ def pack(
     cost_S = lengths_S + lengths_S.astype(np.float64) ** 2 / crossover_tokens
     cost_U = np.bincount(unit_S, weights=cost_S).astype(np.float64)
     packs = _first_fit_decreasing(tokens_U, max_tokens)
+    if -(-len(packs) // num_ranks) > -(-int(tokens_U.sum()) // (max_tokens * num_ranks)):
+        packs = min(packs, _fullest_first(tokens_U, max_tokens), key=len)
     num_packs = -(-len(packs) // num_ranks) * num_ranks
     packs = _longest_first(tokens_U, cost_U, max_tokens, num_packs) or _extend(packs, cost_U, num_packs)
     samples = _samples_of_units(unit_S, len(tokens_U))
@@ -157,6 +162,34 @@ def _next_free(successor: list[int], position: int) -> int:
         successor[position] = successor[successor[position]]
         position = successor[position]
     return position
+
+
+def _fullest_first(tokens_U: NDArray[np.int64], capacity: int) -> Packs:
+    """One pack at a time: the largest unit left, and of the others those that leave the least room.
+
+    A sum of sizes is a bit of an integer, so that one shift adds a unit to all sums at once. Long packs are cut into
+    `_GRAINS`, and at most `_CANDIDATES` units of all sizes are tried, to bound the time.
+    """
+    grain = -(-capacity // _GRAINS)
+    grains: list[int] = (-(-tokens_U // grain)).tolist()
+    left: list[int] = np.argsort(-tokens_U, kind="stable").tolist()
+    packs: Packs = []
+    while left:
+        first, *rest = left
+        room = capacity // grain - grains[first]
+        fitting = [unit for unit in rest if grains[unit] <= room]
+        tried = fitting[:: -(-len(fitting) // _CANDIDATES) or 1][::-1]
+        sums = [1]  # that the first so many of `tried` can reach
+        for unit in tried:
+            sums.append((sums[-1] | sums[-1] << grains[unit]) & ((2 << room) - 1))
+        missing, chosen = sums[-1].bit_length() - 1, {first}
+        for unit, without in zip(tried[::-1], sums[-2::-1], strict=True):  # large ones first: small ones fit later, too
+            if missing >= grains[unit] and without >> (missing - grains[unit]) & 1:
+                chosen.add(unit)
+                missing -= grains[unit]
+        packs.append([unit for unit in left if unit in chosen])
+        left = [unit for unit in left if unit not in chosen]
+    return packs
 
 
 def _longest_first(

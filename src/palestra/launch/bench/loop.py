@@ -48,8 +48,8 @@ class Effort:
     calibrates: bool = True  # otherwise prompts are as long as the recipe says
 
 
-FULL = Effort(ratios=(1.0, 0.5, 2.0), steps=10, sync_steps=4, overhead_steps=2, alone_steps=4)
-QUICK = Effort(ratios=(1.0,), steps=7, sync_steps=0, overhead_steps=1, alone_steps=3, calibrates=False)
+FULL = Effort(ratios=(1.0, 0.5, 2.0), steps=8, sync_steps=4, overhead_steps=2, alone_steps=3)
+QUICK = Effort(ratios=(1.0,), steps=6, sync_steps=0, overhead_steps=1, alone_steps=3, calibrates=False)
 
 
 @dataclass(frozen=True)
