@@ -133,7 +133,7 @@ def test_variants_differ_in_what_they_must_alone(bench: MadeBench):
     by_name = {config.log.name: config for config in bench.configs}
     assert list(by_name) == ["overhead", "ratio-1", "ratio-0.5", "ratio-2", "synchronous"]
     one, synchronous = by_name["ratio-1"], by_name["synchronous"]
-    same = {"algo": {"max_age": 8}, "train": {"steps": FULL.steps}, "log": {"name": "ratio-1"}}
+    same = {"algo": {"max_age": 8}, "train": {"steps": loop.FULL.steps}, "log": {"name": "ratio-1"}}
     assert Bench(synchronous, bench.outputs).variant("ratio-1", **{k: same[k] for k in ("algo", "train")}) == one
     assert synchronous.algo.max_age == 0
     assert by_name["overhead"].engine.max_in_flight == 256
