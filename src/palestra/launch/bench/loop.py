@@ -3,7 +3,8 @@
 overhead: bare client, then the same rollouts by the loop, 256 in flight        -> M4, event-loop lag
 calibrate: the trainer alone on made batches                                    -> prompt lengths for the ratios
 ratio-R: bare client, then the loop; its batches by the trainer alone           -> M1, M2, M3, idle shares
-synchronous: generate, train, publish, one after the other, at ratio 1          -> M5
+synchronous: bare client, then generate, train, publish, one after the other, at ratio 1; its batches by the trainer
+             alone, nothing beside any of them                                  -> M5
 """
 
 import math
@@ -12,7 +13,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,14 +201,18 @@ def _gain(bench: Bench, effort: Effort, of: AtRatio, prompt_tokens: int) -> dict
         return {"m5_async_gain_over_bound": None}
     say("palestra bench: generate, train, publish, one after the other")
     config = with_prompts(bench, "synchronous", prompt_tokens, algo={"max_age": 0}, train={"steps": effort.sync_steps})
-    part = bench.loop(config)
+    part = bench.loop(config, alone=[replace(first_step_alone(config), cores=0)])
     within = readings.window(part.rows, skip=1, leave=0)
     gain = readings.async_gain(sync_step_s=within.step_s, async_step_s=of.reading.window.step_s)
-    bound = readings.async_bound(generate_with_tail_s=of.alone.wall_s, generate_s=of.generate_s, train_s=of.train_s)
+    quiet = bench.train_alone(part, steps=effort.alone_steps, beside=False)
+    quiet_s = part.alone[0].wall_s + of.reading.tokens_per_step * readings.train_s_per_token(quiet.rows)
+    slower_s = max(of.generate_s, of.train_s)
+    bound = readings.async_bound(in_turns_s=quiet_s, slower_s=slower_s)
     return {
         "m5_async_gain_over_bound": gain / bound,
         "async_gain": gain,
         "async_bound": bound,
+        "async_bound_under_load": readings.async_bound(in_turns_s=of.alone.wall_s + of.train_s, slower_s=slower_s),
         "sync_step_s": within.step_s,
         "sync_reward": readings.trained(part.rows)[within.last]["reward/trained"],
     }

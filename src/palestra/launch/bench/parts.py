@@ -89,8 +89,9 @@ class Bench:
             _carry_out(config, replace(plan, programs=programs))
         return Part(config, run)
 
-    def train_alone(self, part: Part, *, steps: int) -> Part:
-        """The trainer alone, under neutral load, on the first batches of a finished part."""
+    def train_alone(self, part: Part, *, steps: int, beside: bool = True) -> Part:
+        """The trainer alone, under neutral load or (not `beside`) with nothing else, on the first batches of a finished
+        part."""
         config = self.variant(f"{part.run.name}-train-alone", **_of_trainer(part.config))
         run = RunDir(config.run_dir)
         if not _is_finished(config):
@@ -98,7 +99,7 @@ class Bench:
             run.batches.directory.mkdir(parents=True)
             for step in part.run.batches.steps()[:steps]:
                 link_or_copy(str(part.run.batches.path(step)), str(run.batches.path(step)))
-            _train(config)
+            _train(config, beside=beside)
         return Part(config, run)
 
     def train_made(self, config: RunConfig, batches: Sequence[Batch]) -> Part:
@@ -107,14 +108,14 @@ class Bench:
         if not _is_finished(config):
             for batch in batches:
                 run.batches.write(batch)
-            _train(config)
+            _train(config, beside=True)
         return Part(config, run)
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, *, beside: bool) -> None:
     plan = make_plan(config, this_machine(), is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
     led = replay.led_by("palestra.launch.feed", config, plan, names=("model", "trainer"))
-    with _beside_trainer(config):
+    with _beside_trainer(config) if beside else nullcontext():
         _carry_out(config, led)
 
 

@@ -169,9 +169,9 @@ def async_gain(*, sync_step_s: float, async_step_s: float) -> float:
     return sync_step_s / async_step_s
 
 
-def async_bound(*, generate_with_tail_s: float, generate_s: float, train_s: float) -> float:
-    """S_max: one after the other, with the tail, against the slower side alone, saturated; devices are apart."""
-    return (generate_with_tail_s + train_s) / max(generate_s, train_s)
+def async_bound(*, in_turns_s: float, slower_s: float) -> float:
+    """S_max: generating with its tail, then training, against the slower side alone, saturated; devices are apart."""
+    return in_turns_s / slower_s
 
 
 def lost_by_draining_s(alone: Alone) -> float:

@@ -151,7 +151,7 @@ def test_overhead_of_the_same_rollouts():
 
 def test_gain_and_bound():
     """8 s with the tail and 5 s of training against 6 s saturated: 13 / 6; a step went from 13 to 7 s."""
-    bound = readings.async_bound(generate_with_tail_s=8.0, generate_s=6.0, train_s=5.0)
+    bound = readings.async_bound(in_turns_s=8.0 + 5.0, slower_s=6.0)
     assert bound == pytest.approx(13 / 6)
     assert readings.async_gain(sync_step_s=13.0, async_step_s=7.0) / bound == pytest.approx(6 / 7)
 
