@@ -186,12 +186,21 @@ class Loop:
     async def _join(self, link: EngineLink) -> None:
         """Errors: DeadlineError, if the engine does not become healthy."""
         await link.client.wait_healthy(self.desk.config.engine.healthy_s)
-        if link.is_inherited:  # perhaps in the middle of a publish
-            await link.client.pause(clear_cache=False)
-            await link.client.abandon_update()
+        if link.is_inherited and not await self._free(link):
+            return
         await self._pressure.meet(link)
         if link.state is EngineState.STARTING:
             self.desk.fleet.healthy(link)
+
+    async def _free(self, link: EngineLink) -> bool:
+        """Whether an engine that a dead orchestrator left, perhaps in the middle of a publish, can take another."""
+        try:
+            await link.client.pause(clear_cache=False)
+            await link.client.abandon_update()
+        except InfrastructureError as failure:
+            self._ask_restart(link.name, str(failure))
+            return False
+        return True
 
     async def _rejoin(self, link: EngineLink) -> None:
         """An engine that was started again, and is the supervisor's affair until it is healthy."""

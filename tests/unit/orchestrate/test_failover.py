@@ -206,6 +206,22 @@ async def test_an_engine_that_a_dead_orchestrator_left_in_the_middle_of_a_publis
     assert run.restarts == [], "it need not be started again"
 
 
+async def test_an_engine_that_a_dead_orchestrator_left_and_that_fails_is_started_again(tmp_path):
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
+        await run.until(lambda: run.loop.desk.trainer.loaded >= 2, "version 2")
+        await run.kill("orchestrator")
+        [server] = run.servers.values()
+
+        async def fails(**_):
+            del server.pause
+            raise EngineError("the engine core is dead")
+
+        server.pause = fails
+        await run.restart("orchestrator")
+    require_whole(run)
+    assert [(restart.process, restart.why) for restart in run.restarts] == [("engine-0", "the engine core is dead")]
+
+
 async def test_one_that_is_replaced_while_it_joins_does_not_serve_before_it_has_weights(tmp_path):
     """The last word of a publish, asked of the dead one, is answered by the one that took its place."""
     async with MortalRun(config_of(tmp_path), reward=reward_by_seed, num_engines=2) as run:
