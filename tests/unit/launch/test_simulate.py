@@ -63,6 +63,12 @@ def test_overrides_change_what_is_simulated(files, capsys):
     assert deep["variants"][name]["mean_age"] > plain["variants"][name]["mean_age"] + 0.5
 
 
+def test_a_recipe_whose_publishes_wait_is_simulated_so(files, capsys):
+    plain, waiting = told(capsys, *files)["variants"], told(capsys, *files, "sync.wait=true")["variants"]
+    name = "as the recipe says"
+    assert waiting[name] == plain["updates wait for rollouts"] != plain[name]
+
+
 def test_splits_of_so_many_devices(files, capsys):
     found = told(capsys, *files, "--gpus", "6", "--steps", "10")
     assert {split["trainer_gpus"] + split["engines"] for split in found["splits"]} == {6}

@@ -43,7 +43,8 @@ class Rules:
         return (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps
 
 
-def rules_of(config: RunConfig, *, updates: Updates = "in_flight") -> Rules:
+def rules_of(config: RunConfig, *, updates: Updates | None = None) -> Rules:
+    """`updates`: by default what the recipe's `sync.wait` says."""
     algo = config.algo
     return Rules(
         steps=config.train.steps,
@@ -60,5 +61,5 @@ def rules_of(config: RunConfig, *, updates: Updates = "in_flight") -> Rules:
         publish_every=config.sync.every,
         checkpoint_every=config.train.checkpoint_every,
         trainer_gpus=config.train.num_ranks,
-        updates=updates,
+        updates=updates or ("drain" if config.sync.wait else "in_flight"),
     )
