@@ -18,7 +18,7 @@ from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
 from palestra.orchestrate.state import Published
-from palestra.wire.policy import EngineClient, UnreachableError
+from palestra.wire.policy import EngineClient, UnpublishedError, UnreachableError
 from palestra.wire.publish import EnginePublish, NoEngineLeft, PublishReport, publish
 from palestra.wire.weights.manifest import Staged
 
@@ -155,7 +155,7 @@ class Publisher:
         it samples from."""
         try:
             await link.client.require_processed_logprobs(staged.probe.token_ids[:4])
-        except (UnreachableError, DeadlineError) as failure:
+        except (UnreachableError, UnpublishedError, DeadlineError) as failure:
             return msgspec.structs.replace(engine, failure=str(failure), is_lost=True)
         return engine
 

@@ -15,7 +15,7 @@ from palestra.orchestrate.fleet import EngineState
 from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, Published, RolloutEnded, RolloutRetried
 from palestra.wire.framelog import read_frames
 from palestra.wire.messages import Done, Exported, Play
-from palestra.wire.policy import EngineError, UnreachableError
+from palestra.wire.policy import EngineError, UnpublishedError, UnreachableError
 from tests.unit.orchestrate.mortal import MortalRun
 from tests.unit.orchestrate.scripted import GROUP_SIZE, GROUPS, make_config, reward_by_seed
 
@@ -222,7 +222,8 @@ async def test_an_engine_that_a_dead_orchestrator_left_and_that_fails_is_started
     assert [(restart.process, restart.why) for restart in run.restarts] == [("engine-0", "the engine core is dead")]
 
 
-async def test_one_that_is_replaced_while_it_joins_does_not_serve_before_it_has_weights(tmp_path):
+@pytest.mark.parametrize("failure", [None, UnpublishedError("labels its tokens 'default'")])
+async def test_one_that_is_replaced_while_it_joins_does_not_serve_before_it_has_weights(tmp_path, failure):
     """The last word of a publish, asked of the dead one, is answered by the one that took its place."""
     async with MortalRun(config_of(tmp_path), reward=reward_by_seed, num_engines=2) as run:
         await run.until(lambda: run.loop.desk.trainer.loaded >= 1, "version 1")
@@ -232,6 +233,8 @@ async def test_one_that_is_replaced_while_it_joins_does_not_serve_before_it_has_
             if not asked.is_set():
                 asked.set()
                 await answered.wait()
+                if failure is not None:
+                    raise failure
 
         server.require_processed_logprobs = hangs
         await run.replace("engine-0")
