@@ -57,11 +57,13 @@ class Server(ScriptedEngine):
         return [-9.0 if self.loaded == self.fails_at else -1.0] * (len(token_ids) - 1)
 
     async def start_update(self, *, deadline_s=None):
+        self._require_alive()
         if self.is_updating:
             raise EngineError("start_weight_update called while a weight update is already active")
         self.is_updating = True
 
     async def abandon_update(self, *, deadline_s=None):
+        self._require_alive()
         self.is_updating = False
 
     async def finish(self, version, *, deadline_s=None):
@@ -151,16 +153,19 @@ class MortalRun:
         self.is_done = asyncio.Event()
         self.workers: dict[str, MortalWorker] = {}
         self._tasks: dict[str, asyncio.Task] = {}
+        self._dying: set[str] = set()  # and not started again yet
         self.supervisor: Listener = Listener(self.attempt.supervisor, attempt=1, receives=ToSupervisor)
 
     # --- processes
 
     def start(self, name: str) -> None:
+        self._dying.discard(name)
         life = self.lives[name] = self.lives.get(name, -1) + 1
         self._tasks[name] = asyncio.create_task(self._process(name, life))
 
     async def kill(self, name: str, *, why: str = "killed by SIGKILL") -> None:
         """And tell the orchestrator, if it is there."""
+        self._dying.add(name)
         await self._end(name)
         await self._tell(ProcessEnded(process=name, why=why, life=self.lives[name]))
 
@@ -242,6 +247,9 @@ class MortalRun:
                 for name, life in self.lives.items():
                     if life and name != "orchestrator":
                         await self._tell(ProcessStarted(process=name, life=life))
+                for name in ("trainer", *self.workers):
+                    if self._tasks[name].done() and name not in self._dying:  # it did all it had to, for another one
+                        await self.restart(name)
             match message:
                 case Restart() if message.life == self.lives.get(message.process, 0) and self._is_there(message):
                     self.restarts.append(message)
@@ -251,8 +259,7 @@ class MortalRun:
 
     def _is_there(self, message: Restart) -> bool:
         """A death may be noticed by others before word of it comes."""
-        task = self._tasks.get(message.process)
-        return task is not None and not task.done()
+        return message.process in self._tasks and message.process not in self._dying
 
     async def until(self, condition: Callable[[], bool], what: str) -> None:
         async with asyncio.timeout(TIMEOUT_S):
