@@ -68,9 +68,9 @@ def pack(
 
     First-fit decreasing says how many packs it takes, or filling one pack after the other as full as possible, where
     that saves each rank one. Rounded up to a multiple of `num_ranks`, they are filled by longest-processing-time, or
-    as found where that does not fit. Samples with the same `keep_together` id (the
-    rollout) share a pack; an id longer than a pack is split into its samples and named in `Packing.split`. A pack is
-    empty only if there are fewer units than packs. Deterministic.
+    as found where that does not fit. Samples with the same `keep_together` id (the rollout) share a pack; an id longer
+    than a pack is split into its samples and named in `Packing.split`. A pack is empty only if there are fewer units
+    than packs. Deterministic.
 
     Units:   cost of a sample = length + length^2 / crossover_tokens, so that at `crossover_tokens` attention costs as
              much as everything else (about 12 x width for a dense transformer).

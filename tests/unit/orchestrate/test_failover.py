@@ -206,6 +206,20 @@ async def test_an_engine_that_a_dead_orchestrator_left_in_the_middle_of_a_publis
     assert run.restarts == [], "it need not be started again"
 
 
+async def test_an_engine_that_a_dead_orchestrator_left_and_that_fails_its_proof_is_started_again(tmp_path):
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
+        await run.until(lambda: run.loop.desk.trainer.loaded >= 2, "version 2")
+        await run.kill("orchestrator")
+        [server] = run.servers.values()
+        server.fails_at = 2  # whatever is published first
+        server.finish, finish = lambda version, **_: finish(2), server.finish  # type: ignore[method-assign]
+        await run.restart("orchestrator")
+        await run.until(lambda: len(run.restarts) == 1, "the orchestrator to ask for another engine")
+        server.fails_at = None
+        server.finish = finish  # type: ignore[method-assign]
+    require_whole(run)
+
+
 async def test_an_engine_that_a_dead_orchestrator_left_and_that_fails_is_started_again(tmp_path):
     async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
         await run.until(lambda: run.loop.desk.trainer.loaded >= 2, "version 2")
