@@ -27,6 +27,8 @@ venv_stamp := $(stamps)/venv-$(shell echo "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 palestra_stamp := $(stamps)/palestra-$(ENGINE)-$(call digest,requirements/*.txt)
 environments_stamp := $(stamps)/environments-$(call digest,requirements/*.txt $(environments))
 dev_stamp := $(stamps)/dev-$(call digest,requirements/*.txt)
+# Two at a time: tests are mostly waits for processes to start. What shares an engine stays together (tests/conftest.py).
+tests := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 stamp = @rm -f $(stamps)/$(1)-* && touch $@
 
 .PHONY: help install quickstart check test test-fault form types layers unit-tests clean
@@ -55,10 +57,10 @@ check: form layers
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync types unit-tests
 
 test: form layers types
-	@$(BIN)/python -m pytest tests
+	@$(tests) tests
 
 test-fault: install $(dev_stamp)
-	@$(BIN)/python -m pytest tests/fault
+	@$(tests) tests/fault
 
 form: install $(dev_stamp)
 	@$(BIN)/ruff format --check --quiet . || { echo "repair with: $(BIN)/ruff format ." >&2; exit 1; }

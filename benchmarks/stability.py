@@ -46,12 +46,17 @@ class Setting:
         return f"{self.loss}-age{self.age}-seed{seed}"
 
     def overrides(self, seed: int) -> list[str]:
-        """Dispatch is paced to the age that is allowed, so that it is reached."""
+        """Publishing is as rare, and dispatch as far ahead, as the age that is allowed bears: so it is reached.
+
+        Rollouts of engines that get every `k`th version are up to `k - 1` steps old, and one or two more by the time
+        they train.
+        """
         return [
             f"log.name={self.run_name(seed)}",
             f"algo.loss={self.loss}",
             f"algo.max_age={self.age}",
             f"algo.pace_age={self.age}",
+            f"sync.every={max(1, self.age - 1)}",
             f"train.seed={seed}",
         ]
 
@@ -64,6 +69,7 @@ class Measured:
     seed: int
     rewards: dict[int, float] = field(default_factory=dict)
     mean_age: float | None = None
+    oldest: float | None = None  # of a rollout that trained
     least_effective_share: float | None = None
     state: State | None = None
 
@@ -149,6 +155,7 @@ def measure(run: RunDir, setting: Setting, seed: int, eval_set: str | None) -> M
             if f"eval/{eval_set}/reward" in row:
                 rewards[row["step"]] = row[f"eval/{eval_set}/reward"]
     ages = [row["age/mean"] for row in steps.values() if "age/mean" in row]
+    oldest = [row["age/max"] for row in steps.values() if "age/max" in row]
     shares = [row["train/rl/effective_share"] for row in steps.values() if "train/rl/effective_share" in row]
     status = read_status(run)
     return Measured(
@@ -156,6 +163,7 @@ def measure(run: RunDir, setting: Setting, seed: int, eval_set: str | None) -> M
         seed=seed,
         rewards=rewards,
         mean_age=statistics.fmean(ages) if ages else None,
+        oldest=max(oldest, default=None),
         least_effective_share=min(shares, default=None),
         state=status.state if status else None,
     )
@@ -179,23 +187,24 @@ def curve(runs: Sequence[Measured]) -> list[tuple[int, float, float, float]]:
 def table(settings: Sequence[Setting], runs: Sequence[Measured]) -> str:
     """A row per setting, over its seeds that ended; then how far the ages of the first loss are apart."""
     lines = [
-        "| loss | age allowed | mean age | seeds | failed | reward at the end | least to greatest | effective share |",
-        "|---|---|---|---|---|---|---|---|",
+        "| loss | age allowed | mean age | oldest | seeds | failed | reward | least to greatest | effective share |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     means: dict[Setting, float] = {}
     for setting in settings:
         found = ended_of(runs, setting)
         if not found:
-            lines.append(f"| {setting.loss} | {setting.age} | | 0 | | | | |")
+            lines.append(f"| {setting.loss} | {setting.age} | | | 0 | | | | |")
             continue
         last = [run.last for run in found if run.last is not None]
         means[setting] = statistics.fmean(last)
         age = statistics.fmean(run.mean_age for run in found if run.mean_age is not None)
+        oldest = max((run.oldest or 0.0 for run in found), default=0.0)
         share = min((run.least_effective_share or 0.0 for run in found), default=0.0)
         failed = sum(run.state is State.FAILED for run in found)
         lines.append(
-            f"| {setting.loss} | {setting.age} | {age:.2f} | {len(found)} | {failed} | {means[setting]:.3f} | "
-            f"{min(last):.3f} to {max(last):.3f} | >= {share:.3f} |"
+            f"| {setting.loss} | {setting.age} | {age:.2f} | {oldest:.0f} | {len(found)} | {failed} | "
+            f"{means[setting]:.3f} | {min(last):.3f} to {max(last):.3f} | >= {share:.3f} |"
         )
     ages = [means[setting] for setting in means if setting.loss == settings[0].loss]
     if len(ages) > 1:

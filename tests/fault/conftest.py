@@ -1,28 +1,26 @@
 """What the cases of the suite share: a model, a run with faults, and the table at the end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.fault.cases import Ahead, Maker
+from tests.fault.cases import Maker
 from tests.fault.counts import Counts, count, replayed
 from tests.fault.table import FILE, Table
 from tests.fault.whole_run import FaultyRun, save_table
 
-ROWS = pytest.StashKey[list[str]]()
+ROW = "row of the table of faults"  # the property of a test: it travels from the process that ran it
 _HEAD = (
     f"{'case':<58}{'finished':>9}{'trained':>8}{'lost':>6}{'twice':>6}{'back':>6}"
     f"{'version':>9}{'starts':>8}{'recovery':>10}"
 )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash.setdefault(ROWS, [])
-
-
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if rows := config.stash.get(ROWS, []):
+def pytest_terminal_summary(terminalreporter) -> None:
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
+    ran = [report for report in reports if report.when == "call"]
+    if rows := [value for report in ran for name, value in report.user_properties if name == ROW]:
         terminalreporter.section("faults: what was lost, and how long it took")
         terminalreporter.write_line(_HEAD)
         for row in rows:
@@ -43,18 +41,6 @@ def table_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_table(tmp_path_factory.mktemp("models") / "table")
 
 
-@pytest.fixture(scope="session")
-def ahead(
-    request: pytest.FixtureRequest, table_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Ahead]:
-    """Plays the cases of all collected tests that ask for it."""
-    asking = [item for item in request.session.items if "ahead" in getattr(item, "fixturenames", ())]
-    cases = [item.callspec.params["case"] for item in asking]  # type: ignore[attr-defined]
-    ahead = Ahead(cases, table_model, tmp_path_factory.mktemp)
-    yield ahead
-    ahead.close()
-
-
 @pytest.fixture
 def make(table_model: Path, tmp_path: Path) -> Maker:
     """Makes the run of a test that plays it by itself."""
@@ -62,13 +48,13 @@ def make(table_model: Path, tmp_path: Path) -> Maker:
 
 
 @pytest.fixture
-def judge(request: pytest.FixtureRequest) -> Callable[..., Counts]:
+def judge(record_property: Callable[[str, object], None]) -> Callable[..., Counts]:
     """Counts what a run did, notes the line of the table, and asserts that nothing is lost or trained twice."""
 
     def judge(run: FaultyRun, *, name: str, fired: int | None = None) -> Counts:
         config = run.config
         counts = count(run.run, run.witness, max_age=config.algo.max_age)
-        request.config.stash[ROWS].append(row_of(name, counts, config.train.steps, run.num_starts))
+        record_property(ROW, row_of(name, counts, config.train.steps, run.num_starts))
         assert fired is None or len(run.witness.read("fired")) == fired, "the faults did not all happen"
         assert (counts.lost, counts.ended_twice, counts.trained_twice, counts.went_back) == ([], [], [], [])
         assert counts.steps == list(range(config.train.steps))

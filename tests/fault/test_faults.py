@@ -10,7 +10,7 @@ from palestra.orchestrate.state import TaskQuarantined
 from palestra.wire.batches import decode, equal
 from palestra.wire.rundir import checkpoint_dir, read_manifests
 from palestra.wire.runlog import read_ledger, read_restarts, read_summary
-from tests.fault.cases import DEADLINE_S, Ahead, Case, Make
+from tests.fault.cases import DEADLINE_S, Case, Make, Maker
 from tests.fault.counts import count, read_events
 from tests.fault.doomed import Fault
 from tests.fault.test_kills import POINTS, Point
@@ -182,8 +182,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_nothing_is_lost_when(case: Case, ahead: Ahead, judge):
-    judge(ahead.run_of(case), name=case.name, fired=case.fired)
+def test_nothing_is_lost_when(case: Case, make: Maker, judge):
+    judge(case.play(make), name=case.name, fired=case.fired)
 
 
 def _tear_the_newest_batch(run: FaultyRun) -> Path:

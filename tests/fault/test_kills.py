@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from palestra.wire.runlog import read_restarts
-from tests.fault.cases import DEADLINE_S, Ahead, Case, Make
+from tests.fault.cases import DEADLINE_S, Case, Make, Maker
 from tests.fault.doomed import Fault
 from tests.fault.whole_run import FaultyRun
 
@@ -97,5 +97,5 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_nothing_is_lost_when(case: Case, ahead: Ahead, judge):
-    judge(ahead.run_of(case), name=case.name, fired=case.fired)
+def test_nothing_is_lost_when(case: Case, make: Maker, judge):
+    judge(case.play(make), name=case.name, fired=case.fired)
