@@ -9,6 +9,7 @@ from the run itself, which leaves only the loop to be compared.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from palestra.config import read_resolved
+from palestra.core.errors import UserError
 from palestra.orchestrate.simulate.curves import Curves
 from palestra.orchestrate.simulate.loop import simulate
 from palestra.orchestrate.simulate.measure import at_speed_of, curves_from, measured
@@ -62,16 +64,24 @@ def compare(run: RunDir, curves: Curves, name: str) -> Comparison:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    runs = [require_run(path) for path in arguments.runs]
+def comparisons(runs: Sequence[RunDir]) -> list[Comparison]:
+    """Errors: UserError, for a run that does not tell enough."""
     first = curves_from(runs[0])
     rows = [compare(run, first, runs[0].name) for run in runs]
     for run in runs[1:]:
         rows += [compare(run, at_speed_of(run, first), "at its speed"), compare(run, curves_from(run), "its own")]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    try:
+        rows = comparisons([require_run(path) for path in arguments.runs])
+    except UserError as mistake:
+        parser.error(str(mistake))
     if arguments.json:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=2)
         return

@@ -1,4 +1,4 @@
-"""Cases of the fault suite: each is a run with planted faults, played by a function that returns it when it has ended."""
+"""Cases of the fault suite: each is a run with planted faults, played by a function that returns it when it ended."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -210,7 +210,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     @invariant()
     def outstanding_rollouts_are_counted(self):
-        expected = sum(SIZE - len(g.settled) for g in self.state.groups.values())
+        expected = sum(SIZE for g in self.state.groups.values() if g.status is not GroupStatus.LATE)
         assert self.state.num_outstanding == expected
 
 

@@ -64,7 +64,7 @@ def _curves(wish: Wish) -> Curves:
 def variants(wish: Wish, config: RunConfig, curves: Curves) -> dict[str, Outcome]:
     """The recipe, and the same one without what makes the loop asynchronous."""
     rules = _rules(wish, config)
-    in_turns = replace(rules, max_outstanding=config.algo.rollouts_per_step)
+    in_turns = replace(rules, max_outstanding=config.algo.rollouts_per_step, publish_every=1)
     ways = {
         "as the recipe says": rules,
         "updates wait for rollouts": replace(rules, updates="drain"),
@@ -81,8 +81,7 @@ def search_for(wish: Wish, config: RunConfig, curves: Curves) -> list[Split]:
 
 def _rules(wish: Wish, config: RunConfig) -> Rules:
     """Enough steps that what counts is far from both ends."""
-    algo = config.algo
-    ahead = -(-algo.max_outstanding // algo.rollouts_per_step)
+    ahead = -(-config.max_outstanding // config.algo.rollouts_per_step)
     return replace(rules_of(config), steps=_SKIP + 1 + wish.steps + ahead)
 
 

@@ -6,7 +6,7 @@ from palestra.algo.advantages import group_baseline, group_scale
 from palestra.algo.filters import is_zero_signal
 from palestra.algo.shaping import LengthShaping
 from palestra.core.records import RolloutRecord, Seat
-from palestra.orchestrate.state import Baseline, Group, GroupStatus, LoopState
+from palestra.orchestrate.state import CUT, Baseline, Group, GroupStatus, LoopState
 
 
 def seat_reward(record: RolloutRecord, seat: Seat) -> float:
@@ -15,9 +15,9 @@ def seat_reward(record: RolloutRecord, seat: Seat) -> float:
 
 
 def outcome(group: Group, *, drop_zero_signal: bool) -> str:
-    """`ready`, or why a group whose members all ended never trains: `all_invalid`, `zero_signal`."""
+    """`ready`, or why a group whose members all ended never trains: `too_old`, `all_invalid`, `zero_signal`."""
     if not group.valid:
-        return "all_invalid"
+        return "too_old" if any(record.error == CUT for record in group.records.values()) else "all_invalid"
     if drop_zero_signal and all(is_zero_signal(rewards) for rewards in rewards_by_seat(group.valid).values()):
         return "zero_signal"
     return "ready"

@@ -109,7 +109,7 @@ class Dispatcher:
         needed = (config.train.steps - state.next_step) * config.algo.groups_per_step
         untrained = sum(group.status is not GroupStatus.LATE for group in state.groups.values())
         outstanding = state.num_outstanding + trainer.rollouts_on_the_way
-        has_room = outstanding + config.algo.group_size <= config.algo.max_outstanding
+        has_room = outstanding + config.algo.group_size <= config.max_outstanding
         return trainer.is_current and untrained < needed and has_room
 
     async def _open_group(self) -> None:
@@ -284,6 +284,8 @@ class Dispatcher:
 
         Errors: UserError, if no rollout of many groups of one environment in a row was valid.
         """
+        if result == "too_old":
+            return  # it says nothing of the environment
         self._invalid[group.source] = self._invalid.get(group.source, 0) + 1 if result == "all_invalid" else 0
         self._fruitless = self._fruitless + 1 if result != "ready" else 0
         if self._invalid[group.source] == _INVALID_GROUPS:

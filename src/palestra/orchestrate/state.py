@@ -13,6 +13,8 @@ from palestra.core.metrics import Metric, Metrics
 from palestra.core.records import Ending, Reply, RolloutRecord, Task
 from palestra.orchestrate.curriculum import Found, Observation, Pool, Rating, Result, SourcePools
 
+CUT = "stopped in flight: too old to train (algo.max_age)"  # the error of such a rollout
+
 
 class GroupStatus(StrEnum):
     OPEN = "open"  # members are waiting, running or being scored
@@ -311,8 +313,8 @@ class LoopState(Struct, kw_only=True):
 
     @property
     def num_outstanding(self) -> int:
-        """Rollouts dispatched, or to be, and not in a batch yet."""
-        return sum(group.size - len(group.settled) for group in self.groups.values())
+        """Rollouts dispatched, or to be, and not in a batch yet; without late members, for which no step waits."""
+        return sum(group.size for group in self.groups.values() if group.status is not GroupStatus.LATE)
 
     @property
     def length_drift(self) -> float:
@@ -379,13 +381,12 @@ def _rollout_ended(state: LoopState, event: RolloutEnded) -> None:
 
 def _rollout_cut(state: LoopState, event: RolloutCut) -> None:
     group = _live_group(state, event.rollout_id)
-    error = "stopped in flight: too old to train (algo.max_age)"
     state.count("rollouts_cut")
     _count_dispatched(state, [event.num_tokens])
     _note_end(
         state,
         RolloutRecord(
-            rollout_id=event.rollout_id, environment=group.source, task=group.task, ending=Ending.INVALID, error=error
+            rollout_id=event.rollout_id, environment=group.source, task=group.task, ending=Ending.INVALID, error=CUT
         ),
     )
 

@@ -34,7 +34,7 @@ class TrainerLink:
         self.trained = -1  # version the trainer has; -1: not ready, or gone
         self.loaded = -1  # version the engines have
         self.is_finishing = False
-        self._shipped: dict[int, int] = {}  # step -> rollouts
+        self._shipped: dict[int, int] = {}  # step -> rollouts, of those that are not in the engines' weights
 
     async def ready(self, version: int, *, staged: int | None = None) -> None:
         """The trainer is at `version`: it gets the batches after it, in order, whoever has trained them before.
@@ -85,6 +85,7 @@ class TrainerLink:
 
     async def note_loaded(self, version: int) -> None:
         self.loaded = self.published = max(self.loaded, version)
+        self._shipped = {step: count for step, count in self._shipped.items() if step >= self.loaded}
         await self._send(WeightsLoaded(version=version))
 
     async def discard(self, version: int) -> None:
@@ -103,7 +104,4 @@ class TrainerLink:
     @property
     def rollouts_on_the_way(self) -> int:
         """Rollouts in shipped batches whose weights are not in the engines yet."""
-        return sum(count for step, count in self._shipped.items() if not self._is_settled(step))
-
-    def _is_settled(self, step: int) -> bool:
-        return step < max(self.loaded, -1 if self.schedule.publishes(step) else self.trained)
+        return sum(self._shipped.values())

@@ -60,6 +60,20 @@ async def test_no_rollout_trains_beyond_its_age_bound(tmp_path, max_age):
             assert step - min(span[0] for span in spans) <= max_age
 
 
+@pytest.mark.parametrize(("every", "pace_age", "oldest"), [(3, 0.0, 2), (3, 3.0, 3), (2, 4.0, 4)])
+async def test_pacing_counts_what_is_trained_and_not_published(tmp_path, every, pace_age, oldest):
+    """So many steps' worth are out, whether their weights wait to be computed or to be loaded: none gets too old."""
+    algo = {"groups_per_step": 2, "group_size": GROUP_SIZE, "max_age": oldest, "pace_age": pace_age}
+    config = make_config(tmp_path, algo=algo, sync={"every": every}, train={"steps": 18}, engine={"max_in_flight": 64})
+    life = Life(config, reward=reward_by_seed, step_s=0.02)
+    await life.play()
+    ages = [row["age/max"] for row in read_metrics(life.run) if "age/max" in row]
+    assert max(ages) == oldest
+    assert len(ages) == 18
+    counts = life.journal.state.counts
+    assert (counts.get("rollouts_cut", 0), counts.get("groups_too_old", 0)) == (0, 0)
+
+
 @pytest.mark.parametrize("waits", [True, False])
 async def test_with_sync_wait_no_rollout_runs_while_weights_are_loaded(tmp_path, waits):
     class Engine(ScriptedEngine):

@@ -302,6 +302,28 @@ async def test_a_loop_that_drops_slow_rollouts_fails_that_test(tmp_path, monkeyp
     assert drift(await play_long_tail(tmp_path)) < -0.02
 
 
+async def test_groups_that_are_cut_in_a_row_are_no_fault_of_their_environment(tmp_path, monkeypatch):
+    """All in flight, of more groups than may be invalid in a row; they are replaced, and the run ends well."""
+    planted, in_flight = iter([True]), dispatch.too_old_in_flight
+
+    def all_at_once(state, rollout_ids, *, max_age):
+        once = state.next_step == 2 and next(planted, False)
+        return list(rollout_ids) if once else in_flight(state, rollout_ids, max_age=max_age)
+
+    monkeypatch.setattr(dispatch, "too_old_in_flight", all_at_once)
+    algo = {"groups_per_step": 8, "group_size": 4, "pace_age": 3.0, "max_age": 8}
+    config = make_config(tmp_path, algo=algo, engine={"max_in_flight": 64}, train={"max_pack_tokens": 512})
+    life = Life(
+        config, reward=reward_by_seed, engine=lambda url: ScriptedEngine(url, delay_s=lambda seed: 0.05 * (seed % 4))
+    )
+    await life.play()
+    counts = life.journal.state.counts
+    assert counts["rollouts_cut"] > dispatch._INVALID_GROUPS * 4
+    assert counts["groups_too_old"] >= dispatch._INVALID_GROUPS
+    assert "groups_all_invalid" not in counts
+    assert len(life.trainer.trained) == config.train.steps
+
+
 async def test_cutting_long_rollouts_in_flight_shows_in_what_the_loop_says_of_itself(tmp_path, monkeypatch):
     """Another one: an age bound that the tail does not keep is a bias that has to be seen."""
     cut = dispatch.too_old_in_flight

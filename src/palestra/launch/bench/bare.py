@@ -17,7 +17,7 @@ from msgspec import Struct
 from palestra.core.deadline import within
 from palestra.core.errors import InfrastructureError
 from palestra.wire.connections import Connections
-from palestra.wire.policy import parse_metrics
+from palestra.wire.policy import EngineLoad, parse_metrics
 
 _RETRIES = 3
 _KEEPALIVE_S = 3.0
@@ -46,6 +46,7 @@ class Alone(Struct, frozen=True, kw_only=True):
     wall_s: float
     saturated_tokens_per_s: float
     decode_step_s: float
+    preemptions: int = 0
 
 
 class BareClient:
@@ -63,7 +64,7 @@ class BareClient:
     async def measure(self, asks: Sequence[Ask], *, in_flight: int) -> Alone:
         """Errors: DeadlineError; InfrastructureError, for a reply that is not as long as asked."""
         todo, decode_steps_s = list(enumerate(asks))[::-1], []
-        before, began = await self._sampled_tokens(), time.monotonic()
+        before, began = await self._loads(), time.monotonic()
 
         async def work() -> None:
             while todo:
@@ -75,15 +76,16 @@ class BareClient:
         async with asyncio.TaskGroup() as workers:
             tasks = [workers.create_task(work()) for _ in range(min(in_flight, len(asks)))]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            saturated, saturated_s = await self._sampled_tokens() - before, time.monotonic() - began
-        wall_s = time.monotonic() - began
+            full, full_s = await self._loads(), time.monotonic() - began
+        wall_s, after = time.monotonic() - began, await self._loads()
         return Alone(
             in_flight=in_flight,
             num_replies=len(asks),
             sampled_tokens=sum(ask.num_tokens for ask in asks),
             wall_s=wall_s,
-            saturated_tokens_per_s=saturated / saturated_s,
+            saturated_tokens_per_s=_gained(before, full, "sampled_tokens") / full_s,
             decode_step_s=statistics.median(decode_steps_s) if decode_steps_s else 0.0,
+            preemptions=_gained(before, after, "preemptions"),
         )
 
     async def _reply(self, url: str, ask: Ask) -> float:
@@ -116,11 +118,15 @@ class BareClient:
                 continue
         return await self._http.post(url, content=content, headers=headers)
 
-    async def _sampled_tokens(self) -> int:
-        """That all engines have sampled since their start."""
+    async def _loads(self) -> list[EngineLoad]:
         gets = [self._http.get(f"{url}/metrics") for url in self._urls]
         answers = [await within(self._call_s, get, waiting_for="the metrics of an engine") for get in gets]
-        return sum(parse_metrics(answer.text).sampled_tokens for answer in answers)
+        return [parse_metrics(answer.text) for answer in answers]
+
+
+def _gained(before: Sequence[EngineLoad], after: Sequence[EngineLoad], field: str) -> int:
+    """By all engines, of what they count since their start."""
+    return sum(getattr(late, field) - getattr(early, field) for early, late in zip(before, after, strict=True))
 
 
 class _Choice(Struct, frozen=True):

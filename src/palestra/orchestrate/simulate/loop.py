@@ -188,8 +188,6 @@ class Loop:
 
     def _trained(self, batch: Shipped) -> None:
         self._has_changed = True
-        if not self.rules.publishes(batch.step):
-            self._unsettled.pop(batch.step)
         self._tally.change(self.clock.now, self.in_flight)
         self.fleet.advance()
         self.course.tallies.append(self._tally.reading(self.clock.now, self.trainer.waited_s, self.fleet.engines))
