@@ -249,6 +249,13 @@ def test_mean_age_is_what_pacing_says():
         assert found.mean_age == pytest.approx(pace, abs=0.35)
 
 
+def test_pacing_counts_what_is_trained_and_not_published():
+    rare = rules(steps=120, max_outstanding=16 * 5, window=64, publish_every=3, max_age=4)
+    found = simulate(rare, curves(EVEN, step_s=5.0), skip=20)
+    assert (found.max_age, found.too_old) == (4, 0)
+    assert found.mean_age > 2.5
+
+
 def test_nothing_older_than_the_bound_trains():
     found = simulate(rules(steps=80, max_outstanding=16 * 9, window=64, max_age=2), curves(step_s=1.6), skip=20)
     assert found.max_age <= 2
