@@ -48,7 +48,7 @@ def config_of(outputs: Path) -> RunConfig:
 
 def test_five_faults_in_a_run_on_the_real_engine(tmp_path: Path, judge):
     run = FaultyRun(config_of(tmp_path / "outputs"), FAULTS, tmp_path, kind="model")
-    run.play(deadline_s=280)
+    run.play(deadline_s=550)
     judge(run, name="five faults in a run on the real engine", fired=len(FAULTS))
     died = [restarted.process for restarted in read_restarts(run.run)]
     assert sorted(died) == ["engine-0", "env-0", "env-0", "orchestrator", "trainer", "trainer"]

@@ -58,6 +58,10 @@ class Dispatcher:
         self._fruitless = 0  # groups since the last one that trains
         self._invalid: dict[str, int] = {}  # by source: groups in a row without a valid rollout
 
+    async def begin(self) -> None:
+        """Before engines are waited for. Errors: UserError, if an environment cannot list its tasks."""
+        await self._sources.begin()
+
     async def run(self) -> None:
         await self._take_up()
         while True:

@@ -178,6 +178,7 @@ class Loop:
         await desk.progress("starting engines and environment workers")
         require_same_tokens(desk.config.model_dir, desk.config.algo.frozen)
         await desk.pool.wait_ready()
+        await self._dispatcher.begin()
         async with asyncio.TaskGroup() as joining:
             joining.create_task(desk.frozen.start())
             for link in desk.fleet.links:

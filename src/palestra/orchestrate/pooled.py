@@ -68,6 +68,12 @@ class PooledSources:
 
     # --- the next task
 
+    async def begin(self) -> None:
+        """As `TaskSources.begin`."""
+        for source in self._desk.config.env.mix:
+            if source.label not in self._desk.state.pools:
+                await self._read_on(source.label)
+
     async def open(self, group_id: int, size: int) -> GroupOpened:
         """As `TaskSources.open`. Errors: UserError, also if a task is not found again at its place."""
         label = self._sources.source_of(group_id)

@@ -58,6 +58,14 @@ class TaskSources:
     def resume(self, cursors: dict[str, Cursor]) -> None:
         self._shelves = {label: _Shelf(Cursor(epoch=c.epoch, taken=c.taken)) for label, c in cursors.items()}
 
+    async def begin(self) -> None:
+        """Fetch the first tasks of every source: what is wrong with one is known before an engine is waited for.
+
+        Errors: as `next`.
+        """
+        for label in self._labels:
+            await self._fetch(label, self._shelves.setdefault(label, _Shelf(Cursor())))
+
     def source_of(self, group_id: int) -> str:
         """The source that group `group_id` takes its task from."""
         rng = np.random.default_rng((self._seed, group_id))

@@ -7,6 +7,7 @@ from collections import Counter
 import msgspec
 import pytest
 
+from palestra.core.errors import UserError
 from palestra.core.metrics import Last
 from palestra.core.records import Ending
 from palestra.orchestrate.journal import recover
@@ -139,6 +140,21 @@ async def test_a_reward_that_raises_is_retried_then_masked_and_never_scored_zero
     assert counts["rollouts_retried"] >= 2 * counts["rollouts_invalid"] > 0  # env.retries is 2
     for path in life.run.rollouts.glob("step-*.jsonl"):
         assert all(json.loads(line)["ending"] == Ending.OK for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("has_curriculum", [False, True])
+async def test_an_environment_without_tasks_ends_the_run_before_an_engine_is_waited_for(tmp_path, has_curriculum):
+    class NeverHealthy(ScriptedEngine):
+        async def wait_healthy(self, deadline_s):
+            await asyncio.sleep(deadline_s)
+
+    env = {"curriculum": {"on": has_curriculum}}
+    life = Life(make_config(tmp_path, env=env), reward=reward_by_seed, engine=NeverHealthy)
+    life.worker.num_tasks = 0
+    async with asyncio.timeout(10):
+        with pytest.raises(ExceptionGroup) as ended:
+            await life.play()
+    assert ended.group_contains(UserError, match="'scripted' has no tasks")
 
 
 async def test_a_stuck_rollout_is_cancelled_and_retried_after_no_progress(tmp_path):
