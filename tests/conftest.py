@@ -1,17 +1,24 @@
-"""Tests run in two processes at once (`-n 2 --dist loadgroup`): what shares an engine or a run stays in one of them."""
+"""Tests run in two processes at once (`-n 2`): what shares an engine or a run stays in one of them."""
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+ONE_ENGINE = ("tests/integration/test_engine.py", "tests/integration/test_replaying_engine.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the group becomes part of a test's id
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Together(LoadScopeScheduling):
     """A file's tests stay together, in their order, as they share what it sets up; those of the one engine, too.
 
     Cases of the fault suite share nothing.
     """
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        if "engine_server" in names:
-            item.add_marker(pytest.mark.xdist_group("engine"))
-        elif "case" not in names:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, name = nodeid.partition("::")
+        if path in ONE_ENGINE:
+            return "engine"
+        return nodeid if path.startswith("tests/fault/") and "[" in name else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log) -> Together:
+    return Together(config, log)
