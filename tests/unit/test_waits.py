@@ -201,7 +201,6 @@ ENDS_ALL_THE_SAME = {
     ("orchestrate.measure.Evaluations._measure", "await asyncio.to_thread(...)"): _DISK,
     ("orchestrate.mend._make_anew", "await asyncio.to_thread(...)"): _DISK,
     ("orchestrate.mend._make_anew", "await desk.frozen.wait(...)"): "it has train.batch_deadline_s inside",
-    ("orchestrate.publisher.Publisher.run", "await self._evaluations.unpinned.wait()"): _ROLLOUT,
     ("orchestrate.ship._ship", "await asyncio.to_thread(...)"): _DISK,
     ("orchestrate.ship._wait_for_answers", "await desk.frozen.wait(...)"): "it has train.batch_deadline_s inside",
     ("orchestrate.workers.WorkerPool._late_answer", "await asked.answer"): "`_deaf` ends it after env.answer_s",

@@ -143,6 +143,12 @@ class Algo(Section):
         return self.groups_per_step * self.group_size
 
     @property
+    def max_outstanding(self) -> int:
+        """Rollouts dispatched and not in the engines' weights: mean age + 1 steps of them, or what trains until the
+        next publish where that is more."""
+        return int(self.rollouts_per_step * (1 + min(self.pace_age, self.max_age)))
+
+    @property
     def frozen(self) -> dict[str, Frozen]:
         """Models whose weights never change, by name."""
         return {
@@ -397,13 +403,6 @@ class RunConfig(Section):
         if self.sync.tolerance is not None:
             return self.sync.tolerance
         return 1e-4 if self.engine_dtype == self.model.dtype == "float32" else 0.15  # random tokens in bfloat16
-
-    @property
-    def max_outstanding(self) -> int:
-        """Rollouts dispatched and not in the engines' weights, at most: mean age + 1 steps of them, and never fewer
-        than train from one publish to the next."""
-        steps = max(1 + min(self.algo.pace_age, self.algo.max_age), self.sync.every)
-        return int(self.algo.rollouts_per_step * steps)
 
     @property
     def retire_rollouts(self) -> int:

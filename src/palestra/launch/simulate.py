@@ -81,7 +81,7 @@ def search_for(wish: Wish, config: RunConfig, curves: Curves) -> list[Split]:
 
 def _rules(wish: Wish, config: RunConfig) -> Rules:
     """Enough steps that what counts is far from both ends."""
-    ahead = -(-config.max_outstanding // config.algo.rollouts_per_step)
+    ahead = max(-(-config.algo.max_outstanding // config.algo.rollouts_per_step), config.sync.every)
     return replace(rules_of(config), steps=_SKIP + 1 + wish.steps + ahead)
 
 

@@ -65,7 +65,7 @@ class Dispatcher:
     async def run(self) -> None:
         await self._take_up()
         while True:
-            await self._cut_too_old()
+            self._cut_too_old()
             if self._waiting and self._may_start():
                 self._start(self._waiting.popleft())
             elif not self._waiting and self._may_open():
@@ -108,13 +108,15 @@ class Dispatcher:
         return fleet.room > 0 and self._desk.trainer.is_current and not fleet.holds
 
     def _may_open(self) -> bool:
-        """Pacing: bounds the rollouts dispatched and not yet in the engines' weights; none more than can be trained."""
-        config, state, trainer = self._desk.config, self._desk.state, self._desk.trainer
-        needed = (config.train.steps - state.next_step) * config.algo.groups_per_step
+        """Pacing: bounds the rollouts dispatched and not yet in the engines' weights, but for those without which there
+        would be no others; none more than can be trained. Late members count nowhere: no step waits for them."""
+        algo, state, trainer = self._desk.config.algo, self._desk.state, self._desk.trainer
         untrained = sum(group.status is not GroupStatus.LATE for group in state.groups.values())
-        outstanding = state.num_outstanding + trainer.rollouts_on_the_way
-        has_room = outstanding + config.algo.group_size <= config.max_outstanding
-        return trainer.is_current and untrained < needed and has_room
+        outstanding = untrained * algo.group_size + trainer.steps_on_the_way * algo.rollouts_per_step
+        has_room = outstanding + algo.group_size <= algo.max_outstanding
+        is_needed = untrained < trainer.steps_to_publish * algo.groups_per_step
+        left = (self._desk.config.train.steps - state.next_step) * algo.groups_per_step
+        return trainer.is_current and untrained < left and (has_room or is_needed)
 
     async def _open_group(self) -> None:
         opened = await self._sources.open(self._desk.state.next_group, self._desk.config.algo.group_size)
@@ -169,7 +171,7 @@ class Dispatcher:
             self._tails.closed(group)
             self._desk.changed.tell()
 
-    async def _cut_too_old(self) -> None:
+    def _cut_too_old(self) -> None:
         """Stop what can never train. Once a step: nothing becomes too old in between."""
         desk, step = self._desk, self._desk.state.next_step
         if step == self._cut_at:
@@ -179,8 +181,8 @@ class Dispatcher:
             group = desk.state.groups[rollout_id // desk.config.algo.group_size]
             desk.journal.record(RolloutCut(rollout_id=rollout_id, num_tokens=desk.state.num_known_tokens(rollout_id)))
             self._plays[rollout_id].cancel()
-            if group.all_ended:
-                await self._close_group(group)
+            if group.all_ended:  # its rewards take their time, in which others may end
+                desk.tasks.create_task(self._close_group(group))
 
     def _order(self, group: Group, rollout_id: int) -> PlayOrder:
         seed = self._desk.config.train.seed

@@ -35,8 +35,13 @@ class Journal:
         self._log = FrameLog(_segment_path(directory, segment))
 
     def record(self, event: Event) -> None:
-        self._log.append(_encode(event))
-        self.state.apply(event)
+        """Errors: whatever applying it raises; then it is not in the journal, which can still be recovered."""
+        began = self._log.append(_encode(event))
+        try:
+            self.state.apply(event)
+        except BaseException:
+            self._log.truncate(began)
+            raise
 
     def snapshot(self, path: Path) -> Path:
         """Write the state to `path` and begin a new segment."""

@@ -11,7 +11,8 @@ Ends when: `train.steps` steps are trained and published, the final evaluation i
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
@@ -123,6 +124,7 @@ class Loop:
         self._dispatcher = Dispatcher(self.desk)
         self._pressure = Pressure(self.desk)
         self._exported = asyncio.Event()
+        self._starting: set[asyncio.Task[None]] = set()  # engines that are waited for while the run goes on
         self._gone: set[str] = set()  # workers that said their last word, or died before it
         self._lives: dict[str, int] = {}  # of the processes that had more than one
 
@@ -147,7 +149,7 @@ class Loop:
                 await self._train(tasks)
                 await self._evaluations.run_last()
                 await self._finish()
-                for task in serving:
+                for task in (*serving, *self._starting):
                     task.cancel()
         finally:
             await self.desk.gateway.close()
@@ -171,9 +173,9 @@ class Loop:
         desk = self.desk
         if self._life:
             await desk.progress(f"going on from step {desk.state.next_step}, with the processes that are there")
-            desk.tasks.create_task(desk.frozen.start())
+            self._wait_beside(desk.frozen.start())
             for link in desk.fleet.links:
-                desk.tasks.create_task(self._rejoin(link))
+                self._wait_beside(self._rejoin(link))
             return
         await desk.progress("starting engines and environment workers")
         require_same_tokens(desk.config.model_dir, desk.config.algo.frozen)
@@ -202,6 +204,11 @@ class Loop:
             self._ask_restart(link.name, str(failure))
             return False
         return True
+
+    def _wait_beside(self, start: Coroutine[Any, Any, None]) -> None:
+        """The run goes on meanwhile, and may end before an engine has started."""
+        self._starting.add(task := self.desk.tasks.create_task(start))
+        task.add_done_callback(self._starting.discard)
 
     async def _rejoin(self, link: EngineLink) -> None:
         """An engine that was started again, and is the supervisor's affair until it is healthy."""
@@ -237,8 +244,9 @@ class Loop:
                     self._process_ended(ended)
                 case ProcessStarted(process=process) as started if started.life > self._lives.get(process, 0):
                     self._lives[process] = started.life
-                    if process in {link.name for link in self.desk.fleet.of_state(EngineState.OUT)}:
-                        self.desk.tasks.create_task(self._rejoin(self.desk.fleet.engine_started(process)))
+                    self._gone.discard(process)
+                    if process in self._engine_names:
+                        self._wait_beside(self._rejoin(self.desk.fleet.engine_started(process)))
 
     def _process_ended(self, ended: ProcessEnded) -> None:
         if ended.process in self._engine_names:

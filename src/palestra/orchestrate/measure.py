@@ -4,6 +4,7 @@ Consumes: published versions. Produces: results in the journal and the log. Ends
 """
 
 import asyncio
+import time
 
 from palestra.config.schema import EvalSet
 from palestra.core.metrics import Last
@@ -14,14 +15,16 @@ from palestra.orchestrate.state import EvalEnded
 from palestra.orchestrate.workers import PlayOrder
 from palestra.wire.messages import Call
 
+_OF_A_DEADLINE = 0.1  # so often a trainer hears of an evaluation
+
 
 class Evaluations:
-    """`unpinned` is clear while an evaluation withholds publishes: the first always, later ones by `eval.pinned`."""
+    """`is_pinned` while an evaluation withholds publishes: the first always, later ones by `eval.pinned`."""
 
     def __init__(self, desk: Desk):
         self._desk = desk
-        self.unpinned = asyncio.Event()
-        self.unpinned.set()
+        self.is_pinned = False
+        self._told_trainer_at = time.monotonic()
         self._running: asyncio.Task[None] | None = None
         self._last = max((ended.version for ended in desk.state.evals), default=0)
 
@@ -42,8 +45,7 @@ class Evaluations:
             self._start("during", list(evals.sets), pinned=evals.pinned)
 
     def _start(self, when: str, sets: list[EvalSet], *, pinned: bool) -> None:
-        if pinned:
-            self.unpinned.clear()
+        self.is_pinned = pinned
         self._running = self._desk.tasks.create_task(self._run(when, sets))
 
     async def run_last(self) -> None:
@@ -56,7 +58,7 @@ class Evaluations:
         for entry in sets:
             await self._measure(entry, when)
         self._last, self._running = self._desk.trainer.loaded, None
-        self.unpinned.set()
+        self.is_pinned = False
         self._desk.changed.tell()
 
     async def _measure(self, entry: EvalSet, when: str) -> None:
@@ -98,4 +100,11 @@ class Evaluations:
         finally:
             self._desk.fleet.release(session)
         self._desk.teller.totals.note_tokens(record.num_sampled_tokens)
+        await self._tell_trainer()
         return record
+
+    async def _tell_trainer(self) -> None:
+        """It waits for weights to be loaded, or for its end, and must know that an evaluation makes progress."""
+        if time.monotonic() - self._told_trainer_at >= self._desk.config.train.batch_deadline_s * _OF_A_DEADLINE:
+            self._told_trainer_at = time.monotonic()
+            await self._desk.trainer.still_evaluating()

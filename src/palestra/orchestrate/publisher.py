@@ -1,7 +1,8 @@
 """Publishes: weights into the engines, while they generate.
 
 Consumes: staged versions, the newest first; engines that join. Produces: engines that are proved to hold them.
-Waits for: the trainer's next staged version; an evaluation that withholds publishes; with `sync.wait` what runs.
+Waits for: the trainer's next staged version; the end of an evaluation that withholds publishes; with `sync.wait` what
+runs.
 Woken by: `changed`.
 Ends when: cancelled; the last version is in the engines when `trainer.loaded` says so.
 """
@@ -12,14 +13,14 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from palestra.core.errors import DeadlineError
+from palestra.core.errors import InfrastructureError
 from palestra.core.metrics import Max, Mean
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
 from palestra.orchestrate.state import Published
-from palestra.wire.policy import EngineClient, UnpublishedError, UnreachableError
-from palestra.wire.publish import EnginePublish, NoEngineLeft, PublishReport, publish
+from palestra.wire.policy import EngineClient, UnpublishedError
+from palestra.wire.publish import EnginePublish, NoEngineLeft, PublishReport, is_lost, publish
 from palestra.wire.weights.manifest import Staged
 
 
@@ -41,10 +42,9 @@ class Publisher:
     async def run(self) -> None:
         fleet = self._desk.fleet
         while True:
-            if self._newest is not None and fleet.reachable:
-                await self._evaluations.unpinned.wait()  # rollouts of an evaluation have deadlines of their own
+            if self._newest is not None and fleet.reachable and not self._evaluations.is_pinned:
                 await self._bring_newest()
-            elif self._newest is None and self._current is not None and fleet.joining:
+            elif self._current is not None and fleet.joining:
                 await self._publish(self._current, fleet.joining)
             else:
                 await self._desk.changed.wait("weights staged by the trainer, and an engine to take them")
@@ -74,7 +74,7 @@ class Publisher:
         if not links:
             return False
         starts = {link.name: link.starts for link in links}
-        async with self._between_rollouts():
+        async with self._between_rollouts(links):
             report = await self._publish_to(staged, links, starts)
         held = [
             await self._account(link, engine, staged, life=starts[link.name])
@@ -113,11 +113,12 @@ class Publisher:
         return report
 
     @asynccontextmanager
-    async def _between_rollouts(self) -> AsyncIterator[None]:
-        """With `sync.wait`: none runs, and none starts before it is over."""
+    async def _between_rollouts(self, links: list[EngineLink]) -> AsyncIterator[None]:
+        """With `sync.wait`: none runs, and none starts before it is over. Rollouts that wait for an engine do not end:
+        once none of those that are published to serves, they are not waited for."""
         desk = self._desk
-        desk.fleet.holds = desk.config.sync.wait
-        while desk.fleet.holds and desk.pool.num_playing:
+        desk.fleet.holds = desk.config.sync.wait and _serves(links)
+        while desk.fleet.holds and desk.pool.num_playing and _serves(links):
             await desk.changed.wait(f"{desk.pool.num_playing} rollouts to end before a publish (sync.wait)")
         try:
             yield
@@ -158,10 +159,16 @@ class Publisher:
         it samples from."""
         try:
             await link.client.require_processed_logprobs(staged.probe.token_ids[:4])
-        except (UnreachableError, UnpublishedError, DeadlineError) as failure:
+        except InfrastructureError as failure:
+            if not isinstance(failure, UnpublishedError) and not await is_lost(link.client, failure):
+                raise
             return msgspec.structs.replace(engine, failure=str(failure), is_lost=True)
         return engine
 
     def _note_stop(self, client: EngineClient, is_stopped: bool) -> None:
         link = next(link for link in self._desk.fleet.links if link.client is client)
         link.stop(is_stopped, refills=self._desk.config.sync.kv == "recompute")
+
+
+def _serves(links: list[EngineLink]) -> bool:
+    return any(link.state is EngineState.SERVING for link in links)

@@ -22,7 +22,7 @@ def rules_of(config: RunConfig) -> Rules:
         retire_at=curriculum.retire_at,
         retire_rollouts=config.retire_rollouts,
         solved_at=curriculum.solved_at if curriculum.rate == "solved" else None,
-        rest_groups=config.max_outstanding // algo.group_size,
+        rest_groups=algo.max_outstanding // algo.group_size,
         remember=curriculum.remember,
         seed=config.train.seed,
     )

@@ -101,6 +101,7 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
     )
     rate_tasks(desk)
     desk.journal.record(event)
+    desk.frozen.forget([*rollout_ids, *event.too_old])  # a group that closed meanwhile has asked about them again
     desk.teller.totals.note_age(metrics["age/mean"])
-    await desk.trainer.ship(step, len(trained))
+    await desk.trainer.ship(step)
     desk.changed.tell()

@@ -312,11 +312,6 @@ class LoopState(Struct, kw_only=True):
         return [known.reply for known in (*self.replies.get(rollout_id, []), *self.begun.get(rollout_id, []))]
 
     @property
-    def num_outstanding(self) -> int:
-        """Rollouts dispatched, or to be, and not in a batch yet; without late members, for which no step waits."""
-        return sum(group.size for group in self.groups.values() if group.status is not GroupStatus.LATE)
-
-    @property
     def length_drift(self) -> float:
         """How much longer the rollouts that trained are than those dispatched in groups with signal, as a share: the
         loop selects by length, if it is not about 0."""

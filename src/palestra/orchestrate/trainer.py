@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from palestra.wire.messages import Finish, ToTrainer, TrainBatch, WeightsLoaded
+from palestra.wire.messages import Finish, StillEvaluating, ToTrainer, TrainBatch, WeightsLoaded
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,10 @@ class Schedule:
 
     def publishes(self, step: int) -> bool:
         return (step + 1) % self.publish_every == 0 or step + 1 == self.steps
+
+    def next_published(self, version: int) -> int:
+        """The first version after `version` that is published."""
+        return min((version // self.publish_every + 1) * self.publish_every, self.steps)
 
     def saves(self, step: int) -> bool:
         return (step + 1) % self.save_every == 0 or step + 1 == self.steps
@@ -34,7 +38,6 @@ class TrainerLink:
         self.trained = -1  # version the trainer has; -1: not ready, or gone
         self.loaded = -1  # version the engines have
         self.is_finishing = False
-        self._shipped: dict[int, int] = {}  # step -> rollouts, of those that are not in the engines' weights
 
     async def ready(self, version: int, *, staged: int | None = None) -> None:
         """The trainer is at `version`: it gets the batches after it, in order, whoever has trained them before.
@@ -63,8 +66,8 @@ class TrainerLink:
         """Its process ended; what is shipped meanwhile is sent to its successor."""
         self.trained = -1
 
-    async def ship(self, step: int, num_rollouts: int) -> None:
-        self._shipped[step], self._next_step = num_rollouts, step + 1
+    async def ship(self, step: int) -> None:
+        self._next_step = step + 1
         if self.trained >= 0:
             await self._send_batch(step)
 
@@ -85,12 +88,15 @@ class TrainerLink:
 
     async def note_loaded(self, version: int) -> None:
         self.loaded = self.published = max(self.loaded, version)
-        self._shipped = {step: count for step, count in self._shipped.items() if step >= self.loaded}
         await self._send(WeightsLoaded(version=version))
 
     async def discard(self, version: int) -> None:
         """A staged version that need not be published: a newer one follows."""
         await self._send(WeightsLoaded(version=version))
+
+    async def still_evaluating(self) -> None:
+        if self.trained >= 0:
+            await self._send(StillEvaluating())
 
     async def finish(self) -> None:
         self.is_finishing = True
@@ -102,6 +108,11 @@ class TrainerLink:
         return self.trained >= 0 and step - self.trained < 2
 
     @property
-    def rollouts_on_the_way(self) -> int:
-        """Rollouts in shipped batches whose weights are not in the engines yet."""
-        return sum(self._shipped.values())
+    def steps_on_the_way(self) -> int:
+        """Steps whose batches are shipped and whose weights are not in the engines yet."""
+        return self._next_step - max(self.loaded, 0)
+
+    @property
+    def steps_to_publish(self) -> int:
+        """Steps that are not shipped yet, and without which engines get no other version."""
+        return max(self.schedule.next_published(max(self.loaded, 0)) - self._next_step, 0)

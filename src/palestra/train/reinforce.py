@@ -25,8 +25,10 @@ from palestra.wire.messages import (
     Exported,
     Finish,
     FromTrainer,
+    Order,
     Ready,
     StepTrained,
+    StillEvaluating,
     ToTrainer,
     TrainBatch,
     TrainerReady,
@@ -165,7 +167,7 @@ class Orchestrator:
 
     def __init__(self, config: RunConfig, attempt: Attempt, ranks: "Ranks", ledger: Ledger):
         self._ranks, self._ledger, self._deadline_s = ranks, ledger, config.train.batch_deadline_s
-        self._set_aside: deque[ToTrainer] = deque()
+        self._set_aside: deque[Order] = deque()
         self.staged: Staged | None = None
         self.saved: TrainerSaved | None = None
         self._version = 0
@@ -190,7 +192,7 @@ class Orchestrator:
         if self._caller is not None:
             self._caller.send(message)
 
-    def next(self, version: int) -> ToTrainer:
+    def next(self, version: int) -> Order:
         """Errors: DeadlineError."""
         if self._set_aside:
             return self._set_aside.popleft()
@@ -207,13 +209,14 @@ class Orchestrator:
                 self._set_aside.append(message)
         return message
 
-    def _receive(self, waiting_for: str) -> ToTrainer:
-        message = None
-        if self._caller is not None:
-            message = self._hear(self._caller, waiting_for)
-        message = self._ranks.from_first(message)
-        assert message is not None
-        return message
+    def _receive(self, waiting_for: str) -> Order:
+        """All ranks hear everything, so that all of their deadlines begin anew with it."""
+        while True:
+            message = None if self._caller is None else self._hear(self._caller, waiting_for)
+            message = self._ranks.from_first(message)
+            assert message is not None
+            if not isinstance(message, StillEvaluating):
+                return message
 
     def _hear(self, caller: BlockingCaller[ToTrainer, FromTrainer], waiting_for: str) -> ToTrainer:
         while isinstance(message := caller.receive(deadline_s=self._deadline_s, waiting_for=waiting_for), Reconnected):

@@ -21,8 +21,9 @@ class FrameLog:
         self._file = path.open("ab", buffering=0)
         self._file.truncate(sum(_HEAD + len(frame) for frame in read_frames(path)))
 
-    def append(self, payload: bytes) -> None:
-        """All of the frame or nothing. Errors: InfrastructureError, if the disk is full or fails."""
+    def append(self, payload: bytes) -> int:
+        """All of the frame or nothing. Returns where it begins. Errors: InfrastructureError, if the disk is full or
+        fails."""
         size = len(payload).to_bytes(4, "little")
         frame = size + _checksum(size, payload) + payload
         end = self._file.seek(0, 2)
@@ -34,6 +35,11 @@ class FrameLog:
         if written != len(frame):
             self._file.truncate(end)  # whatever is appended later must not stand behind a torn frame
             raise InfrastructureError(f"could not append to {self.path}: {problem}; free space and resume")
+        return end
+
+    def truncate(self, end: int) -> None:
+        """Take back what was appended from `end` on."""
+        self._file.truncate(end)
 
     def close(self) -> None:
         self._file.close()

@@ -139,7 +139,12 @@ class Finish(Struct, frozen=True, kw_only=True, tag=True):
     """No batch follows: export and end."""
 
 
-ToTrainer = TrainBatch | WeightsLoaded | Finish
+class StillEvaluating(Struct, frozen=True, kw_only=True, tag=True):
+    """The orchestrator is at work, although no batch and no word of weights comes: its deadline begins anew."""
+
+
+Order = TrainBatch | WeightsLoaded | Finish
+ToTrainer = Order | StillEvaluating
 
 
 # --- trainer -> orchestrator

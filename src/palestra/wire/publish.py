@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, PalestraError, PublishError
-from palestra.wire.policy import EngineClient, UnreachableError
+from palestra.wire.policy import EngineClient, EngineError, UnreachableError
 from palestra.wire.weights.manifest import Probe, Staged
 
 Kv = Literal["keep", "recompute"]
@@ -127,20 +127,28 @@ async def _publish_to(
         await within(deadline_s, work, waiting_for=f"the publish of version {staged.version} to {engine.url}")
         require_arrived(progress.result.gap, tolerance)
     except PalestraError as error:
-        is_lost = isinstance(error, UnreachableError | DeadlineError)
-        progress.set(failure=f"{type(error).__name__}: {error}", is_lost=is_lost)
+        progress.set(failure=f"{type(error).__name__}: {error}", is_lost=await is_lost(engine, error))
         await _stop(engine, deadline_s=min(5.0, deadline_s))
     return progress.result
+
+
+async def is_lost(engine: EngineClient, error: Exception) -> bool:
+    """Whether it is not there, so that the error says nothing of what it holds. A server outlives its engine for a
+    moment, in which it answers every request with an error."""
+    if isinstance(error, EngineError):
+        return not await engine.is_healthy()
+    return isinstance(error, UnreachableError | DeadlineError)
 
 
 async def _load_and_probe(
     engine: EngineClient, staged: Staged, progress: "_Progress", *, clear_cache: bool, deadline_s: float
 ) -> None:
     began = time.monotonic()
-    engine.cache_salt = f"v{staged.version}"
+    engine.cache_salt = f"until v{staged.version}"  # of what is still prefilled under the weights before
     progress.watch(engine, True)
     async with progress.timed("pause_s"):
         await engine.pause(clear_cache=clear_cache, deadline_s=deadline_s)
+    engine.cache_salt = f"v{staged.version}"
     async with progress.timed("load_s"):
         await engine.start_update(deadline_s=deadline_s)
         await engine.update(staged.directory, staged.version, deadline_s=deadline_s)

@@ -29,6 +29,7 @@ from palestra.wire.messages import (
     ListTasks,
     Play,
     StepTrained,
+    StillEvaluating,
     Stop,
     Tasks,
     ToSupervisor,
@@ -220,6 +221,7 @@ class ScriptedTrainer:
         self._told = TrainerReady(version=version)  # for an orchestrator that takes another's place
         self.trained: list[tuple[int, list[int]]] = []
         self.batches: list = []
+        self.heard_evaluating = 0
         self.metrics: Callable[[int], Metrics] = lambda step: {}
 
     async def run(self) -> None:
@@ -231,6 +233,8 @@ class ScriptedTrainer:
                     await self._train(step, publish, save)
                 case Reconnected():
                     await self._channel.send(self._told)
+                case StillEvaluating():
+                    self.heard_evaluating += 1
                 case Finish():
                     await self._channel.send(Exported(directory="", ledgers=[_entry()]))
                     return

@@ -32,6 +32,18 @@ async def test_the_first_evaluation_withholds_publishes_and_training_goes_on(tmp
     assert summary_of(life)["evals"][0]["versions"] == [0]
 
 
+async def test_the_trainer_hears_of_evaluations_that_outlast_its_deadline(tmp_path):
+    """It waits for weights to be loaded, or for its end, and would take the silence for a dead orchestrator."""
+    slow = {"sets": [{**SETS["sets"][0], "num_tasks": 64}]}
+    train = {"steps": 6, "max_pack_tokens": 64, "checkpoint_every": 2, "batch_deadline_s": 2}
+    config = make_config(tmp_path, eval=slow, train=train)
+    life = Life(
+        config, reward=reward_by_seed, engine=lambda url: ScriptedEngine(url, delay_s=lambda seed: 0.1 + seed % 9 / 30)
+    )
+    await life.play()
+    assert life.trainer.heard_evaluating >= 4  # two of them, of a second and more, with a word every 0.2 s
+
+
 async def test_every_n_versions_although_some_are_skipped(tmp_path):
     life = Life(make_config(tmp_path, eval={**SETS, "every": 2, "pinned": True}), reward=reward_by_seed, step_s=0.05)
     await life.play()
@@ -48,11 +60,11 @@ async def test_a_set_that_wants_no_start_is_still_measured_at_the_end(tmp_path):
 
 
 async def test_killed_during_the_first_evaluation_it_is_measured_again_on_version_zero(tmp_path):
-    many = {"sets": [{**SETS["sets"][0], "num_tasks": 64}]}  # eight rounds of 0.2 s
+    many = {"sets": [{**SETS["sets"][0], "num_tasks": 256}]}  # 64 rounds of 0.2 s
     train = {"steps": 6, "max_pack_tokens": 64, "checkpoint_every": 50, "batch_deadline_s": 20}
     config = make_config(tmp_path, eval=many, train=train)
     slow = Life(config, reward=reward_by_seed, engine=lambda url: ScriptedEngine(url, delay_s=lambda seed: 0.2))
-    await slow.play(kill_after_s=1.0)
+    await slow.play(kill_after_s=2.5)
     assert not slow.journal.state.evals
     assert slow.journal.state.next_step > 0
     second = Life(config, reward=reward_by_seed)

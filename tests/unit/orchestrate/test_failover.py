@@ -14,7 +14,7 @@ from palestra.core.records import Ending
 from palestra.orchestrate.fleet import EngineState
 from palestra.orchestrate.state import BatchShipped, Event, GroupClosed, Published, RolloutEnded, RolloutRetried
 from palestra.wire.framelog import read_frames
-from palestra.wire.messages import Done, Exported, Play
+from palestra.wire.messages import Done, Exported, Play, ProcessStarted
 from palestra.wire.policy import EngineError, UnpublishedError, UnreachableError
 from tests.unit.orchestrate.mortal import MortalRun
 from tests.unit.orchestrate.scripted import GROUP_SIZE, GROUPS, make_config, reward_by_seed
@@ -260,6 +260,49 @@ async def test_one_that_is_replaced_while_it_joins_does_not_serve_before_it_has_
     require_whole(run)
     assert -1 not in {version for _, version in server.calls}, "it sampled from weights that nobody published"
     assert run.restarts == []
+
+
+QUICK_TO_GIVE_UP = {"healthy_s": 4, "join_max_tokens": 0, "max_in_flight": 8, "max_model_len": 64}
+
+
+async def test_an_engine_that_dies_while_an_evaluation_withholds_publishes_joins_with_the_version_it_had(tmp_path):
+    held_out = {"id": "scripted", "name": "held-out", "num_tasks": 60, "temperature": 1.0}
+    config = config_of(tmp_path, engine=QUICK_TO_GIVE_UP, eval={"sets": [held_out]})
+    async with MortalRun(config, reward=reward_by_seed, delay_s=0.05) as run:
+        publisher, evaluations = run.loop._publisher, run.loop._evaluations
+        await run.until(lambda: evaluations.is_pinned and publisher._newest is not None, "a publish withheld")
+        await run.replace("engine-0")
+        await run.until(lambda: run.loop.desk.fleet.serving != [], "it serves again")
+        assert evaluations.is_pinned
+        assert run.history[-2:] == [0, 0]
+    require_whole(run)
+    assert "rollouts_invalid" not in run.state.counts
+
+
+@pytest.mark.parametrize("is_publishing", [False, True])
+async def test_with_sync_wait_rollouts_that_wait_for_the_only_engine_are_not_waited_for(tmp_path, is_publishing):
+    """Killed between publishes, or while one waits for the rollouts that run."""
+    config = config_of(tmp_path, engine=QUICK_TO_GIVE_UP, sync={"wait": True})
+    async with MortalRun(config, reward=reward_by_seed, delay_s=0.1) as run:
+        desk = run.loop.desk
+        await run.until(
+            lambda: run.state.next_step >= 2 and desk.pool.num_playing >= 4 and desk.fleet.holds is is_publishing,
+            "rollouts run",
+        )
+        await run.replace("engine-0")
+    require_whole(run)
+    assert "rollouts_invalid" not in run.state.counts
+
+
+async def test_a_run_ends_although_an_engine_is_still_starting(tmp_path):
+    async with MortalRun(config_of(tmp_path), reward=reward_by_seed, num_engines=2) as run:
+        await run.until(lambda: run.state.next_step >= STEPS - 2, "the last steps")
+        await run.kill("engine-1")
+        await run._tell(ProcessStarted(process="engine-1", life=1))  # it takes its time, as vLLM does
+        await run.until(run.is_done.is_set, "the run was done")
+        async with asyncio.timeout(5):
+            await asyncio.wait([run._tasks["orchestrator"]])
+    require_whole(run)
 
 
 async def test_the_trainer_dies_while_it_exports(tmp_path):

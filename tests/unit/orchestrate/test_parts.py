@@ -11,6 +11,7 @@ from palestra.core.errors import UserError
 from palestra.core.records import Ending, RolloutRecord, Sample, Seat, Span, Task
 from palestra.orchestrate.batcher import BatchRules, make_batch
 from palestra.orchestrate.buffer import length_added, outcome
+from palestra.orchestrate.journal import recover
 from palestra.orchestrate.sources import TaskSources, seed_for
 from palestra.orchestrate.state import Cursor, Group, GroupOpened, LoopState, Published, RolloutEnded
 from palestra.orchestrate.trainer import Schedule, TrainerLink
@@ -164,6 +165,19 @@ def test_events_that_cannot_follow_are_refused():
         state.apply(RolloutEnded(record=record(0, 1.0)))
 
 
+def test_an_event_that_cannot_follow_does_not_stay_in_the_journal(tmp_path):
+    journal = recover(tmp_path, None)
+    journal.record(GroupOpened(group_id=0, source="e", task=Task(), size=2, cursor_epoch=0, cursor_taken=1))
+    journal.record(RolloutEnded(record=record(0, 1.0)))
+    with pytest.raises(ValueError, match="rollout 0 ended twice"):
+        journal.record(RolloutEnded(record=record(0, 1.0)))
+    journal.record(RolloutEnded(record=record(1, 0.0)))
+    journal.close()
+    again = recover(tmp_path, None)
+    again.close()
+    assert set(again.state.groups[0].records) == {0, 1}
+
+
 def make_link(next_step: int, *, published: int = -1) -> tuple[TrainerLink, list]:
     sent = []
 
@@ -189,11 +203,11 @@ async def test_a_trainer_that_died_beside_the_loop_stages_only_what_engines_do_n
     link, sent = make_link(0)
     await link.ready(0)
     for step in range(3):
-        await link.ship(step, 8)
+        await link.ship(step)
     await link.note_loaded(2)
     link.gone()
     sent.clear()
-    await link.ship(3, 8)
+    await link.ship(3)
     assert sent == [], "there is nobody to hear of it"
     assert not link.has_room(4)
     await link.ready(1)

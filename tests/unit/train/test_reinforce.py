@@ -12,7 +12,7 @@ from palestra.train import reinforce as module
 from palestra.train.publish import KEPT_VERSIONS
 from palestra.train.reinforce import reinforce
 from palestra.wire.channel import Reconnected
-from palestra.wire.messages import Finish, TrainBatch, TrainerReady, WeightsLoaded
+from palestra.wire.messages import Finish, StillEvaluating, TrainBatch, TrainerReady, WeightsLoaded
 from palestra.wire.rundir import Attempt, Manifest, RunDir, write_manifest
 from tests.unit.train.batches import make_batch
 
@@ -71,6 +71,17 @@ def play(qwen, ranks, tmp_path, monkeypatch):
 
 def _train(step: int, *, publish: bool = True) -> TrainBatch:
     return TrainBatch(step=step, publish=publish, save=False)
+
+
+def test_word_of_an_evaluation_is_heard_and_asks_for_nothing(play):
+    log = play(StillEvaluating(), _train(0), StillEvaluating(), StillEvaluating(), Finish())
+    heard = [name for name in log if name != "StillEvaluating"]
+    assert heard == [
+        *["WeightsStaged", "TrainerReady"],
+        *["TrainBatch", "StepTrained", "WeightsStaged"],
+        *["Finish", "Exported"],
+    ]
+    assert log.count("StillEvaluating") == 3
 
 
 def test_stages_only_what_is_to_be_published(play):

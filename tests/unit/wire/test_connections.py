@@ -116,7 +116,8 @@ async def test_an_idle_connection_is_not_used_after_its_time(server: Server):
 
 
 async def cost_s(server: Server, transport: httpx.AsyncBaseTransport, *, at_once: int) -> float:
-    """CPU seconds of a request, the server's part included, once all connections are there."""
+    """CPU seconds of a request, the server's part included, once all connections are there. On a busy machine the least
+    of several measurements is the least disturbed."""
     slots = asyncio.Semaphore(at_once)
     async with httpx.AsyncClient(base_url=server.url, transport=transport, trust_env=False, timeout=30) as client:
 
@@ -132,8 +133,8 @@ async def cost_s(server: Server, transport: httpx.AsyncBaseTransport, *, at_once
 
 async def test_a_request_costs_the_same_however_many_are_in_flight(server: Server):
     """httpx's own pool, which looks at every connection for every other one, is the control."""
-    few = await cost_s(server, Connections(keepalive_s=5.0), at_once=8)
-    many = await cost_s(server, Connections(keepalive_s=5.0), at_once=200)
+    few = min([await cost_s(server, Connections(keepalive_s=5.0), at_once=8) for _ in range(3)])
+    many = min([await cost_s(server, Connections(keepalive_s=5.0), at_once=200) for _ in range(3)])
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=5.0)
     own = await cost_s(server, httpx.AsyncHTTPTransport(limits=limits, trust_env=False), at_once=200)
     print(f"ms a request: {1000 * few:.2f} among 8, {1000 * many:.2f} among 200; by httpx's own pool {1000 * own:.2f}")

@@ -8,7 +8,7 @@ import pytest
 
 from palestra.core.errors import PublishError
 from palestra.wire.policy import EngineClient
-from palestra.wire.publish import ProbeGap, PublishReport, measure, publish, require_arrived
+from palestra.wire.publish import NoEngineLeft, ProbeGap, PublishReport, measure, publish, require_arrived
 from palestra.wire.weights.manifest import Probe, Staged
 from tests.unit.wire.fake_engine import FakeEngine, error
 
@@ -51,6 +51,27 @@ async def test_order_of_a_publish(kv: str, clear_cache: str) -> None:
     assert (report.version, report.failed, report.max_gap) == (0, (), 0.0)
     [timing] = report.engines
     assert timing.stopped_s >= timing.pause_s + timing.load_s + timing.resume_s > 0
+
+
+async def test_what_is_asked_before_the_engine_has_paused_shares_no_prefix_with_what_is_asked_after() -> None:
+    """It is prefilled under the weights before."""
+    engine, client = engine_with(0.0, v0=1.0)
+    engine.delay_s = 0.05
+    publishing = asyncio.create_task(publish_one(client, staged(0, 1.0, None)))
+    await asyncio.sleep(0.02)  # the first call, which pauses, takes 0.05 s
+    while_pausing = client.cache_salt
+    await publishing
+    assert len({"unpublished", while_pausing, client.cache_salt}) == 3
+
+
+@pytest.mark.parametrize("is_healthy", [True, False])
+async def test_a_server_whose_engine_is_dead_is_lost_and_one_that_refuses_is_not(is_healthy: bool) -> None:
+    engine, client = engine_with(0.0, v0=1.0)
+    engine.healthy = is_healthy
+    engine.faults["/update_weights"] = [error(500, "EngineCore encountered an issue")]
+    with pytest.raises(NoEngineLeft) as failure:
+        await publish_one(client, staged(0, 1.0, None))
+    assert failure.value.is_lost is not is_healthy
 
 
 async def test_the_cache_salt_changes_with_every_publish() -> None:

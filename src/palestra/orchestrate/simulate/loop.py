@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 
-from palestra.core.errors import UserError
 from palestra.orchestrate.simulate.clock import Clock
 from palestra.orchestrate.simulate.curves import Curves
 from palestra.orchestrate.simulate.engine import Engine, Request
@@ -23,7 +22,7 @@ from palestra.orchestrate.simulate.work import Want, Work
 
 def simulate(rules: Rules, curves: Curves, *, seed: int = 0, skip: int = 0, steps: int | None = None) -> Outcome:
     """Means over `steps` steps after the first `skip` + 1, or all of them: the last ones are short, since nothing is
-    dispatched that no step is left for. Errors: UserError, if the recipe cannot ever fill a batch."""
+    dispatched that no step is left for."""
     loop = Loop(rules, curves, seed=seed)
     loop.run(rules.steps if steps is None else skip + 1 + steps)
     return outcome_of(loop.course, skip=skip)
@@ -50,12 +49,12 @@ class Loop:
         self._next_group = 0
         self._round_left = 0  # groups of this round that were not opened yet, where batches come one by one
         self._waiting: deque[tuple[Group, int]] = deque()  # members that were opened and not started
-        self._unsettled: dict[int, int] = {}  # rollouts of shipped batches whose weights are not in the engines
+        self._loaded_version = 0  # of the engines
         self._tally = _Tally()
         self._has_changed = True  # what was told last may allow something
 
     def run(self, steps: int | None = None) -> None:
-        """All of the rules' steps, or the first `steps`. Errors: UserError."""
+        """All of the rules' steps, or the first `steps`."""
         rules = self.rules
         while len(self.course.tallies) < (steps or rules.steps):
             if self._has_changed:
@@ -63,11 +62,7 @@ class Loop:
                 self.settle()
             self.fleet.plan()
             if not self.clock.tick():
-                raise UserError(
-                    f"the loop stands still at step {self.step}: {len(self.buffer)} groups of {rules.group_size} are "
-                    f"out, a step needs {rules.groups_per_step}, and at most {rules.max_outstanding} rollouts may be "
-                    "out; raise algo.pace_age or algo.window_groups"
-                )
+                raise AssertionError(f"the simulated loop stands still at step {self.step}")
 
     def settle(self) -> None:
         while self._ship():
@@ -101,13 +96,16 @@ class Loop:
             self._start(group, members)
 
     def _may_open(self) -> bool:
-        """Pacing: bounds the rollouts dispatched and not yet in the engines' weights; none more than can be trained."""
-        rules = self.rules
-        outstanding = len(self.buffer) * rules.group_size + sum(self._unsettled.values())
-        needed = (rules.steps - self.step) * rules.groups_per_step
+        """Pacing: bounds the rollouts dispatched and not yet in the engines' weights, but for those without which there
+        would be no others; none more than can be trained."""
+        rules, untrained = self.rules, len(self.buffer)
+        groups_on_the_way = (self.step - self._loaded_version) * rules.groups_per_step
+        has_room = (untrained + groups_on_the_way + 1) * rules.group_size <= rules.max_outstanding
+        is_needed = untrained < (rules.next_published(self._loaded_version) - self.step) * rules.groups_per_step
+        left = (rules.steps - self.step) * rules.groups_per_step
         if rules.updates == "batches" and not self._round_left:
             return False
-        return len(self.buffer) < needed and outstanding + rules.group_size <= rules.max_outstanding
+        return untrained < left and (has_room or is_needed)
 
     def _open_group(self) -> None:
         want = self.work.group(self._next_group, self.step / self.rules.steps)
@@ -159,10 +157,9 @@ class Loop:
         if (groups := self.buffer.take(rules.groups_per_step)) is None:
             return False
         ages, tokens = self._train_on(groups)
-        batch = Shipped(self.step, tokens, len(ages))
+        batch = Shipped(self.step, tokens)
         self.course.ages.append(np.asarray(ages))
         self.course.tokens.append(tokens)
-        self._unsettled[self.step] = batch.rollouts
         self.step += 1
         self.clock.after(self.curves.batch_s, partial(self.trainer.receive, batch))
         return True
@@ -194,7 +191,7 @@ class Loop:
 
     def _loaded(self, version: int) -> None:
         self._has_changed = True
-        self._unsettled = {step: count for step, count in self._unsettled.items() if step >= version}
+        self._loaded_version = version
         self.trainer.loaded(version)
 
 

@@ -16,7 +16,6 @@ _KEPT_VERSIONS = 3  # staged at once, at most: `train/publish.py`
 class Shipped:
     step: int
     tokens: int
-    rollouts: int
 
 
 class Trainer:

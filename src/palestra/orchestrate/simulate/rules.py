@@ -39,6 +39,10 @@ class Rules:
     def publishes(self, step: int) -> bool:
         return (step + 1) % self.publish_every == 0 or step + 1 == self.steps
 
+    def next_published(self, version: int) -> int:
+        """The first version after `version` that is published."""
+        return min((version // self.publish_every + 1) * self.publish_every, self.steps)
+
     def saves(self, step: int) -> bool:
         return (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps
 
@@ -50,7 +54,7 @@ def rules_of(config: RunConfig, *, updates: Updates | None = None) -> Rules:
         steps=config.train.steps,
         group_size=algo.group_size,
         groups_per_step=algo.groups_per_step,
-        max_outstanding=config.max_outstanding,
+        max_outstanding=algo.max_outstanding,
         window=algo.window,
         max_age=algo.max_age,
         engines=config.engine.replicas,

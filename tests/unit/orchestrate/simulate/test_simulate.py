@@ -286,9 +286,10 @@ def test_engines_are_stopped_at_once_by_so_many():
     assert (fast.step_s, slow.step_s) == pytest.approx((1.0, 4.0), rel=0.01)
 
 
-def test_a_recipe_that_can_never_fill_a_batch_is_an_error():
-    with pytest.raises(UserError, match="stands still at step 0"):
-        simulate(rules(max_outstanding=8), curves())
+def test_what_the_next_publish_needs_is_dispatched_whatever_pacing_says():
+    assert simulate(rules(max_outstanding=8), curves()).max_age == 0
+    found = simulate(rules(max_outstanding=8, publish_every=3, steps=60), curves(), skip=10)
+    assert (found.max_age, found.too_old) == (2, 0)
 
 
 # --- the buffer's rules are the loop's own
