@@ -290,12 +290,14 @@ def test_resume_starts_a_new_attempt_at_the_newest_whole_checkpoint(scripted: Sc
     for version in (5, 20, 9):
         checkpoint_dir(scripted.run, version).mkdir(parents=True)
         write_manifest(scripted.run, Manifest(version=version, attempt=1, trainer="trainer", orchestrator="o"))
+    scripted.run.summary.write_text('{"steps": 9}')  # it had ended, and was given more steps
     half_written = checkpoint_dir(scripted.run, 30)
     half_written.mkdir()
     (half_written / ".manifest.json.4711").write_text('{"version":30')
     code, said = scripted.ends("orchestrator:lead:done", "--resume")
     assert code == 0, said
     assert (scripted.attempt.number, scripted.attempt.resumed_from) == (3, 20)
+    assert not scripted.run.summary.exists(), "this end is not the one before"
 
 
 def test_resume_refuses_another_config(scripted: Scripted):

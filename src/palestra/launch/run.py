@@ -7,7 +7,7 @@ import msgspec
 
 from palestra.config import RunConfig
 from palestra.core.clock import unix_now
-from palestra.core.errors import PalestraError
+from palestra.core.errors import InfrastructureError, PalestraError
 from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import started_at
 from palestra.launch import start
@@ -60,6 +60,7 @@ def carry_out(config: RunConfig, plan: Plan, origin: Origin) -> None:
                 staging_bytes=plan.staging_bytes,
                 started_at=unix_now(),
             )
+            directory.summary.unlink(missing_ok=True)  # of an end that this attempt goes on from
             start.write_config(directory, config)
             directory.write_attempt(attempt)
             _supervise(config, plan, attempt, guard, ledger)
@@ -91,10 +92,14 @@ def _supervise(config: RunConfig, plan: Plan, attempt: Attempt, guard: Guard, le
 
 
 def _write_end(run: RunDir, status: Status, state: State, error: str, ledger: Ledger) -> None:
-    log = RunLog(run)
-    log.ledger(ledger.close())
-    log.close()
-    write_status(run, msgspec.structs.replace(status, state=state, ended_at=unix_now(), error=error))
+    """What ended the run is more than what cannot be written of it, on a full disk."""
+    try:
+        write_status(run, msgspec.structs.replace(status, state=state, ended_at=unix_now(), error=error))
+        log = RunLog(run)
+        log.ledger(ledger.close())
+        log.close()
+    except (OSError, InfrastructureError) as failure:
+        print(f"the end of the run could not be recorded: {failure}", file=sys.stderr)
 
 
 def _say_start(view: View, run: RunDir, attempt: Attempt, plan: Plan) -> None:

@@ -396,7 +396,7 @@ class Supervisor:
                 child.done.set()
                 child.last_word.set()
             case Failed():
-                child.failure = message
+                child.failure = child.failure or message  # what other ranks say later follows from the first
                 child.last_word.set()
 
     def _end_unwanted(self, child: Child, message: Restart) -> None:

@@ -64,7 +64,8 @@ def save_huggingface(policy: Policy, directory: Path, *, dtype: torch.dtype, sou
             pass
         return
     beside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    for left in directory.parent.glob(f".{directory.name}.*"):  # by exports that were killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         _write_weights(tensors, beside)

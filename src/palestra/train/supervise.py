@@ -4,9 +4,11 @@ Consumes: `data.sources`. Produces: a policy version per step, checkpoints, the 
 Waits for: nothing but the other ranks. Ends when: all steps are done.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 from palestra.config import RunConfig
+from palestra.core.clock import unix_now
 from palestra.core.errors import UserError
 from palestra.core.ledger import Ledger, LedgerEntry, total
 from palestra.core.metrics import Metrics, Sum
@@ -58,7 +60,7 @@ def supervise(
     if (version := version_to_load(run, attempt, life())) is not None:
         with ledger.spend("load"):
             stream.restore(trainer.resume(version, ledger))
-    report = Report(config, run, tell) if ranks.is_first else None
+    report = Report(config, run, attempt, tell) if ranks.is_first else None
     ledger.switch("other")
     for metrics in _steps(trainer, stream, config, attempt, ledger):
         entries = ranks.to_first(ledger.close())
@@ -110,7 +112,8 @@ def _checkpoint(
 class Report:
     """What a supervised run tells: rows of metrics and ledger, progress, and the summary."""
 
-    def __init__(self, config: RunConfig, run: RunDir, tell: Callable[[Progress], None]):
+    def __init__(self, config: RunConfig, run: RunDir, attempt: Attempt, tell: Callable[[Progress], None]):
+        self._started_at = attempt.started_at
         self._steps, self._tell, self._run, self._log = config.train.steps, tell, run, RunLog(run)
         self._entries: list[LedgerEntry] = []
         self._loss = float("nan")
@@ -129,8 +132,8 @@ class Report:
         self._log.summary(
             {
                 "steps": self._steps,
-                "wall_s": whole.wall_s,
-                "loss": self._loss,
+                "wall_s": unix_now() - self._started_at,
+                **({} if math.isnan(self._loss) else {"loss": self._loss}),  # a life that only exports has none
                 "weights": directory,
                 "ledger_closure": whole.closure,
                 "restarts": as_rows(read_restarts(self._run)),

@@ -159,8 +159,10 @@ class Listener(Generic[In, Out]):
                 return peer.decode(), self._decoder.decode(payload)
 
     def _accepts(self, peer: bytes, head: _Head) -> bool:
+        """What a process said last may be read only after its successor took over its name: then ZeroMQ has given the
+        old connection another one, which begins with a zero byte."""
         newest = _Head(self._attempt, self._lives.get(peer, 0))
-        if head.attempt == newest.attempt and head >= newest:
+        if head.attempt == newest.attempt and head >= newest and not peer.startswith(b"\0"):
             self._lives[peer] = head.life
             return True
         self.num_refused += 1

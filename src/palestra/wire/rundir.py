@@ -172,10 +172,11 @@ def version_to_load(run: RunDir, attempt: Attempt, life: int) -> int | None:
 
 
 def drop_checkpoints(run: RunDir, *, keep: int) -> list[Manifest]:
-    """Delete all but the newest `keep`, each manifest first, so that none is half there. Returns those kept."""
-    manifests = read_manifests(run)
-    for manifest in manifests[:-keep]:
-        directory = checkpoint_dir(run, manifest.version)
-        (directory / "manifest.json").unlink()
-        shutil.rmtree(directory)
-    return manifests[-keep:]
+    """Delete all but the newest `keep`, each manifest first, so that none is half there; and what kills have left of
+    older ones. Returns those kept."""
+    kept = read_manifests(run)[-keep:]
+    for directory in run.checkpoints.iterdir():
+        if kept and directory.name.isdigit() and int(directory.name) < kept[0].version:
+            (directory / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(directory)
+    return kept

@@ -4,12 +4,14 @@ The orchestrator writes all but the last; the supervisor writes that one, and in
 account for.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -19,6 +21,8 @@ from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Metric, values
 from palestra.wire.batches import write_atomically
 from palestra.wire.rundir import RunDir
+
+Row = TypeVar("Row")
 
 WARNING = "warning"  # phase of a row of metrics.jsonl that says something in words: `rule` and `text`
 
@@ -47,7 +51,7 @@ class RunLog:
         """The last rows of curriculum.jsonl, which has `total` then; those that are there are not written again."""
         if self._num_moves is None:
             _cut_torn_line(self._run.moves)
-            self._num_moves = len(_whole_lines(self._run.moves))
+            self._num_moves = len(_lines(self._run.moves))
         missing = rows[max(len(rows) - (total - self._num_moves), 0) :]
         if missing:
             with self._run.moves.open("a", encoding="utf-8") as file:
@@ -78,7 +82,7 @@ def append_restart(run: RunDir, restarted: Restarted) -> None:
 
 
 def read_restarts(run: RunDir) -> list[Restarted]:
-    return [msgspec.json.decode(line, type=Restarted) for line in _whole_lines(run.restarts)]
+    return _rows(run.restarts, Restarted)
 
 
 def as_rows(restarts: list[Restarted]) -> list[dict[str, Any]]:
@@ -99,18 +103,23 @@ def account_for_gap(run: RunDir, process: str, *, since: float, ended_at: float,
 
 
 def _append(path: Path, row: Struct) -> None:
-    with path.open("ab", buffering=0) as file:
-        file.write(msgspec.json.encode(row) + b"\n")
+    """On a line of its own, whatever was left before it. Errors: OSError, if it was not written whole."""
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        line = (b"" if file.read(1) in (b"", b"\n") else b"\n") + msgspec.json.encode(row) + b"\n"
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, "half a line was written", str(path))
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """Rows in the order written; a step that was trained again after a resume is there twice, the later one counts."""
-    return [json.loads(line) for line in _whole_lines(run.metrics)]
+    return _rows(run.metrics, dict[str, Any])
 
 
 def read_moves(run: RunDir) -> list[dict[str, Any]]:
     """Moves between the pools of the curriculum, in the order they happened."""
-    return [json.loads(line) for line in _whole_lines(run.moves)]
+    return _rows(run.moves, dict[str, Any])
 
 
 def read_warnings(run: RunDir) -> list[dict[str, Any]]:
@@ -120,12 +129,12 @@ def read_warnings(run: RunDir) -> list[dict[str, Any]]:
 
 
 def read_ledger(run: RunDir) -> list[LedgerEntry]:
-    return [msgspec.json.decode(line, type=LedgerEntry) for line in _whole_lines(run.ledger)]
+    return _rows(run.ledger, LedgerEntry)
 
 
 def read_spans(run: RunDir, process: str) -> list[dict[str, Any]]:
     """Rows of `core.spans`, in the order they ended."""
-    return [json.loads(line) for line in _whole_lines(run.spans(process))]
+    return _rows(run.spans(process), dict[str, Any])
 
 
 def read_summary(run: RunDir) -> dict[str, Any] | None:
@@ -138,8 +147,15 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, data.rfind(b"\n") + 1)
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Of every line that was written whole: a full disk may have left half of one."""
+    rows: list[Row] = []
+    for line in _lines(path):
+        with contextlib.suppress(msgspec.DecodeError):
+            rows.append(msgspec.json.decode(line, type=kind))
+    return rows
+
+
+def _lines(path: Path) -> list[bytes]:
     """Lines that were written to their end."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []

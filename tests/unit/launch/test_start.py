@@ -1,5 +1,6 @@
 """Where an attempt begins, and at which addresses."""
 
+import errno
 import socket
 import stat
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ import pytest
 
 from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import InfrastructureError, UserError
+from palestra.core.ledger import Ledger
+from palestra.launch import run as launch_run
 from palestra.launch import start
 from palestra.launch.ports import free_ports, listener_of, require_free
 from palestra.launch.start import Origin, begin, new_attempt, newest_checkpoint, write_config
@@ -202,3 +205,15 @@ def test_a_run_is_running_while_its_lock_is_held(run: RunDir):
     status = read_status(run)
     assert status is not None
     assert status.state is State.KILLED
+
+
+def test_an_end_that_cannot_be_recorded_does_not_hide_why_it_came(run: RunDir, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(launch_run, "RunLog", full)
+    launch_run._write_end(run, now_running(1, 0.0), State.FAILED, "free space and resume", Ledger("supervisor"))
+    status = read_status(run)
+    assert status is not None
+    assert (status.state, status.error) == (State.FAILED, "free space and resume")
+    assert "could not be recorded: [Errno 28] No space left" in capsys.readouterr().err

@@ -65,6 +65,13 @@ def test_transformers_loads_the_export_with_identical_logits(tmp_path, load, mon
     assert (out / "model.safetensors.index.json").exists() == (shard_bytes == 10_000)
 
 
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, load):
+    path = tiny.build(tmp_path)
+    (tmp_path / ".out.4711").mkdir()
+    save_huggingface(load(path), tmp_path / "out", dtype=torch.float32, source=str(path))
+    assert sorted(found.name for found in tmp_path.iterdir()) == sorted(["out", path.name])
+
+
 def test_a_full_disk_is_an_error_and_leaves_nothing_behind(tmp_path, load):
     """The limit on file sizes stands in for the disk: the writes fail in the same way."""
     path = tiny.build(tmp_path)

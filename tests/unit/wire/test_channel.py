@@ -85,6 +85,19 @@ async def test_a_successor_takes_the_name_over_and_its_predecessor_counts_no_mor
         channel.close()
 
 
+async def test_words_that_are_read_after_a_successor_took_the_name_over_are_nobodys(address: str):
+    """Both are connected, and have spoken, before the listener looks: ZeroMQ gives the old connection another name."""
+    here, old, new = listener(address), caller(address), caller(address, life=1)
+    await old.send(TrainerReady(version=1))
+    await asyncio.sleep(0.2)
+    await new.send(TrainerReady(version=2))
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        assert await here.receive() == ("trainer", TrainerReady(version=2))
+    for channel in (old, new, here):
+        channel.close()
+
+
 async def test_a_caller_hears_that_its_listener_was_replaced_and_reaches_the_new_one(address: str):
     first, there = listener(address), caller(address)
     await there.send(TrainerReady(version=1))

@@ -1,6 +1,7 @@
 """The run directory: attempts, checkpoints, and what a run tells about itself."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,26 @@ import pytest
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Mean
-from palestra.wire.rundir import Attempt, Manifest, RunDir, checkpoint_dir, read_manifests, require_run, write_manifest
-from palestra.wire.runlog import RunLog, account_for_gap, read_ledger, read_metrics, read_summary
+from palestra.wire.rundir import (
+    Attempt,
+    Manifest,
+    RunDir,
+    checkpoint_dir,
+    drop_checkpoints,
+    read_manifests,
+    require_run,
+    write_manifest,
+)
+from palestra.wire.runlog import (
+    Restarted,
+    RunLog,
+    account_for_gap,
+    append_restart,
+    read_ledger,
+    read_metrics,
+    read_restarts,
+    read_summary,
+)
 
 
 @pytest.fixture
@@ -104,3 +123,44 @@ def test_the_gap_of_a_process_is_accounted_for_from_its_last_entry_on(run: RunDi
 def test_a_row_that_was_not_written_to_its_end_is_left_out(run: RunDir):
     run.metrics.write_text(json.dumps({"step": 0}) + "\n" + '{"step": 1, "rew')
     assert read_metrics(run) == [{"step": 0}]
+
+
+def restarted(number: int, why: str = "killed") -> Restarted:
+    return Restarted(attempt=1, process="env-0", life=number, why=why, ended_at=1.0, gone_s=None)
+
+
+def test_half_a_row_costs_itself_alone(run: RunDir):
+    """As a full disk or a loss of power leaves it; lines of other alphabets' separators are one row."""
+    append_restart(run, restarted(1))
+    with run.restarts.open("ab") as file:
+        file.write(b'{"attempt":1,"process":"env-\xe2\x80')
+    append_restart(run, restarted(2, why="one\u2028line"))
+    append_restart(run, restarted(3))
+    assert [(known.life, known.why) for known in read_restarts(run)] == [
+        (1, "killed"),
+        (2, "one\u2028line"),
+        (3, "killed"),
+    ]
+
+
+def test_a_row_that_does_not_fit_on_the_disk_is_an_error(run: RunDir):
+    """The limit on file sizes stands in for the disk: the write is short, and says so by its count alone."""
+    append_restart(run, restarted(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (run.restarts.stat().st_size + 40, limits[1]))
+    try:
+        with pytest.raises(OSError, match="half a line was written"):
+            append_restart(run, restarted(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_restart(run, restarted(3))
+    assert [known.life for known in read_restarts(run)] == [1, 3]
+
+
+def test_what_a_kill_left_of_an_old_checkpoint_goes_with_the_next_ones(run: RunDir):
+    for version in (5, 10, 15):
+        save(run, version)
+    (checkpoint_dir(run, 5) / "manifest.json").unlink()  # killed between this and the rest
+    (checkpoint_dir(run, 20) / "trainer").mkdir(parents=True)  # being written
+    assert [manifest.version for manifest in drop_checkpoints(run, keep=1)] == [15]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["000015", "000020"]

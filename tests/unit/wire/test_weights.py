@@ -8,7 +8,7 @@ import torch
 
 from palestra.core.errors import InfrastructureError
 from palestra.wire.weights import files
-from palestra.wire.weights.manifest import MANIFEST, read_manifest
+from palestra.wire.weights.manifest import MANIFEST, Probe, Staged, read_manifest, record, recorded
 
 TENSORS = {
     "embed": torch.arange(60, dtype=torch.float32).reshape(10, 6),
@@ -129,3 +129,16 @@ def test_discard_needs_nothing_to_be_there(tmp_path: Path) -> None:
     stage(tmp_path / "v3")
     files.discard(tmp_path / "v3")
     assert not (tmp_path / "v3").exists()
+
+
+def test_recorded_versions_are_of_no_attempt(tmp_path: Path):
+    """A resumed run stages anew what its checkpoint lacks; an engine refuses an attempt before the one it has seen."""
+    for version, attempt in ((50, 2), (51, 1)):
+        directory = tmp_path / f"staged-{version}"
+        files.stage(directory, version, attempt, TENSORS.items())
+        staged = Staged(version=version, directory=str(directory), probe=Probe(token_ids=[1, 2], logprobs=[-1.0]))
+        record(staged, tmp_path / "published")
+        assert read_manifest(directory).attempt == attempt, "what the engines are about to load stays as it is"
+    kept = recorded(tmp_path / "published")
+    assert [(read_manifest(Path(staged.directory)).attempt, staged.version) for staged in kept] == [(0, 50), (0, 51)]
+    assert all(read(Path(staged.directory))["counts"].equal(TENSORS["counts"]) for staged in kept)

@@ -139,6 +139,7 @@ def _is_finished(config: RunConfig) -> bool:
     run = RunDir(config.run_dir)
     status = read_status(run)
     if status is None or not run.config.exists():
+        shutil.rmtree(run.path, ignore_errors=True)  # a run that was interrupted before it began
         return False
     if read_resolved(run.config) != RunConfig.model_validate_json(config.model_dump_json()):
         raise UserError(f"{run.path} is a part of a bench with other values; give another directory by --outputs")

@@ -72,12 +72,14 @@ def read_manifest(directory: Path) -> WeightsManifest:
 def record(staged: Staged, published: Path) -> None:
     """Keep a second name for the files of a version under `published`, for `palestra replay`; its `Staged` is last.
 
+    It is of no attempt: those of several stand beside one another in a run that was resumed.
     Errors: InfrastructureError, if the disk is full.
     """
     target = published / f"{staged.version:06d}"
     try:
         shutil.rmtree(target, ignore_errors=True)  # of an attempt before, or half written
         shutil.copytree(staged.directory, target, copy_function=link_or_copy)
+        write_manifest(target, msgspec.structs.replace(read_manifest(target), attempt=0))
     except OSError as error:
         raise InfrastructureError(
             f"version {staged.version} could not be recorded in {target}: {error}; free space, or set "
