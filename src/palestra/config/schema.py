@@ -30,7 +30,7 @@ class Build(Section):
     architecture: str
     config: dict[str, Any] = {}
     alphabet: str = Field(min_length=1)  # one token per character, in this order, after pad, bos, eos and unk
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class Model(Section):
@@ -170,10 +170,8 @@ class Algo(Section):
 
     @model_validator(mode="after")
     def _signal(self) -> Self:
-        if self.group_size == 1 and self.filters_groups:
-            raise ValueError(
-                "algo.group_size=1 has no group to compare with: every group would be dropped; use at least 2"
-            )
+        if self.group_size == 1 and self.teacher is None:
+            raise ValueError("algo.group_size=1 has no group to compare with: nothing would train; use at least 2")
         return self
 
 
@@ -199,7 +197,7 @@ class Train(Section):
     """The trainer process."""
 
     steps: PositiveInt = 100
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     shard: PositiveInt = 1  # ranks that share one copy of the weights (FSDP2)
     replicate: PositiveInt = 1  # copies
     lr: PositiveFloat = 1e-6
@@ -251,7 +249,7 @@ class Sync(Section):
     every: PositiveInt = 1  # steps between publishes
     staging: Path | None = None  # default: shared memory on one machine
     tolerance: PositiveFloat | None = None  # mean |trainer - engine| log-probability of the probe; default by dtype
-    probe_tokens: PositiveInt = 128
+    probe_tokens: int = Field(default=128, ge=2)
     deadline_s: PositiveFloat = 300
 
 

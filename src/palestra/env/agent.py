@@ -32,6 +32,7 @@ class Agent:
         self.num_turns = self.num_tokens = 0
         self._voice, self._table = voice, table
         self._forks: list[Agent] = []
+        self._path = ""  # of a fork: which one, of whom
 
     async def __call__(self, message: Message | None = None, *, num_tokens: int | None = None) -> str:
         """Play one turn: `message` (text of the user, or chat messages), then the reply, which is returned.
@@ -74,13 +75,14 @@ class Agent:
 
     @cached_property
     def random(self) -> Random:
-        """Chance for the environment: the same whenever this rollout is played again."""
-        return Random(f"{self._table.seed} {self.name}")
+        """Chance for the environment: the same whenever this rollout is played again. A fork has its own."""
+        return Random(f"{self._table.seed} {self.name}{self._path}")
 
     def fork(self) -> "Agent":
         """An agent that has had this conversation and goes on from here by itself; its turns train under this seat."""
         fork = Agent(self.name, self._voice.fork(), self._table, system=self.system)
         fork.messages, fork.num_turns, fork.rewards = list(self.messages), self.num_turns, self.rewards
+        fork._path = f"{self._path}.{len(self._forks)}"
         self._forks.append(fork)
         return fork
 

@@ -13,6 +13,9 @@ from palestra.env.rollout import AgentError, Rollout
 from palestra.env.scoring import RAISED, InvalidRollout, describe, earn, number, unless_cancelled
 from palestra.env.voice import Limit, ScriptVoice, Voice
 
+_encode = msgspec.msgpack.Encoder().encode
+_decode_task, _decode_record = msgspec.msgpack.Decoder(Task).decode, msgspec.msgpack.Decoder(RolloutRecord).decode
+
 
 async def play(
     environment: Environment,
@@ -29,15 +32,16 @@ async def play(
     scored. Anything else that is raised, by `run` or by a reward, makes the rollout invalid: no reward, no samples.
     Errors: none, save that a cancelled rollout is cancelled.
     """
-    started = time.perf_counter()
+    started, given = time.perf_counter(), _as_given(task)
     table = Table(max_turns=environment.max_turns, seed=seed)
     agents = [Agent(name, make_voice(), table, system=environment.system) for name in seats(type(environment))]
     try:
         ending, error = await _run(environment, task, agents, table)
         record = await _scored(environment, task, agents, ending)
+        require_sendable(record)
     except InvalidRollout as invalid:
-        ending, error = Ending.INVALID, str(invalid)
-        record = _conversation(task, agents, ending)
+        ending, error = Ending.INVALID, str(invalid).encode("utf-8", "backslashreplace").decode()
+        record = _invalid(task, agents, given)
     return msgspec.structs.replace(
         record,
         rollout_id=rollout_id,
@@ -107,6 +111,36 @@ async def _scored(environment: Environment, task: Task, agents: list[Agent], end
     return msgspec.structs.replace(
         record, reward=earned.total, rewards=earned.rewards, metrics=earned.metrics, seats=tuple(seated)
     )
+
+
+def _as_given(task: Task) -> bytes:
+    """As it is before environment code has it; of one that cannot be sent, its key."""
+    try:
+        return _encode(task)
+    except (TypeError, ValueError, OverflowError):
+        return _encode(Task(key=task.key))
+
+
+def _invalid(task: Task, agents: list[Agent], given: bytes) -> RolloutRecord:
+    """With what was said, if that can be sent."""
+    record = _conversation(task, agents, Ending.INVALID)
+    try:
+        require_sendable(record)
+    except InvalidRollout:
+        return _conversation(_decode_task(given), [], Ending.INVALID)
+    return record
+
+
+def require_sendable(record: RolloutRecord) -> None:
+    """What environment code and the model put into it must survive the wire. Errors: InvalidRollout."""
+    seats = tuple(msgspec.structs.replace(seat, samples=()) for seat in record.seats)
+    try:
+        _decode_record(_encode(msgspec.structs.replace(record, seats=seats)))
+    except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as error:
+        raise InvalidRollout(
+            f"messages, rewards, metrics or the task hold what cannot be sent: {error}; they are made of strings, "
+            "numbers, lists and dicts, and their names are strings"
+        ) from error
 
 
 def _conversation(task: Task, agents: list[Agent], ending: Ending) -> RolloutRecord:

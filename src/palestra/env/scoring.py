@@ -97,9 +97,13 @@ def _one_each(scorer: Scorer, given: Any, count: int) -> list[Any]:
 
 def number(what: str, amount: Any) -> float:
     """Errors: InvalidRollout, if it is not a finite number."""
-    if not isinstance(amount, Real) or not math.isfinite(amount):
-        raise InvalidRollout(f"{what} is {amount!r} ({type(amount).__name__}); rewards and metrics are finite numbers")
-    return float(amount)
+    try:
+        if isinstance(amount, Real) and math.isfinite(number := float(amount)):
+            return number
+        shown = repr(amount)
+    except (OverflowError, ValueError):  # an integer of hundreds of digits, or of more than are ever shown
+        shown = "too large"
+    raise InvalidRollout(f"{what} is {shown} ({type(amount).__name__}); rewards and metrics are finite numbers")
 
 
 def unless_cancelled(error: BaseException) -> None:

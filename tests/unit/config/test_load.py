@@ -84,6 +84,8 @@ def test_override_values_are_toml(recipe: Path):
         ("sampling.max_tokens=5000", "raise engine.max_model_len or lower max_tokens"),
         ("train.max_pack_tokens=100", "raise train.max_pack_tokens"),
         ("algo.group_size=1", "use at least 2"),
+        ("train.seed=-1", "train.seed"),
+        ("sync.probe_tokens=1", "sync.probe_tokens"),
         ("env.mix.1.id=a", "env.mix has 2 entries called 'a'"),
         ("data.warmup.steps=5", "needs data.sources"),
         ("model.build={architecture='X', alphabet='a'}", "exactly one of model.path"),

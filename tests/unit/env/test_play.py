@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import msgspec
 import pytest
 
 from palestra.core.errors import InfrastructureError
@@ -404,3 +405,59 @@ async def test_a_group_reward_that_raises_or_miscounts_is_an_error():
 
     with pytest.raises(InvalidRollout, match="reward bad returned 1 numbers for 2 rollouts"):
         await score_group(Miscounting(), await members("x", "y"))
+
+
+class Careless(Environment):
+    """Puts into its rollout what no wire carries. `how` is the prompt."""
+
+    async def run(self, task, agent):
+        match task.prompt:
+            case "key":
+                agent.rewards[7] = 1.0
+            case "type":
+                await agent(Text("hello"))
+                return
+            case "surrogate":
+                await agent("hello")
+                agent.messages.append({"role": "user", "content": "\ud83d"})
+                return
+            case "info":
+                task.info["handle"] = object()
+        await agent("hello")
+
+    @reward
+    def right(self, task, rollout):
+        return 10**400 if task.prompt == "huge" else 10**5000 if task.prompt == "longer" else 1.0
+
+
+class Text(str):
+    """As numpy's strings are: msgpack knows no subclass."""
+
+
+@pytest.mark.parametrize("how", ["key", "type", "surrogate", "info", "huge", "longer"])
+async def test_what_cannot_be_sent_makes_the_rollout_invalid_and_nothing_else(playing, how: str):
+    record = await playing(Careless(), Task(prompt=how, key=how))
+    assert record.ending is Ending.INVALID
+    assert "cannot be sent" in record.error or "finite numbers" in record.error
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=RolloutRecord)
+    assert (sent.task.key, sent.task.prompt, sent.reward, sent.seats) == (how, how, 0.0, ())
+    assert (await playing(Careless(), Task(prompt="fine"))).ending is Ending.OK
+
+
+async def test_a_fork_has_a_chance_of_its_own_and_the_same_again(playing):
+    drawn: list[float] = []
+
+    class Branches(Environment):
+        async def run(self, task, agent):
+            await agent(task.prompt)
+            first, second = agent.fork(), agent.fork()
+            drawn.extend(a.random.random() for a in (agent, first, second, first.fork(), second.fork()))
+
+        @reward
+        def one(self, task, rollout):
+            return 1.0
+
+    for _ in range(2):
+        await playing(Branches(), Task(prompt="hi"), seed=3)
+    assert drawn[:5] == drawn[5:]
+    assert len(set(drawn)) == 5

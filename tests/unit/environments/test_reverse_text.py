@@ -75,6 +75,13 @@ def test_arguments_that_make_no_words_are_refused(args):
         some_tasks(ReverseText, 1, **args)
 
 
+def test_a_split_without_a_word_is_refused():
+    three = {"alphabet": "xyz", "min_letters": 3, "max_letters": 3}
+    assert some_tasks(ReverseText, 1, **three)
+    with pytest.raises(ValueError, match=r"split='test' has no word of alphabet='xyz'"):
+        some_tasks(ReverseText, 1, split="test", **three)
+
+
 def test_the_demonstrations_are_what_the_script_makes():
     stored = (Path(palestra_reverse_text.__file__).parent / "data/demos.jsonl").read_text()
     assert stored == "".join(json.dumps(row) + "\n" for row in demonstrations())

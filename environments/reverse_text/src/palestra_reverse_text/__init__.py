@@ -2,9 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import count
 from random import Random
 
 from palestra.env import Environment, Rollout, Task, metric, ratio, reward
+
+_DRAWS = 10_000  # in a row without a word that may be asked: there is none
 
 
 class ReverseText(Environment):
@@ -25,10 +28,13 @@ class ReverseText(Environment):
                 f"alphabet={self.alphabet!r}, min_letters={self.min_letters}, max_letters={self.max_letters} "
                 "make no words; give at least 3 letters, and 3 <= min_letters <= max_letters"
             )
-        random = Random(f"{self.split} {self.seed}")
-        while True:
+        random, last = Random(f"{self.split} {self.seed}"), 0
+        for draw in count():
+            if draw - last > _DRAWS:
+                raise ValueError(f"split={self.split!r} has no word of alphabet={self.alphabet!r}; allow longer words")
             word = "".join(random.choices(self.alphabet, k=random.randint(self.min_letters, self.max_letters)))
             if is_held_out(word) == (self.split != "train") and is_telling(word):
+                last = draw
                 yield word
 
     @reward

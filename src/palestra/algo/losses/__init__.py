@@ -12,7 +12,7 @@ from typing import Any
 
 from palestra.algo.losses.cispo import cispo
 from palestra.algo.losses.cross_entropy import cross_entropy
-from palestra.algo.losses.dppo import dppo
+from palestra.algo.losses.dppo import DIVERGENCES, dppo
 from palestra.algo.losses.gspo import gspo
 from palestra.algo.losses.masks import RolloutMasks, with_masks
 from palestra.algo.losses.mis import masked_importance_sampling
@@ -63,7 +63,13 @@ def policy_loss(name: str, options: Mapping[str, Any] | None = None) -> PolicyLo
     if unknown:
         choices = ", ".join(f"{option}={default}" for option, default in known.items())
         raise ValueError(f"algo.loss={name!r} has no option {', '.join(unknown)}; it has {choices}")
+    for option, value in (options or {}).items():
+        if isinstance(known[option], float) and not isinstance(value, int | float):
+            raise ValueError(f"algo.loss_args.{option}={value!r} is not a number")
     bound = known | dict(options or {})
+    if (divergence := bound.get("divergence", "tv")) not in DIVERGENCES:
+        known_ones = ", ".join(DIVERGENCES)
+        raise ValueError(f"algo.loss_args.divergence={divergence!r} is not known; choose one of {known_ones}")
     if "low" in bound and not bound["low"] < bound["high"]:
         raise ValueError(
             f"algo.loss={name!r} got low={bound['low']} and high={bound['high']}; low must be less than high"

@@ -30,8 +30,6 @@ def dppo(
 
     Source: Qi et al. 2026, arXiv:2602.04879, equations 11 to 14; thresholds and cap: its authors' code in verl.
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence={divergence!r} is not known; choose one of {', '.join(DIVERGENCES)}")
     trained_T = weight_T != 0
     log_ratio_T = log_ratio(trainer_logp_T, engine_logp_T, weight_T).detach()
     divergence_T = DIVERGENCES[divergence](trainer_logp_T.detach(), engine_logp_T)
