@@ -34,6 +34,11 @@ class Evaluations:
         measured = {ended.name for ended in self._desk.state.evals if ended.when == "start"}
         return [entry for entry in self._desk.config.eval.sets if entry.start and entry.label not in measured]
 
+    @property
+    def awaits_start(self) -> bool:
+        """The first version that is published will be measured."""
+        return not self.is_pinned and bool(self.due_at_start)
+
     def published(self, version: int) -> None:
         """Start what is due at this version, unless an evaluation is still running."""
         evals = self._desk.config.eval

@@ -31,12 +31,17 @@ class Publisher:
     def __init__(self, desk: Desk, evaluations: Evaluations):
         self._desk, self._evaluations = desk, evaluations
         self._newest: Staged | None = None  # not published yet
+        self._later: Staged | None = None  # newer still, where the first one is to be measured before it is replaced
         self._current: Staged | None = None  # what the engines hold
 
     def stage(self, staged: Staged) -> None:
         """The trainer has it on disk; whoever calls tells `changed`. One that trains again what was trained before may
         stage older ones than what waits here already."""
-        if self._newest is None or staged.version >= self._newest.version:
+        if self._newest is None:
+            self._newest = staged
+        elif self._evaluations.awaits_start:
+            self._later = staged
+        elif staged.version >= self._newest.version:
             self._newest = staged
 
     async def run(self) -> None:
@@ -52,7 +57,7 @@ class Publisher:
     async def _bring_newest(self) -> None:
         trainer, staged = self._desk.trainer, self._newest
         assert staged is not None
-        self._newest = None
+        self._newest, self._later = self._later, None
         if trainer.is_outdated(staged.version):
             await trainer.discard(max(staged.version, trainer.loaded))
         elif staged.version == trainer.loaded:

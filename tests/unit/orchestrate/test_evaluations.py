@@ -1,10 +1,16 @@
 """Evaluations in the loop: when they run, what they withhold, what a kill does to them; and engines taken out."""
 
+import asyncio
 import json
 
 from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, reward_by_seed
 
 SETS = {"sets": [{"id": "scripted", "name": "held-out", "num_tasks": 5, "temperature": 1.0}]}
+
+
+class SlowToStart(ScriptedEngine):
+    async def wait_healthy(self, deadline_s):
+        await asyncio.sleep(0.5)
 
 
 def summary_of(life: Life) -> dict:
@@ -67,7 +73,7 @@ async def test_killed_during_the_first_evaluation_it_is_measured_again_on_versio
     await slow.play(kill_after_s=2.5)
     assert not slow.journal.state.evals
     assert slow.journal.state.next_step > 0
-    second = Life(config, reward=reward_by_seed)
+    second = Life(config, reward=reward_by_seed, engine=SlowToStart)  # the trainer has caught up before it is there
     await second.play()
     assert [(e["when"], e["versions"]) for e in summary_of(second)["evals"]] == [("start", [0]), ("end", [6])]
 
