@@ -207,7 +207,9 @@ def test_a_torn_batch_is_made_anew_to_the_byte_from_the_journal(make: Make):
 
 def test_events_that_never_reach_the_disk_are_noticed(make: Make):
     """The negative control of the whole suite: what the orchestrator did then is gone with it, and done once more."""
-    forgets = Fault(process="orchestrator", at="palestra.wire.framelog:FrameLog.append", nth=25, do="skip", times=25)
+    forgets = Fault(
+        process="orchestrator", at="palestra.wire.framelog:FrameLog.append", nth=10, do="skip", times=500, life=0
+    )
     run = make(forgets, dataclasses.replace(POINTS["training"], nth=2).kills("orchestrator"))
     code, _ = run.finish()
     counts = count(run.run, run.witness, max_age=run.config.algo.max_age)
