@@ -108,9 +108,7 @@ class Publisher:
             except NoEngineLeft as failure:
                 is_whole_fleet = len(links) == len(desk.fleet.links)
                 has_changed = any(link.starts != starts[link.name] or link.state is EngineState.OUT for link in links)
-                adopts = any(
-                    link.is_inherited for link in links
-                )  # as a dead orchestrator left it: a new start may help
+                adopts = any(link.is_inherited for link in links)  # left by a dead orchestrator: a new start may help
                 if not failure.is_lost and is_whole_fleet and not has_changed and not adopts:
                     raise
                 report = failure.report

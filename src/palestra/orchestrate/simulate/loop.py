@@ -101,7 +101,8 @@ class Loop:
         rules, untrained = self.rules, len(self.buffer)
         groups_on_the_way = (self.step - self._loaded_version) * rules.groups_per_step
         has_room = (untrained + groups_on_the_way + 1) * rules.group_size <= rules.max_outstanding
-        is_needed = untrained < (rules.next_published(self._loaded_version) - self.step) * rules.groups_per_step
+        next_version = rules.schedule.next_published(self._loaded_version)
+        is_needed = untrained < (next_version - self.step) * rules.groups_per_step
         left = (rules.steps - self.step) * rules.groups_per_step
         if rules.updates == "batches" and not self._round_left:
             return False

@@ -74,7 +74,7 @@ class Trainer:
 
     def _done(self, batch: Shipped) -> None:
         self.version = batch.step + 1
-        if not self._rules.publishes(batch.step):
+        if not self._rules.schedule.publishes(batch.step):
             self._save(batch)
         elif len(self._kept) >= _KEPT_VERSIONS:
             self._to_stage, self._idle_since = batch, self._clock.now
@@ -92,7 +92,7 @@ class Trainer:
         self._clock.after(self._curve.stage_s, done)
 
     def _save(self, batch: Shipped) -> None:
-        if self._rules.saves(batch.step):
+        if self._rules.schedule.saves(batch.step):
             self._clock.after(self._curve.checkpoint_s, self._next)
         else:
             self._next()

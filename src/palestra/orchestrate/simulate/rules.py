@@ -1,9 +1,11 @@
 """The part of a recipe that decides when what happens in the loop."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from palestra.config.schema import RunConfig
+from palestra.orchestrate.trainer import Schedule
 
 Updates = Literal["in_flight", "drain", "batches"]
 
@@ -36,15 +38,9 @@ class Rules:
     def capacity(self) -> int:
         return self.engines * self.max_in_flight
 
-    def publishes(self, step: int) -> bool:
-        return (step + 1) % self.publish_every == 0 or step + 1 == self.steps
-
-    def next_published(self, version: int) -> int:
-        """The first version after `version` that is published."""
-        return min((version // self.publish_every + 1) * self.publish_every, self.steps)
-
-    def saves(self, step: int) -> bool:
-        return (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps
+    @cached_property
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, self.publish_every, self.checkpoint_every)
 
 
 def rules_of(config: RunConfig, *, updates: Updates | None = None) -> Rules:
