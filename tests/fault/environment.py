@@ -41,3 +41,11 @@ class Deadly(TwoTurns):
         if task.prompt == "deadly":
             os.kill(os.getpid(), signal.SIGKILL)
         await agent("again")
+
+
+class Raises(TwoTurns):
+    """Its reward crashes."""
+
+    @reward
+    def early(self, task, rollout):
+        raise KeyError("no such column")

@@ -205,6 +205,14 @@ def test_a_torn_batch_is_made_anew_to_the_byte_from_the_journal(make: Make):
     assert equal(dataclasses.replace(anew, attempt=whole.attempt), whole)
 
 
+def test_a_reward_that_raises_ends_the_run_in_words_and_is_never_a_zero(make: Make):
+    run = make(env={"mix": [{"id": f"{ENVIRONMENTS}:Raises"}], "retries": 0})
+    code, said = run.finish()
+    assert code == 2, said
+    assert "no such column" in said
+    assert not list(run.run.path.glob("rollouts/step-*"))
+
+
 def test_events_that_never_reach_the_disk_are_noticed(make: Make):
     """The negative control of the whole suite: what the orchestrator did then is gone with it, and done once more."""
     forgets = Fault(

@@ -117,14 +117,6 @@ def test_an_asynchronous_run_updates_rollouts_in_flight_and_no_journal_state_is_
     assert journal.state.next_step == 12
 
 
-def test_a_reward_that_raises_ends_the_run_in_words_and_is_never_a_zero(directory: Path):
-    run = Run(directory, "raises", environment="Raises")
-    code, said = run.finish("env.retries=0")
-    assert code == 2, said
-    assert "no such column" in said
-    assert not list((run.path / "rollouts").glob("step-*"))
-
-
 def test_an_environment_that_cannot_list_its_tasks_is_named(directory: Path):
     run = Run(directory, "raises-in-tasks", environment="RaisesInTasks")
     code, said = run.finish()

@@ -25,14 +25,6 @@ class LateLetters(EarlyLetters):
         return sum(letter >= "n" for letter in rollout.reply) / 12
 
 
-class Raises(EarlyLetters):
-    """Its reward crashes."""
-
-    @reward
-    def early(self, task, rollout):
-        raise KeyError("no such column")
-
-
 class RaisesInTasks(EarlyLetters):
     def tasks(self):
         raise FileNotFoundError("words.txt")
