@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.wire.channel import BlockingCaller, Caller, Listener, Reconnected
@@ -87,14 +89,20 @@ async def test_a_successor_takes_the_name_over_and_its_predecessor_counts_no_mor
 
 async def test_words_that_are_read_after_a_successor_took_the_name_over_are_nobodys(address: str):
     """Both are connected, and have spoken, before the listener looks: ZeroMQ gives the old connection another name."""
-    here, old, new = listener(address), caller(address), caller(address, life=1)
-    await old.send(TrainerReady(version=1))
-    await asyncio.sleep(0.2)
-    await new.send(TrainerReady(version=2))
-    await asyncio.sleep(0.2)
+    here = listener(address)
+    connected = here._socket.zmq.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    channels: list[Listener | Caller] = [here]
+    for life in (0, 1):
+        channels.append(there := caller(address, life=life))
+        await there.send(TrainerReady(version=1 + life))
+        assert connected.poll(20_000)
+        recv_monitor_message(connected)
+        await asyncio.sleep(0.2)
+    here._socket.zmq.disable_monitor()
+    connected.close()
     async with asyncio.timeout(20):
         assert await here.receive() == ("trainer", TrainerReady(version=2))
-    for channel in (old, new, here):
+    for channel in reversed(channels):
         channel.close()
 
 
