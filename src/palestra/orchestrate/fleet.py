@@ -196,11 +196,14 @@ class Fleet:
         if link.state is not EngineState.OUT:
             self._leave(link)
 
+    def is_out(self, name: str) -> bool:
+        """Whether it is an engine that was heard to end. One that started before this orchestrator did, in whichever of
+        its lives, is the one that was inherited."""
+        return any(link.name == name and link.state is EngineState.OUT for link in self.links)
+
     def engine_started(self, name: str) -> EngineLink:
-        """A new process: `wait_healthy`, then `healthy`."""
+        """A new process took the place of one that is out: `wait_healthy`, then `healthy`."""
         link = self._named(name)
-        if link.state is not EngineState.OUT:
-            self._leave(link)
         self._move(link, EngineState.STARTING)
         link.client.forget()
         link.starts += 1

@@ -245,7 +245,7 @@ class Loop:
                 case ProcessStarted(process=process) as started if started.life > self._lives.get(process, 0):
                     self._lives[process] = started.life
                     self._gone.discard(process)
-                    if process in self._engine_names:
+                    if self.desk.fleet.is_out(process):
                         self._wait_beside(self._rejoin(self.desk.fleet.engine_started(process)))
 
     def _process_ended(self, ended: ProcessEnded) -> None:

@@ -195,12 +195,18 @@ async def test_a_publish_that_goes_on_at_the_successor_of_the_only_engine_ends_n
     require_whole(run)
 
 
-async def test_an_engine_that_a_dead_orchestrator_left_in_the_middle_of_a_publish_is_of_use(tmp_path):
+@pytest.mark.parametrize("was_replaced", [False, True])
+async def test_an_engine_that_a_dead_orchestrator_left_in_the_middle_of_a_publish_is_of_use(tmp_path, was_replaced):
+    """Also one that is not in its first life, of which the successor hears when it hears how things stand."""
     async with MortalRun(config_of(tmp_path), reward=reward_by_seed) as run:
         await run.until(lambda: run.loop.desk.trainer.loaded >= 2, "version 2")
+        if was_replaced:
+            await run.replace("engine-0")
+            await run.until(lambda: run.loop.desk.trainer.loaded >= 4, "version 4 in its successor")
         await run.kill("orchestrator")
-        [server] = run.servers.values()
+        server = run.engines["engine-0"]
         server.is_updating = True  # it refuses to start another
+        server.wait_healthy = lambda deadline_s: asyncio.sleep(0.2)  # longer than it takes to hear of it
         await run.restart("orchestrator")
     require_whole(run)
     assert run.restarts == [], "it need not be started again"
