@@ -19,7 +19,9 @@ pins := -c requirements/constraints.txt $(if $(filter cpu,$(ENGINE)),-c requirem
 
 # A stamp is named after the content it stands for, so a second run installs only what changed.
 # An older stamp of the same kind is removed with it: what it stood for is no longer installed.
-environments := $(sort $(wildcard environments/*/pyproject.toml))
+# reasoning_gym first: others build on it.
+environments := environments/reasoning_gym/pyproject.toml \
+  $(filter-out environments/reasoning_gym/%,$(sort $(wildcard environments/*/pyproject.toml)))
 # What follows [tool.ruff] in pyproject.toml installs nothing.
 digest = $(shell cat $(1) pyproject.toml | sed '/^\[tool\.ruff\]/,$$d' | cksum | cut -d ' ' -f 1)
 stamps := $(VENV)/stamps
@@ -116,6 +118,7 @@ $(stamps)/palestra-cuda-%: $(venv_stamp)
 # One that cannot be installed is named and left out, and tried again next time; the rest works without it.
 $(environments_stamp): $(palestra_stamp)
 	@echo "Installing the environments: $(notdir $(patsubst %/pyproject.toml,%,$(environments)))."
+	@$(pip) --no-deps -r requirements/environments-bare.txt || true
 	@left_out=; for folder in $(dir $(environments)); do \
 	  $(pip) --no-build-isolation --use-pep517 $(pins) -e $$folder || left_out="$$left_out $$folder"; \
 	done; \

@@ -9,13 +9,14 @@ import msgspec
 
 from palestra.config import RunConfig
 from palestra.core.errors import InfrastructureError
+from palestra.core.files import write_atomically
 from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.metrics import Mean, Metrics
 from palestra.core.process import life
 from palestra.core.spans import SpanLog
 from palestra.train import __main__ as program
 from palestra.train.reinforce import Loop, Orchestrator
-from palestra.wire.batches import Batch, write_atomically
+from palestra.wire.batches import Batch
 from palestra.wire.messages import Done, Ready, TrainerReady
 from palestra.wire.rundir import Attempt, RunDir, checkpoint_dir, version_to_load
 from palestra.wire.weights.manifest import Probe, Staged

@@ -15,11 +15,12 @@ from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.state import BatchShipped, Event
 from palestra.wire.framelog import read_frames
 from palestra.wire.rundir import RunDir
-from tests.integration.runs import Run, kill_all, maps, wait_until
+from tests.integration.runs import ENVIRONMENTS, Run, kill_all, maps, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TORCH = "libtorch"
+EVAL_TASKS = 24
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(directory: Path) -> Run:
     """A strictly synchronous run, watched while it ran."""
     run = Run(directory, "uninterrupted", max_age=0)
-    process = run.start("log.keep_weights=true")
+    held_out = f'{{id="{ENVIRONMENTS}:EarlyLetters", name="held-out", num_tasks={EVAL_TASKS}, start=false}}'
+    process = run.start("log.keep_weights=true", f"eval.sets=[{held_out}]")
     wait_until(lambda: 1 in run.rows, deadline_s=240, what="step 1", while_alive=process)
     light = {pid: command for pid, command in run.processes().items() if _is_light(command)}
     assert len(light) >= 3, "supervisor, orchestrator and an environment worker"
@@ -160,3 +162,24 @@ def test_weights_replay_to_the_same_engine_and_a_swapped_version_is_seen(finishe
     changed = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert changed.returncode == 1
     assert "version 6 reached none of 1 engines" in changed.stderr
+
+
+def test_an_evaluation_of_the_exported_weights_gives_the_number_that_the_run_ended_with(finished: Run, tmp_path: Path):
+    words = [f"{ENVIRONMENTS}:EarlyLetters", "--checkpoint", str(finished.path / "weights"), "--max-tokens", "12"]
+    words += ["engine.max_model_len=64", "engine.kv_cache_gib=0.25", "model.dtype=float32"]
+    command = [sys.executable, "-m", "palestra.launch.cli", "eval", *words, "-n", str(EVAL_TASKS), "--json"]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["sets"].values()
+    assert found["reward"]["mean"] == pytest.approx(finished.summary["reward_after"], abs=1e-9)
+    inside = (finished.path / "rollouts" / "eval-held-out-v000006.jsonl").read_text().splitlines()
+    after = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert _said(inside) == _said(after)
+    assert len(_said(after)) == EVAL_TASKS
+    assert found["versions"] == [0]
+    assert found["tokens"] > 0
+
+
+def _said(lines: list[str]) -> dict[int, list]:
+    """Prompt, reply and reward of every rollout, by its number."""
+    return {row["rollout_id"]: [*row["messages"], row["reward"]] for row in map(json.loads, lines)}

@@ -156,7 +156,8 @@ async def bench(directory: Path) -> AsyncIterator[Bench]:
     made = Bench(listener, process, load_tokenizer(directory / "tokenizer"))
     try:
         ready = await made.receive()
-        assert ready == WorkerReady(index=0, pid=process.pid)
+        assert (ready.index, ready.pid, ready.life) == (0, process.pid, 0)
+        assert ready.sources == [entry.get("name", entry["id"]) for entry in mix]
         yield made
     finally:
         if process.returncode is None:

@@ -9,9 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from palestra.algo.shaping import LengthShaping
 from palestra.core.records import Ending, Reply, RolloutRecord, Sample, Seat, Span, Task
-from palestra.orchestrate.batcher import BatchRules, make_batch
+from palestra.orchestrate.batcher import BatchRules, SourceRules, baselines, make_batch
 from palestra.orchestrate.buffer import (
-    baselines,
     expired,
     last_chances,
     may_part,
@@ -36,14 +35,12 @@ from palestra.orchestrate.state import (
 )
 
 SIZE, GROUPS_PER_STEP, WINDOW, MAX_AGE = 3, 2, 4, 2
+LENGTH = LengthShaping(max_tokens=8)
 RULES = BatchRules(
-    baseline="mean",
-    advantage_scale="std",
+    default=SourceRules(baseline="mean", advantage_scale="std", length=LENGTH, temperature=1.0),
     max_age=MAX_AGE,
     max_pack_tokens=16,
     num_ranks=1,
-    temperature=1.0,
-    length=LengthShaping(max_tokens=8),
     reference_weight=0.0,
     teacher_weight=0.0,
     reward_weight=1.0,
@@ -151,7 +148,7 @@ class BufferMachine(RuleBasedStateMachine):
     def write_batch(self, groups: list[Group], new: list[Group], data, reward: float) -> None:
         """While the batch is written one more rollout may end: it is not in the batch, and must not be lost."""
         step = self.state.next_step
-        kept = {g.group_id: baselines(g, RULES.length) for g in groups if not g.all_ended and not g.settled}
+        kept = {g.group_id: baselines(g, RULES, {}) for g in groups if not g.all_ended and not g.settled}
         unsettled = [r.rollout_id for g in groups for r in g.unsettled]
         _, _, trained = make_batch(groups, {}, step=step, attempt=1, rules=RULES)
         assert {r.rollout_id // SIZE for r in trained} == {g.group_id for g in groups}, "nothing is taken in vain"

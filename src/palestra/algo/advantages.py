@@ -28,7 +28,8 @@ def advantages(
     `mean` subtracts the mean of the valid members, `leave_one_out` the mean of the other valid members (0 for a
     member that has none). `std` divides by the population standard deviation of the valid members, at least 1e-6.
     A member that trains after its group did is given what the group was trained with: `given_baseline`, and with
-    `scale="std"` also `given_scale` (see `group_baseline` and `group_scale`); `baseline` is then not used.
+    `scale="std"` also `given_scale` (see `group_baseline` and `group_scale`); `baseline` is then not used. A given
+    scale of 1e-6 or less is none: what never differed says nothing of how large a difference is.
 
     Shapes:  [G] in, [G] out, float64.
     Keeps:   with `mean` the valid advantages sum to 0; equal rewards give exactly 0.
@@ -46,8 +47,12 @@ def advantages(
         if baseline == "leave_one_out" and num_valid > 1:  # r - mean(others) = (r - mean(all)) * n / (n - 1)
             advantage_G = advantage_G * num_valid / (num_valid - 1)
     if scale == "std":
-        advantage_G = advantage_G / (group_scale(rewards_G) if given_scale is None else max(given_scale, SCALE_FLOOR))
+        advantage_G = advantage_G / (group_scale(rewards_G) if given_scale is None else _usable(given_scale))
     return np.nan_to_num(advantage_G, nan=0.0)
+
+
+def _usable(scale: float) -> float:
+    return scale if scale > SCALE_FLOOR else 1.0
 
 
 def group_baseline(rewards_G: Rewards) -> float:

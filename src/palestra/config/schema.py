@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 
 Fraction = float
 Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip", "none"]
+BaselineKind = Literal["mean", "leave_one_out", "moving_average"]  # of a group; or of a seat, over the groups before
+AdvantageScale = Literal["none", "std"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -126,13 +128,14 @@ class Algo(Section):
     loss_args: dict[str, float | str] = {}
     groups_per_step: PositiveInt = 16
     group_size: PositiveInt = 16
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    advantage_scale: Literal["none", "std"] = "none"
+    baseline: BaselineKind = "mean"
+    average_decay: Fraction = Field(default=0.95, ge=0, lt=1)  # of moving_average: weight of the past, group by group
+    advantage_scale: AdvantageScale = "none"
     masks: Masks = Masks()
     length: Length = Length()
     reference: Reference | None = None
     teacher: Teacher | None = None
-    drop_zero_signal: bool = True  # groups with equal rewards; with a teacher every group has signal
+    drop_zero_signal: bool = True  # groups with equal rewards, where those have no signal
     max_age: int = Field(default=8, ge=0)  # a rollout older than this never trains
     pace_age: float = Field(default=1.0, ge=0)  # dispatch is paced to this mean age (Little's law)
     stuck_s: PositiveFloat = 60  # members without progress for so long do not hold their group up: it trains in parts
@@ -159,7 +162,8 @@ class Algo(Section):
 
     @property
     def filters_groups(self) -> bool:
-        return self.drop_zero_signal and self.teacher is None
+        """With a teacher, or a baseline from other groups, every group has signal."""
+        return self.drop_zero_signal and self.teacher is None and self.baseline != "moving_average"
 
     @property
     def window(self) -> int:
@@ -167,12 +171,6 @@ class Algo(Section):
         if self.window_groups is not None:
             return self.window_groups
         return 2 * self.groups_per_step if self.max_age else 0
-
-    @model_validator(mode="after")
-    def _signal(self) -> Self:
-        if self.group_size == 1 and self.teacher is None:
-            raise ValueError("algo.group_size=1 has no group to compare with: nothing would train; use at least 2")
-        return self
 
 
 class SamplingConfig(Section):
@@ -253,18 +251,57 @@ class Sync(Section):
     deadline_s: PositiveFloat = 300
 
 
+class Endpoint(Section):
+    """An OpenAI-compatible API, asked in place of an engine of ours: nothing it says is trained.
+
+    Its key is read from the environment, and never written down.
+    """
+
+    url: str = Field(pattern=r"^https?://")  # with its version: http://127.0.0.1:8000/v1
+    key_env: str | None = None  # the name of the variable that holds the key
+    call_s: PositiveFloat = 600
+    max_in_flight: PositiveInt = 32
+
+
+class SeatModel(Endpoint):
+    """Who speaks for a seat of an environment in place of the policy: a user, a frozen opponent."""
+
+    model: str  # its name at that endpoint
+    temperature: float = Field(default=1.0, ge=0)
+    max_tokens: PositiveInt | None = None  # of a reply; default: sampling.max_tokens
+
+
+class SourceAlgo(Section):
+    """What is otherwise for one environment of a mix; None: as in `algo` and `sampling`."""
+
+    baseline: BaselineKind | None = None
+    advantage_scale: AdvantageScale | None = None
+    length: Length | None = None
+    temperature: PositiveFloat | None = None
+    max_tokens: PositiveInt | None = None  # per reply
+    advantage_weight: PositiveFloat = 1.0  # how much its advantages count
+
+
 class Source(Section):
-    """One environment of a mix. `id` is an installed environment, `module:Class`, or `path/to/file.py:Class`."""
+    """One environment. `id` is an installed environment, `module:Class`, or `path/to/file.py:Class`."""
 
     id: str
     name: str | None = None  # default: the id; must differ within a mix
     weight: PositiveFloat = 1.0
     args: dict[str, Any] = {}
     split: str = "train"
+    python: Path | None = None  # of a virtual environment with palestra and this environment, for clashing dependencies
+    seats: dict[str, SeatModel] = {}  # by parameter of the environment's `run`; all others are the policy's
 
     @property
     def label(self) -> str:
         return self.name or self.id
+
+
+class Trained(Source):
+    """One environment of a mix."""
+
+    algo: SourceAlgo = SourceAlgo()
 
 
 class PoolWeights(Section):
@@ -303,13 +340,21 @@ class Curriculum(Section):
 class Env(Section):
     """Environments to train on, mixed by weight, and their worker processes."""
 
-    mix: tuple[Source, ...] = ()
-    workers: PositiveInt = 1
+    mix: tuple[Trained, ...] = ()
+    workers: PositiveInt = 1  # for each Python that entries name, and for all that name none
     retries: int = Field(default=2, ge=0)  # of an invalid rollout, before it is masked
     stall_s: PositiveFloat = 600  # a rollout that makes no progress for this long is invalid
     answer_s: PositiveFloat = 60  # a worker that needs longer to answer, as its event loop is blocked, is started again
     chunk_tasks: PositiveInt = 256  # tasks fetched and shuffled at a time
+    sandbox: Literal["unsafe"] | None = None  # of environments that run programs; unsafe: here, without any walls
+    max_worker_gib: PositiveFloat | None = (
+        None  # a worker that holds more is started again; its rollouts go on elsewhere
+    )
     curriculum: Curriculum = Curriculum()
+
+    @property
+    def max_worker_bytes(self) -> float:
+        return float("inf") if self.max_worker_gib is None else self.max_worker_gib * 2**30
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -341,6 +386,7 @@ class Eval(Section):
     sets: tuple[EvalSet, ...] = ()
     every: int = Field(default=0, ge=0)  # steps; 0: only at start and end
     pinned: bool = False  # withhold publishes during evaluations between start and end too
+    endpoint: Endpoint | None = None  # of `palestra eval`: what is measured; `model.path` is its model's name there
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -393,6 +439,34 @@ class RunConfig(Section):
         return frozen[0].path if frozen and index >= self.engine.replicas else self.model_dir
 
     @property
+    def pythons(self) -> list[Path | None]:
+        """Of the environment workers, `env.workers` of each: None is ours."""
+        return list(dict.fromkeys(source.python for source in (*self.env.mix, *self.eval.sets))) or [None]
+
+    @property
+    def num_workers(self) -> int:
+        return self.env.workers * len(self.pythons)
+
+    def python_of_worker(self, index: int) -> Path | None:
+        return self.pythons[index // self.env.workers]
+
+    def settings_of(self, source: str) -> SourceAlgo:
+        """What an entry of env.mix says for itself."""
+        return next((entry.algo for entry in self.env.mix if entry.label == source), SourceAlgo())
+
+    def algo_of(self, source: str) -> Algo:
+        """`algo`, as it is for one entry of env.mix."""
+        own = self.settings_of(source)
+        said = {name: getattr(own, name) for name in ("baseline", "advantage_scale", "length")}
+        return self.algo.model_copy(update={name: value for name, value in said.items() if value is not None})
+
+    def sampling_of(self, source: str) -> SamplingConfig:
+        """`sampling`, as it is for one entry of env.mix."""
+        own = self.settings_of(source)
+        said = {"temperature": own.temperature, "max_tokens": own.max_tokens}
+        return self.sampling.model_copy(update={name: value for name, value in said.items() if value is not None})
+
+    @property
     def engine_dtype(self) -> Dtype:
         return self.engine.dtype or self.model.dtype
 
@@ -410,13 +484,28 @@ class RunConfig(Section):
     def is_rl(self) -> bool:
         return bool(self.env.mix)
 
+    @property
+    def num_engines(self) -> int:
+        """The policy's replicas, and one for each frozen model."""
+        if not (self.is_rl or self.is_eval) or self.eval.endpoint is not None:
+            return 0
+        return self.engine.replicas + len(self.algo.frozen)
+
+    @property
+    def is_eval(self) -> bool:
+        """Nothing is trained: `palestra eval`."""
+        return bool(self.eval.sets) and not self.is_rl and not self.data.sources
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        longest = max([self.sampling.max_tokens, *(entry.max_tokens or 0 for entry in self.eval.sets)])
-        if longest >= self.engine.max_model_len:
+        own = [entry.algo.max_tokens or 0 for entry in self.env.mix] + [
+            entry.max_tokens or 0 for entry in self.eval.sets
+        ]
+        longest = max([self.sampling.max_tokens, *own])
+        if longest >= self.engine.max_model_len and self.eval.endpoint is None:
             raise ValueError(
-                f"sampling or eval max_tokens={longest} leaves no room for a prompt in engine.max_model_len="
-                f"{self.engine.max_model_len}; raise engine.max_model_len or lower max_tokens"
+                f"max_tokens={longest} of sampling, env.mix or eval leaves no room for a prompt in "
+                f"engine.max_model_len={self.engine.max_model_len}; raise engine.max_model_len or lower max_tokens"
             )
         if self.is_rl and self.engine.max_model_len > self.train.max_pack_tokens:
             raise ValueError(
@@ -437,11 +526,27 @@ class RunConfig(Section):
         shared = {source.label for source in self.env.mix} & {entry.label for entry in self.eval.sets}
         if shared:
             raise ValueError(f"env.mix and eval.sets both have {sorted(shared)}; give the eval set a different `name`")
-        if self.algo.frozen and self.sampling.temperature != 1:
-            raise ValueError(
-                f"algo.{next(iter(self.algo.frozen))} says how likely tokens are at temperature 1, but the policy "
-                f"samples and trains at sampling.temperature={self.sampling.temperature}; set it to 1"
-            )
+        if self.eval.endpoint is not None and (self.is_rl or self.data.sources):
+            raise ValueError("eval.endpoint is for `palestra eval`, which trains nothing; leave it out of a recipe")
+        for label in ([entry.label for entry in self.env.mix] or [""]) if self.algo.frozen else ():
+            if (temperature := self.sampling_of(label).temperature) != 1:
+                where = f"env.mix[{label}].algo" if self.settings_of(label).temperature else "sampling"
+                raise ValueError(
+                    f"algo.{next(iter(self.algo.frozen))} says how likely tokens are at temperature 1, but the policy "
+                    f"samples and trains at {where}.temperature={temperature}; set it to 1"
+                )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _signal(self) -> Self:
+        """Something to compare a rollout with: its group, a teacher, or the past."""
+        for label in [entry.label for entry in self.env.mix] or [""]:
+            algo = self.algo_of(label)
+            if algo.group_size == 1 and algo.teacher is None and algo.baseline != "moving_average":
+                raise ValueError(
+                    "algo.group_size=1 has no group to compare with: nothing would train; use at least 2, or "
+                    'baseline = "moving_average"'
+                )
         return self

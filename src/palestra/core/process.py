@@ -37,3 +37,12 @@ def started_at() -> float:
     except OSError:
         return unix_now()
     return unix_now() - max(running_s, 0.0)
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds (Linux); 0 where the kernel does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -6,13 +6,31 @@ Legend: T tokens of one sequence. A token's log-probability stands at the token'
 from enum import StrEnum
 from typing import Any
 
+import msgspec
 from msgspec import Struct, field
+
+
+def is_sendable(value: Any) -> bool:
+    """Whether msgpack can hold it: no integers beyond 64 bits, no halves of surrogate pairs, no thousand nestings."""
+    try:
+        msgspec.msgpack.encode(value)
+    except (OverflowError, UnicodeEncodeError, TypeError, RecursionError):
+        return False
+    return True
 
 
 class Span(Struct, frozen=True, array_like=True):
     """Tokens [start, end) were sampled by policy `version`; positions count from the start of what it belongs to."""
 
     version: int
+    start: int
+    end: int
+
+
+class TurnSpan(Struct, frozen=True, array_like=True):
+    """Tokens [start, end) of a sample were said in this turn of the seat, counted from 0 over its forks."""
+
+    turn: int
     start: int
     end: int
 
@@ -69,6 +87,18 @@ class Reply(Struct, frozen=True, kw_only=True):
         )
 
 
+class ChatReply(Struct, frozen=True, kw_only=True):
+    """What an endpoint said that takes messages and gives no tokens: nothing to train on.
+
+    `finish_reason` is the API's: "length" where a limit of tokens cut it.
+    """
+
+    message: dict[str, Any]
+    finish_reason: str
+    num_tokens: int
+    num_prompt_tokens: int = 0
+
+
 class Ending(StrEnum):
     """How a rollout ended. `INVALID` is never scored: retried, then masked."""
 
@@ -96,28 +126,33 @@ class Sample(Struct, frozen=True, kw_only=True):
     """One flat token sequence cut from a rollout, as the environment worker made it; rewards are not in it.
 
     Shapes: `token_ids`, `logprobs`, `sampled` are [T]; `logprobs` is 0 where `sampled` is 0, which nobody sampled.
-    `spans` cover the sampled tokens only, in positions of this sequence.
+    `spans` and `turns` cover the sampled tokens only, in positions of this sequence.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     sampled: list[int]
     spans: tuple[Span, ...]
+    turns: tuple[TurnSpan, ...] = ()
 
 
 class Seat(Struct, frozen=True, kw_only=True):
-    """One agent of a rollout: its training samples and its own rewards."""
+    """One agent of a rollout: its training samples and its own rewards.
+
+    `credits`: how much of these was earned by which turn; the rest is the whole rollout's.
+    """
 
     name: str = "agent"
     samples: tuple[Sample, ...] = ()
     rewards: dict[str, float] = field(default_factory=dict)
+    credits: dict[int, float] = field(default_factory=dict)
 
 
 class RolloutRecord(Struct, frozen=True, kw_only=True):
     """One finished attempt at one task.
 
     `reward` is the weighted sum of `rewards`; both are empty/0 for `Ending.INVALID` (look at `ending`, never at 0).
-    `messages` is the conversation of the first seat, for people to read.
+    `seats` are those that train. `messages` is the conversation of the first one, for people to read.
     """
 
     rollout_id: int
@@ -129,7 +164,9 @@ class RolloutRecord(Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = field(default_factory=dict)
     seats: tuple[Seat, ...] = ()
     messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)  # that the first seat was told of, as JSON schemas
     num_turns: int = 0
+    num_tokens: int = 0  # said in it, over all seats
     error: str = ""
     wall_s: float = 0.0
     engine_s: float = 0.0  # of it, waiting for replies; calls at the same time add up

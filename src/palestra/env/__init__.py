@@ -1,21 +1,40 @@
 """What an environment is written with: `from palestra.env import Environment, Task, reward, xml`."""
 
 from palestra.core.records import Ending, Task
-from palestra.env.agent import Agent
+from palestra.env.agent import Agent, Frozen
+from palestra.env.aside import TooSlowError, aside, needs
+from palestra.env.endings import AgentError
 from palestra.env.environment import Environment, metric, reward
-from palestra.env.rewards import boxed, ratio, xml
-from palestra.env.rollout import AgentError, Rollout
+from palestra.env.judge import Judge
+from palestra.env.mathematics import math_equal
+from palestra.env.mcp import mcp
+from palestra.env.rewards import boxed, json_reply, ratio, xml
+from palestra.env.rollout import Rollout
+from palestra.env.sandbox import Ran, Sandbox
+from palestra.env.tools import Tool, tool
 
 __all__ = [
     "Agent",
     "AgentError",
     "Ending",
     "Environment",
+    "Frozen",
+    "Judge",
+    "Ran",
     "Rollout",
+    "Sandbox",
     "Task",
+    "TooSlowError",
+    "Tool",
+    "aside",
     "boxed",
+    "json_reply",
+    "math_equal",
+    "mcp",
     "metric",
+    "needs",
     "ratio",
     "reward",
+    "tool",
     "xml",
 ]

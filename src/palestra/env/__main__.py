@@ -12,7 +12,8 @@ from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import die_with_parent, life, started_at
 from palestra.core.spans import SpanLog
 from palestra.env.chat import load_tokenizer
-from palestra.env.worker import Worker, set_stages
+from palestra.env.sandbox import BACKENDS
+from palestra.env.worker import MakeVoice, Worker, chat_voice, policy_voice, set_stages
 from palestra.model.files import tokenizer_directory
 from palestra.wire.channel import BlockingCaller, Caller
 from palestra.wire.messages import Failed, FromWorker, Ready, ToSupervisor, ToWorker
@@ -36,27 +37,32 @@ def main() -> int:
 
 
 async def _run(name: str, config: RunConfig, run: RunDir, attempt: Attempt, selector: LedgerSelector) -> None:
-    stages = set_stages(config)
-    tokenizer = load_tokenizer(tokenizer_directory(config.model_dir))
+    index = int(name.removeprefix("env-"))
+    stages = set_stages(config, python=config.python_of_worker(index))
+    make_voice = chat_voice if config.eval.endpoint else _policy_voice(config)
     _tell_supervisor(name, attempt, Ready(process=name))
     orchestrator: Caller[ToWorker, FromWorker] = Caller(
         attempt.orchestrator, name=name, attempt=attempt.number, receives=ToWorker, life=life()
     )
     spans = SpanLog(run.spans(name), name)
     worker = Worker(
-        int(name.removeprefix("env-")),
+        index,
         stages,
-        tokenizer,
-        max_model_len=config.engine.max_model_len,
+        make_voice,
         orchestrator=orchestrator,
         selector=selector,
         spans=spans,
+        make_sandbox=BACKENDS[config.env.sandbox] if config.env.sandbox else None,
     )
     try:
         await worker.run()
     finally:
         orchestrator.close()
         spans.close()
+
+
+def _policy_voice(config: RunConfig) -> MakeVoice:
+    return policy_voice(load_tokenizer(tokenizer_directory(config.model_dir)), config.engine.max_model_len)
 
 
 def _first(error: BaseException) -> BaseException:

@@ -1,77 +1,306 @@
 """The agent as an environment's `run` sees it: something that can be asked for the next turn."""
 
 import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from palestra.core.errors import UserError
 from palestra.core.records import Sample
-from palestra.env.voice import Limit, Voice
+from palestra.env.endings import Limit
+from palestra.env.tools import Tool, ToolBox
+from palestra.env.voice import Said, Voice
+
+if TYPE_CHECKING:
+    from palestra.env.proxy import Proxy
 
 Message = str | dict[str, Any] | list[dict[str, Any]]
+Tools = Iterable[Callable[..., Any] | Tool]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of each agent of a rollout; None: the context alone. `tool_s`: seconds of one call of a tool."""
+
+    max_turns: int | None = None
+    max_tokens: int | None = None
+    tool_s: float = 60.0
+
+    def room(self, name: str, spent: "Spent") -> int | None:
+        """How many tokens the next reply of `name` may have. Errors: Limit, if there may be none."""
+        if self.max_turns is not None and spent.turns >= self.max_turns:
+            raise Limit(f"{name} has had max_turns={self.max_turns} turns")
+        if self.max_tokens is None:
+            return None
+        if spent.tokens >= self.max_tokens:
+            raise Limit(f"{name} has said max_tokens={self.max_tokens} tokens")
+        return self.max_tokens - spent.tokens
+
+
+@dataclass
+class Spent:
+    """By a seat, forks included. `last_turn` is the number of the turn that was played last."""
+
+    turns: int = 0
+    tokens: int = 0
+    last_turn: int | None = None
+
+
+class Door(Protocol):
+    """Where a program can speak for an agent."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
+
+    async def close(self) -> None:
+        """Nothing is answered any more."""
+        ...
 
 
 class Table:
-    """What the agents of one rollout share. `stopped` is the first limit or failure: no turn follows it."""
+    """What the agents of one rollout share. `stopped` is its first failure, else its first limit: no turn follows.
 
-    def __init__(self, *, max_turns: int | None, seed: int):
-        self.max_turns, self.seed = max_turns, seed
+    `admit` lets a program in that speaks for one of them, until `close`.
+    """
+
+    def __init__(
+        self, limits: Limits, *, seed: int, admit: "Callable[[Agent], Door] | None" = None, is_rollout: bool = True
+    ):
+        """What is no rollout has no end that a failure would be: the next turn is tried."""
+        self.limits, self.seed, self._is_rollout = limits, seed, is_rollout
         self.stopped: BaseException | None = None
+        self._admit, self._doors = admit, list[Door]()
+
+    def open_door(self, agent: "Agent") -> Door:
+        self._doors.append(door := self._admit(agent) if self._admit is not None else self._own_proxy.admit(agent))
+        return door
+
+    @cached_property
+    def _own_proxy(self) -> "Proxy":
+        """Where no worker has one for all its rollouts."""
+        from palestra.env.proxy import Proxy
+
+        return Proxy()
+
+    async def close(self) -> None:
+        for door in self._doors:
+            await door.close()
+        if "_own_proxy" in vars(self):
+            await self._own_proxy.close()
+
+    @contextmanager
+    def stops(self) -> Iterator[None]:
+        """What is raised inside is the end of the rollout, whoever catches it on its way."""
+        if self.stopped is not None:
+            raise self.stopped
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise
+        except BaseException as stopped:
+            if self._is_rollout and (self.stopped is None or isinstance(self.stopped, Limit)):
+                self.stopped = stopped
+            raise
 
 
 class Agent:
-    """One seat of a rollout. `await agent(message)` sends a message and plays one turn; tokens are recorded below it.
+    """One seat of a rollout. `await agent(message)` sends a message and plays on to an answer; tokens are kept below.
 
-    `rewards` are this seat's own, added to what the environment's `@reward` methods give.
+    `rewards` are this seat's own, added to what the environment's `@reward` methods give and `credit` gave. `tools` may
+    be set before the first turn. `calls` are the tool calls of the last reply, as chat messages hold them.
     """
 
-    def __init__(self, name: str, voice: Voice, table: Table, *, system: str | None = None):
+    def __init__(self, name: str, voice: Voice, table: Table, *, system: str | None = None, tools: Tools = ()):
         self.name, self.system = name, system
         self.messages: list[dict[str, Any]] = []
         self.rewards: dict[str, float] = {}
+        self.calls: list[dict[str, Any]] = []
         self.num_turns = self.num_tokens = 0
+        self._own_tokens = 0  # said by itself: of a fork, since it was one
+        self._last_turn = -1  # its own
+        self.credits: dict[int, dict[str, float]] = {}  # by turn of the seat
+        self._spent = Spent()
+        self.tool_box = ToolBox(tools)
+        self._schemas: list[dict[str, Any]] | None = None  # of the tools that a program offers by itself
         self._voice, self._table = voice, table
+        self._before: list[Voice] = []  # of conversations that were cut
+        self._kept: list[dict[str, Any]] = []  # what the next one begins with
+        self.turns_here = 0  # in this conversation
+        self._cut: tuple[list[dict[str, Any]], int] = [], 0  # the last one that was cut after a turn
+        self._is_stopped = False
+        self._unheard: list[dict[str, Any]] = []  # the last of `messages`: what tools gave, for the next turn
         self._forks: list[Agent] = []
         self._path = ""  # of a fork: which one, of whom
 
     async def __call__(self, message: Message | None = None, *, num_tokens: int | None = None) -> str:
-        """Play one turn: `message` (text of the user, or chat messages), then the reply, which is returned.
+        """Send `message` (text of the user, or chat messages), play turns until a reply calls no tool; returns it.
 
-        With `num_tokens` the reply has exactly so many tokens, whatever the policy would end it with: for measurements.
+        With `num_tokens` a reply has exactly so many tokens, whatever the policy would end it with: for measurements.
         When a limit of turns or tokens is reached `run` ends here and its rollout is scored as it is.
         """
-        if self._table.stopped is not None:
-            raise self._table.stopped
-        try:
-            await self._turn(_messages(message), num_tokens)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as stopped:
-            self._table.stopped = stopped
-            raise
+        self._is_stopped = False
+        await self.turn(message, num_tokens=num_tokens)
+        while self.calls:
+            voice, results = self._voice, await self.use_tools()
+            if self._voice is voice:  # else a tool cut the context, and its results with it
+                self._unheard = results
+                self.messages += results
+            if self._is_stopped:
+                break
+            await self.turn(num_tokens=num_tokens)
         return self.reply
 
+    async def turn(self, message: Message | None = None, *, num_tokens: int | None = None) -> str:
+        """Play one turn: `message`, then one reply. What it calls is in `calls`: `use_tools` answers."""
+        with self._table.stops():
+            await self._turn(_messages(message), num_tokens)
+        return self.reply
+
+    async def relay(
+        self, messages: list[dict[str, Any]], *, schemas: list[dict[str, Any]], at_most: int | None
+    ) -> Said:
+        """One turn for a program that speaks for itself: its messages, its tools, its limit of tokens, which ends
+        nothing but the reply. Errors: UserError, if the model's template refuses the messages; nothing has changed."""
+        refused: UserError | None = None
+        with self._table.stops():
+            room = self._table.limits.room(self.name, self._spent)
+            self._schemas = schemas
+            fewest = min((limit for limit in (room, at_most) if limit is not None), default=None)
+            try:
+                return await self._say(messages, schemas, at_most=fewest)
+            except UserError as error:
+                refused = error
+        del self.messages[len(self.messages) - len(messages) :]
+        self._spent.turns -= 1
+        raise refused
+
+    async def use_tools(self) -> list[dict[str, Any]]:
+        """Run what the last reply calls, all at the same time: the messages of the next turn."""
+        calls, self.calls = self.calls, []
+        with self._table.stops():
+            return await self.tool_box.answer(calls, timeout_s=self._table.limits.tool_s)
+
+    def credit(self, name: str, amount: float) -> None:
+        """Add to the reward `name` what the seat's last turn earned: later turns are neither praised nor blamed for it.
+
+        Rewards without a turn (`rewards`, the environment's methods) are for all turns alike.
+        """
+        if self._spent.last_turn is None:
+            raise ValueError(f"{self.name} has said nothing that could earn the reward {name!r}")
+        of_turn = self.credits.setdefault(self._spent.last_turn, {})
+        of_turn[name] = of_turn.get(name, 0.0) + amount
+
+    def stop(self) -> None:
+        """For a tool that ends the matter: no turn follows its result."""
+        self._is_stopped = True
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        return self.tool_box.tools
+
+    @tools.setter
+    def tools(self, tools: Tools) -> None:
+        if self.messages:
+            raise ValueError(f"the tools of {self.name} are set after its first turn; set them before it")
+        self.tool_box = ToolBox(tools)
+
+    def compact(self, messages: Message | None = None) -> None:
+        """Cut the context: the next turn begins anew with the system message and `messages`.
+
+        What was said before trains as it was.
+        """
+        if self.turns_here:
+            self._cut = self.messages, self.turns_here
+        self._before.append(self._voice)
+        self._voice, self._kept = self._voice.fresh(), _messages(messages)
+        self.messages, self.calls, self._unheard, self.turns_here = [], [], [], 0
+
     async def _turn(self, messages: list[dict[str, Any]], num_tokens: int | None) -> None:
+        messages, self._kept = [*self._kept, *messages], []
         if not self.messages and self.system and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.system}, *messages]
-        if self._table.max_turns is not None and self.num_turns >= self._table.max_turns:
-            raise Limit(f"{self.name} has had max_turns={self._table.max_turns} turns")
-        if self.num_turns and any(message["role"] == "assistant" for message in messages):
+        at_most = self._table.limits.room(self.name, Spent(self.num_turns, self.num_tokens))
+        if self.turns_here and any(message["role"] == "assistant" for message in messages):
             raise ValueError(
                 f"a message to {self.name} has the role assistant; only the first turn may quote earlier replies"
             )
-        self.messages += messages
-        said = await self._voice.say(messages, num_tokens=num_tokens)
-        self.messages.append(said.message)
-        self.num_turns += 1
-        self.num_tokens += said.num_tokens
-        if said.is_cut:
+        said = await self._say(messages, self.tool_box.schemas, num_tokens=num_tokens, at_most=at_most)
+        self.calls = list(said.message.get("tool_calls", ())) if self.tool_box else []
+        if said.is_cut and not isinstance(self, Frozen):
             raise Limit(f"a reply of {self.name} was cut off after {said.num_tokens} tokens")
+
+    async def _say(
+        self,
+        messages: list[dict[str, Any]],
+        schemas: list[dict[str, Any]],
+        *,
+        num_tokens: int | None = None,
+        at_most: int | None = None,
+    ) -> Said:
+        self.messages += messages
+        unheard, self._unheard = self._unheard, []
+        turn, self._spent.turns = self._spent.turns, self._spent.turns + 1
+        said = await self._voice.say(
+            [*unheard, *messages], tools=schemas, num_tokens=num_tokens, at_most=at_most, turn=turn
+        )
+        self.messages.append(said.message)
+        self.num_turns, self.turns_here = self.num_turns + 1, self.turns_here + 1
+        self.num_tokens += said.num_tokens
+        self._own_tokens += said.num_tokens
+        self._spent.tokens += said.num_tokens
+        self._spent.last_turn = self._last_turn = turn
+        return said
 
     @property
     def reply(self) -> str:
         """The last turn's answer without its reasoning; "" before the first turn and while thinking is unfinished."""
-        return next(reversed(replies(self.messages, self.num_turns)), "")
+        return next(reversed(replies(*self.shown.last_words)), "")
+
+    @property
+    def shown(self) -> "Agent":
+        """Whose conversation people see: its own, or of those of the program that spoke for it the longest, and of
+        these the one that was gone on with last."""
+        if self.messages:
+            return self
+        return max(self._forks, key=lambda fork: (fork.num_turns, fork._last_turn), default=self)
+
+    @property
+    def last_words(self) -> tuple[list[dict[str, Any]], int]:
+        """Messages and turns of its last conversation in which it had a turn."""
+        return (self.messages, self.turns_here) if self.turns_here or not self._cut[1] else self._cut
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """Of the tools that it was told of."""
+        return self.tool_box.schemas if self._schemas is None else self._schemas
+
+    @cached_property
+    def _door(self) -> Door:
+        if self.messages:
+            raise ValueError(
+                f"{self.name} has spoken; a program that speaks for it must be let in before its first turn"
+            )
+        return self._table.open_door(self)
+
+    @property
+    def url(self) -> str:
+        """Where a program finds this agent as a model: OpenAI chat completions and responses, Anthropic messages.
+
+        With and without `/v1`. The program must present `key`, and is its only one. Whatever it asks is recorded with
+        exact tokens and trains under this seat; a history that it edits begins a new sample.
+        """
+        return self._door.url
+
+    @property
+    def key(self) -> str:
+        """What the program at `url` must present. Give it by its environment or a file, never by its arguments."""
+        return self._door.key
 
     @cached_property
     def random(self) -> Random:
@@ -80,16 +309,33 @@ class Agent:
 
     def fork(self) -> "Agent":
         """An agent that has had this conversation and goes on from here by itself; its turns train under this seat."""
-        fork = Agent(self.name, self._voice.fork(), self._table, system=self.system)
+        fork = type(self)(self.name, self._voice.fork(), self._table, system=self.system)
+        fork.tool_box, fork._unheard = self.tool_box, list(self._unheard)
         fork.messages, fork.num_turns, fork.rewards = list(self.messages), self.num_turns, self.rewards
+        fork.turns_here, fork._kept = self.turns_here, list(self._kept)
+        fork.num_tokens, fork.calls = self.num_tokens, list(self.calls)
+        fork.credits, fork._spent = self.credits, self._spent
         fork._path = f"{self._path}.{len(self._forks)}"
         self._forks.append(fork)
         return fork
 
     @property
+    def num_said(self) -> int:
+        """Tokens that this seat said, forks included."""
+        return self._own_tokens + sum(fork.num_said for fork in self._forks)
+
+    @property
     def samples(self) -> tuple[Sample, ...]:
-        """Everything this seat said, forks included."""
-        return sum((fork.samples for fork in self._forks), self._voice.samples())
+        """Everything this seat said, before it was cut and in forks too."""
+        voices = [*self._before, self._voice]
+        said = [sample for voice in voices for sample in voice.samples()]
+        return (*said, *(sample for fork in self._forks for sample in fork.samples))
+
+
+class Frozen(Agent):
+    """A seat that never trains: a user, an opponent. The recipe names who speaks for it (`seats` of its entry), else
+    the policy does. It starts with neither the environment's system message nor its tools: `run` gives it its own.
+    """
 
 
 def replies(messages: list[dict[str, Any]], num_turns: int) -> list[str]:

@@ -2,16 +2,19 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, TypeVar, get_type_hints, overload
+from functools import cache, cached_property
+from inspect import Parameter
+from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints, overload
 
 import msgspec
 
 from palestra.core.errors import UserError
 from palestra.core.records import Task
-from palestra.env.agent import Agent
+from palestra.env.agent import Agent, Frozen, Limits
+from palestra.env.sandbox import Sandbox
+from palestra.env.tools import Tool, tool
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -37,6 +40,10 @@ class Environment:
 
     system: str | None = None  # the system message every agent starts with
     max_turns: int | None = None  # per agent; None: until the context is full
+    max_tokens: int | None = None  # sampled, per agent; None: until the context is full
+    tool_s: float = 60.0  # a call of a tool that takes longer is stopped, and the model told so
+    tools: ClassVar[Sequence[Callable[..., Any]]] = ()  # of every agent: functions, or methods of this class
+    checked_with: ClassVar[Sequence[Mapping[str, Any]]] = ({},)  # arguments that `palestra env check` tries
 
     def __init__(self, *, split: str = "train", seed: int = 0, **args: Any):
         """Errors: UserError naming the argument, what it got and what there is."""
@@ -48,12 +55,21 @@ class Environment:
         if missing:
             raise UserError(f"environment {type(self).__name__} needs args.{missing[0]}; set it in the recipe's entry")
 
+    @cached_property
+    def _tools(self) -> tuple[Tool, ...]:
+        own = {id(method): name for base in type(self).__mro__ for name, method in vars(base).items()}
+        return tuple(tool(getattr(self, own[id(one)]) if id(one) in own else one) for one in self.tools)
+
     def tasks(self) -> Iterable[Task]:
         """The problems, finite or endless; the order depends on `self.split`, `self.seed` and the arguments alone."""
         raise NotImplementedError(f"{type(self).__name__}.tasks is not written; yield Task(prompt=...) from it")
 
     async def run(self, task: Task, agent: Agent) -> None:
-        """Play one rollout. The default is one turn; every further parameter of an override is another agent's seat."""
+        """Play one rollout. The default is turns until a reply calls no tool, so one turn where there are no tools.
+
+        Every further parameter of an override is another agent's seat; one annotated `Frozen` never trains, and one
+        annotated `Sandbox` is where programs run.
+        """
         await agent(task.prompt)
 
 
@@ -102,23 +118,52 @@ def has_group_rewards(environment: type[Environment]) -> bool:
     return any(scorer.group for scorer in scorers(environment))
 
 
+def tools_of(environment: Environment) -> tuple[Tool, ...]:
+    """What every agent of it may call. Errors: UserError, if one of them cannot be a tool."""
+    return environment._tools
+
+
+def limits_of(environment: Environment) -> Limits:
+    return Limits(environment.max_turns, environment.max_tokens, environment.tool_s)
+
+
 @cache
-def seats(environment: type[Environment]) -> tuple[str, ...]:
-    """Names of the agents `run` asks for. Errors: UserError for a parameter that is no agent."""
-    _, _, *parameters = inspect.signature(environment.run).parameters.values()
-    for parameter in parameters:
-        if parameter.annotation not in (parameter.empty, Agent, "Agent"):
+def parameters(environment: type[Environment]) -> Mapping[str, type]:
+    """What `run` asks for beside the task, by name: Agent, Frozen or Sandbox. Errors: UserError for anything else."""
+    _, _, *found = inspect.signature(environment.run).parameters.values()
+    kinds: dict[Any, type] = {Parameter.empty: Agent}
+    kinds |= {name: kind for kind in (Agent, Frozen, Sandbox) for name in (kind, kind.__name__)}
+    for parameter in found:
+        if parameter.annotation not in kinds:
             raise UserError(
-                f"{environment.__name__}.run has the parameter {parameter}, which is not an Agent; "
-                "leave its annotation out or make it Agent"
+                f"{environment.__name__}.run has the parameter {parameter}, which is not an Agent; leave its "
+                "annotation out, or make it Agent, Frozen for a seat that never trains, or Sandbox"
             )
-    return tuple(parameter.name for parameter in parameters)
+    return {parameter.name: kinds[parameter.annotation] for parameter in found}
+
+
+def sandboxes(environment: type[Environment]) -> list[str]:
+    """Parameters of `run` that are sandboxes."""
+    return [name for name, kind in parameters(environment).items() if kind is Sandbox]
+
+
+@cache
+def seats(environment: type[Environment]) -> Mapping[str, type[Agent]]:
+    """The agents `run` asks for, by name. Errors: as of `parameters`; UserError, if none can train."""
+    found = {name: kind for name, kind in parameters(environment).items() if issubclass(kind, Agent)}
+    if Agent not in found.values():
+        raise UserError(f"{environment.__name__}.run has no Agent but frozen ones; one of its parameters must train")
+    return found
 
 
 @cache
 def arguments(environment: type[Environment]) -> dict[str, Any]:
     """Names and types of what a recipe's `args` may set."""
-    return {name: hint for name, hint in get_type_hints(environment).items() if not name.startswith("_")}
+    return {
+        name: hint
+        for name, hint in get_type_hints(environment).items()
+        if not name.startswith("_") and get_origin(hint) is not ClassVar
+    }
 
 
 def _converted(environment: str, name: str, value: Any, known: dict[str, Any]) -> Any:

@@ -14,11 +14,21 @@ from palestra.core.errors import UserError
 from palestra.env.environment import Environment, seats
 
 GROUP = "palestra.environments"
+OF_FILES = "palestra_file_"  # names of modules that were made from single files
 
 
 def installed() -> dict[str, EntryPoint]:
     """Environments that packages in this Python offer, by id."""
     return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+
+
+def require_known(id: str) -> None:
+    """Errors: UserError, if no package and no file offers it. Its code is not run."""
+    place, separator, _ = id.rpartition(":")
+    if not separator:
+        _entry(id)
+    elif place.endswith(".py"):
+        _require_file(Path(place))
 
 
 def find_environment(id: str) -> type[Environment]:
@@ -80,12 +90,16 @@ def _import(id: str, load: Any) -> Any:
         raise UserError(f"environment {id!r} cannot be imported: {_last_lines(error)}") from error
 
 
-def _import_file(path: Path) -> ModuleType:
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(
             f"there is no file {path}, counted from {Path.cwd()}; give the path of the environment's Python file"
         )
-    name = f"palestra_file_{path.stem}_{abs(hash(path.resolve()))}"
+
+
+def _import_file(path: Path) -> ModuleType:
+    _require_file(path)
+    name = f"{OF_FILES}{path.stem}_{abs(hash(path.resolve()))}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None

@@ -1,17 +1,21 @@
 """Play one rollout and score it. What environment code raises becomes the rollout's ending, never a reward."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AsyncExitStack
+from typing import Any
 
 import msgspec
 
 from palestra.core.errors import InfrastructureError
 from palestra.core.records import Ending, RolloutRecord, Seat, Task
-from palestra.env.agent import Agent, Table
-from palestra.env.environment import Environment, seats
-from palestra.env.rollout import AgentError, Rollout
+from palestra.env.agent import Agent, Door, Frozen, Table
+from palestra.env.endings import AgentError, Limit
+from palestra.env.environment import Environment, limits_of, sandboxes, seats, tools_of
+from palestra.env.rollout import Rollout
+from palestra.env.sandbox import MakeSandbox, Sandbox
 from palestra.env.scoring import RAISED, InvalidRollout, describe, earn, number, unless_cancelled
-from palestra.env.voice import Limit, ScriptVoice, Voice
+from palestra.env.voice import Script, ScriptVoice, Voice
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_task, _decode_record = msgspec.msgpack.Decoder(Task).decode, msgspec.msgpack.Decoder(RolloutRecord).decode
@@ -20,23 +24,28 @@ _decode_task, _decode_record = msgspec.msgpack.Decoder(Task).decode, msgspec.msg
 async def play(
     environment: Environment,
     task: Task,
-    make_voice: Callable[[], Voice],
+    make_voice: Callable[[str], Voice],
     *,
     rollout_id: int = 0,
     source: str = "",
     seed: int = 0,
+    frozen: Collection[str] = (),
+    admit: Callable[[Agent], Door] | None = None,
+    make_sandbox: MakeSandbox | None = None,
 ) -> RolloutRecord:
-    """One attempt at `task`. `make_voice` is called once per seat, in the order of `run`'s parameters.
+    """One attempt at `task`. `make_voice` is called with the name of each seat, in the order of `run`'s parameters.
+
+    `admit` lets programs in that speak for an agent. Seats in `frozen`, and those that the environment declares so, are
+    no part of the record: what they were given as rewards are metrics.
 
     Endings: ok; truncated, if a limit of turns or tokens ended `run`; failed, if it raised AgentError; all three are
     scored. Anything else that is raised, by `run` or by a reward, makes the rollout invalid: no reward, no samples.
     Errors: none, save that a cancelled rollout is cancelled.
     """
     started, given = time.perf_counter(), _as_given(task)
-    table = Table(max_turns=environment.max_turns, seed=seed)
-    agents = [Agent(name, make_voice(), table, system=environment.system) for name in seats(type(environment))]
+    agents, table = seat_agents(environment, make_voice, seed=seed, frozen=frozen, admit=admit)
     try:
-        ending, error = await _run(environment, task, agents, table)
+        ending, error = await _run(environment, task, agents, table, make_sandbox)
         record = await _scored(environment, task, agents, ending)
         require_sendable(record)
     except InvalidRollout as invalid:
@@ -52,31 +61,76 @@ async def play(
     )
 
 
-async def score(environment: Environment, task: Task, replies: Iterable[str]) -> RolloutRecord:
-    """What agents that give these replies, one a turn, would earn; without a model."""
-    script = ScriptVoice(replies)
-    return await play(environment, task, lambda: script)
+def seat_agents(
+    environment: Environment,
+    make_voice: Callable[[str], Voice],
+    *,
+    seed: int,
+    frozen: Collection[str] = (),
+    admit: Callable[[Agent], Door] | None = None,
+) -> tuple[list[Agent], Table]:
+    table = Table(limits_of(environment), seed=seed, admit=admit)
+    system, tools = environment.system, tools_of(environment)
+    agents: list[Agent] = []
+    for name, kind in seats(type(environment)).items():
+        if kind is Frozen:
+            agents.append(Frozen(name, make_voice(name), table))
+        else:
+            made = Frozen if name in frozen else Agent
+            agents.append(made(name, make_voice(name), table, system=system, tools=tools))
+    return agents, table
 
 
-async def _run(environment: Environment, task: Task, agents: list[Agent], table: Table) -> tuple[Ending, str]:
-    """How `run` ended, and the limit's or the agent's words. Errors: InvalidRollout."""
+async def score(
+    environment: Environment,
+    task: Task,
+    replies: Script | Mapping[str, Script],
+    *,
+    make_sandbox: MakeSandbox | None = None,
+) -> RolloutRecord:
+    """What agents that give these replies, one a turn, would earn; without a model. By seat, or in the order of turns
+    whoever has them."""
+    by_seat = isinstance(replies, Mapping)
+    scripts = {name: ScriptVoice(of_seat) for name, of_seat in replies.items()} if by_seat else {}
+    shared = ScriptVoice(() if by_seat else replies)
+    return await play(environment, task, lambda seat: scripts.get(seat, shared), make_sandbox=make_sandbox)
+
+
+async def _run(
+    environment: Environment, task: Task, agents: list[Agent], table: Table, make_sandbox: MakeSandbox | None
+) -> tuple[Ending, str]:
+    """How `run` ended, and the limit's or the agent's words. Sandboxes last as long as it. Errors: InvalidRollout."""
     raised: BaseException | None = None
     try:
-        await environment.run(task, *agents)
+        async with AsyncExitStack() as closing:
+            given: dict[str, Any] = {agent.name: agent for agent in agents}
+            for name in sandboxes(type(environment)):
+                given[name] = await _opened(make_sandbox, task)
+                closing.push_async_callback(given[name].close)
+            await environment.run(task, **given)
     except RAISED as error:
         unless_cancelled(error)
         raised = error
+    finally:
+        await table.close()
     return _ending(raised, table.stopped)
+
+
+async def _opened(make_sandbox: MakeSandbox | None, task: Task) -> Sandbox:
+    if make_sandbox is None:
+        raise InfrastructureError("there is no sandbox for the programs of this environment; say which by env.sandbox")
+    return await make_sandbox(task)
 
 
 def _ending(raised: BaseException | None, stopped: BaseException | None) -> tuple[Ending, str]:
     """From what `run` raised, and the first limit or failure of a turn, which `run` may have caught."""
     if isinstance(stopped, InfrastructureError):
         raise InvalidRollout(str(stopped))
-    if stopped is not None and not isinstance(stopped, Limit):
+    if stopped is not None and not isinstance(stopped, Limit | AgentError):
         raise InvalidRollout(describe("a turn", stopped))
-    if isinstance(raised, AgentError):
-        return Ending.FAILED, str(raised)
+    broken = raised if raised is not None and not _is_limit(raised) else stopped
+    if isinstance(broken, AgentError):
+        return Ending.FAILED, str(broken)
     if raised is not None and not _is_limit(raised):
         raise InvalidRollout(describe("run", raised))
     return (Ending.OK, "") if stopped is None else (Ending.TRUNCATED, str(stopped))
@@ -90,27 +144,59 @@ def _is_limit(raised: BaseException) -> bool:
 
 
 async def _scored(environment: Environment, task: Task, agents: list[Agent], ending: Ending) -> RolloutRecord:
-    """With one seat its own rewards are part of the rollout's; several seats keep theirs. Errors: InvalidRollout."""
-    own = [
-        {name: number(f"{agent.name}.rewards[{name!r}]", amount) for name, amount in agent.rewards.items()}
-        for agent in agents
-    ]
+    """Where one seat trains its own rewards are part of the rollout's; several seats keep theirs.
+
+    Errors: InvalidRollout.
+    """
+    training = _training(agents)
+    own, others = [_own(agent) for agent in training], [agent for agent in agents if isinstance(agent, Frozen)]
     record = _conversation(task, agents, ending)
     rollout = Rollout(
         messages=record.messages,
         num_turns=record.num_turns,
-        num_tokens=sum(agent.num_tokens for agent in agents),
+        num_tokens=record.num_tokens,
         ending=ending,
-        rewards=own[0] if len(agents) == 1 else {},
+        rewards=own[0] if len(training) == 1 else {},
     )
     earned = await earn(environment, task, rollout)
     seated = [
-        Seat(name=agent.name, samples=agent.samples, rewards=rewards)
-        for agent, rewards in zip(agents, own, strict=True)
+        Seat(name=agent.name, samples=agent.samples, rewards=rewards, credits=_credits(agent))
+        for agent, rewards in zip(training, own, strict=True)
     ]
+    theirs = {f"{agent.name}.{name}": amount for agent in others for name, amount in _own(agent).items()}
     return msgspec.structs.replace(
-        record, reward=earned.total, rewards=earned.rewards, metrics=earned.metrics, seats=tuple(seated)
+        record,
+        reward=earned.total,
+        rewards=earned.rewards,
+        metrics=_tool_metrics(training) | theirs | earned.metrics,
+        seats=tuple(seated),
     )
+
+
+def _training(agents: list[Agent]) -> list[Agent]:
+    return [agent for agent in agents if not isinstance(agent, Frozen)]
+
+
+def _own(agent: Agent) -> dict[str, float]:
+    """What `run` gave it, by turn or not. Errors: InvalidRollout, for what is no number."""
+    own = {name: number(f"{agent.name}.rewards[{name!r}]", amount) for name, amount in agent.rewards.items()}
+    for of_turn in agent.credits.values():
+        for name, amount in of_turn.items():
+            own[name] = own.get(name, 0.0) + number(f"a credit of {agent.name} for {name!r}", amount)
+    return own
+
+
+def _credits(agent: Agent) -> dict[int, float]:
+    """By turn; they are numbers, as `_own` has seen."""
+    return {turn: float(sum(of_turn.values())) for turn, of_turn in agent.credits.items()}
+
+
+def _tool_metrics(agents: list[Agent]) -> dict[str, float]:
+    boxes = [agent.tool_box for agent in agents if agent.tool_box]
+    if not boxes:
+        return {}
+    calls, errors = sum(box.num_calls for box in boxes), sum(box.num_errors for box in boxes)
+    return {"tool_calls": float(calls), "tool_errors": float(errors)}
 
 
 def _as_given(task: Task) -> bytes:
@@ -144,12 +230,16 @@ def require_sendable(record: RolloutRecord) -> None:
 
 
 def _conversation(task: Task, agents: list[Agent], ending: Ending) -> RolloutRecord:
-    """What the first seat heard and said, without samples and rewards."""
+    """What the first seat that trains heard and said, without samples and rewards."""
+    training = _training(agents)
+    shown = training[0].shown if training else None
     return RolloutRecord(
         rollout_id=0,
         environment="",
         task=task,
         ending=ending,
-        messages=agents[0].messages if agents else [],
-        num_turns=agents[0].num_turns if agents else 0,
+        messages=shown.last_words[0] if shown else [],
+        tools=shown.schemas if shown else [],
+        num_turns=shown.last_words[1] if shown else 0,
+        num_tokens=sum(agent.num_said for agent in training),
     )

@@ -1,7 +1,9 @@
 """Small readers of replies for rewards. None of them raises, whatever a policy writes."""
 
+import json
 import re
 from difflib import SequenceMatcher
+from typing import Any
 
 
 def xml(text: str, tag: str) -> str:
@@ -26,6 +28,37 @@ def boxed(text: str) -> str:
 
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def json_reply(text: str) -> Any:
+    """The last JSON object or array in the text, inside a ``` fence or not; None if there is none."""
+    fenced = [match[1] for match in _FENCED.finditer(text)]
+    for candidate in (*reversed(fenced), text):
+        found = _last_json(candidate)
+        if found is not None:
+            return found
+    return None
+
+
+def _last_json(text: str) -> Any:
+    """What is inside another value is not a value of its own."""
+    found, position, left = None, 0, _VAIN
+    while left > 0 and (opening := _OPENING.search(text, position)):
+        start = opening.start()
+        try:
+            found, position = _DECODER.raw_decode(text, start)
+        except RecursionError:
+            position, left = start + 1, left - _VAIN // 100
+        except ValueError as error:  # to read a character costs 30 times as much as to count its line
+            end = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
+            position, left = start + 1, left - 30 * (end - start) - end
+    return found
+
+
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_OPENING = re.compile(r"[\[{]")
+_DECODER = json.JSONDecoder()
+_VAIN = 500_000_000  # nanoseconds, about, that are spent on what cannot be read
 
 
 def ratio(one: str, other: str) -> float:

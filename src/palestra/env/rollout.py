@@ -7,13 +7,9 @@ from palestra.core.records import Ending, RolloutRecord
 from palestra.env.agent import replies
 
 
-class AgentError(Exception):
-    """Raised by an environment's `run` when the agent broke the rules: the rollout ends `failed` and is scored."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One finished attempt at one task; of several seats, the first one's conversation.
+    """One finished attempt at one task; of several seats, the conversation of the first that trains.
 
     `rewards` are those it was given during `run`. `ending` is never `invalid` here: such a rollout is not scored.
     """
@@ -40,7 +36,7 @@ def rollout_of(record: RolloutRecord) -> Rollout:
     return Rollout(
         messages=record.messages,
         num_turns=record.num_turns,
-        num_tokens=record.num_sampled_tokens,
+        num_tokens=record.num_tokens,
         ending=record.ending,
         rewards=record.rewards,
     )

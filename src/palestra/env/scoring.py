@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from palestra.core.records import Ending, RolloutRecord, Task
+from palestra.env.endings import Limit
 from palestra.env.environment import Environment, Scorer, scorers
 from palestra.env.rollout import Rollout, rollout_of
-from palestra.env.voice import Limit
 
 
 class InvalidRollout(Exception):

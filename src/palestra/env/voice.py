@@ -1,13 +1,15 @@
 """What speaks for an agent: a policy asked for exact tokens, or a script."""
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import msgspec
 
 from palestra.core.errors import InfrastructureError
-from palestra.core.records import Reply, Sample, Sampling
+from palestra.core.records import ChatReply, Reply, Sample, Sampling
+from palestra.env.endings import ContextFull, Limit
+from palestra.env.tools import as_tool_call
 
 if TYPE_CHECKING:  # authors of environments need no tokenizer
     from palestra.env.chat import Conversation
@@ -16,8 +18,11 @@ Call = Callable[[list[int], Sampling], Awaitable[Reply]]
 """One engine call: exact token ids in, a reply out. Errors: InfrastructureError."""
 
 
-class Limit(BaseException):
-    """A limit of turns or tokens ended the rollout. Not an Exception: an author's `except Exception` lets it pass."""
+Ask = Callable[[list[dict[str, Any]], list[dict[str, Any]], Sampling], Awaitable[ChatReply]]
+"""One call of an endpoint: messages and tools in, a message out. Errors: Limit, InfrastructureError."""
+
+Script = Iterable[str | dict[str, Any]]
+"""Replies, one a turn: text, or a dict with `content` and `calls`, which are pairs of a tool's name and arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +32,23 @@ class Said:
     message: dict[str, Any]
     num_tokens: int
     is_cut: bool = False
+    num_prompt_tokens: int = 0
 
 
 class Voice(Protocol):
-    async def say(self, messages: list[dict[str, Any]], *, num_tokens: int | None = None) -> Said:
-        """Extend the conversation by `messages`, then by one reply, of exactly `num_tokens` where they are given.
+    async def say(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        num_tokens: int | None = None,
+        at_most: int | None = None,
+        turn: int = 0,
+    ) -> Said:
+        """Extend the conversation by `messages`, then by one reply.
+
+        It has exactly `num_tokens` tokens, or `at_most` so many, where they are given.
+        `tools` are JSON schemas, the same for every turn of a conversation; `turn` is the reply's number in the seat.
 
         Errors: Limit, InfrastructureError.
         """
@@ -39,6 +56,10 @@ class Voice(Protocol):
 
     def fork(self) -> Self:
         """A voice that goes on from here, independent of this one."""
+        ...
+
+    def fresh(self) -> Self:
+        """A voice of the same that has heard and said nothing."""
         ...
 
     def samples(self) -> tuple[Sample, ...]:
@@ -53,54 +74,132 @@ class PolicyVoice:
         self._conversation, self._call, self._sampling = conversation, call, sampling
         self._max_model_len = max_model_len
 
-    async def say(self, messages: list[dict[str, Any]], *, num_tokens: int | None = None) -> Said:
+    async def say(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        num_tokens: int | None = None,
+        at_most: int | None = None,
+        turn: int = 0,
+    ) -> Said:
         if self._conversation.messages:
             self._conversation.add(messages)
         else:
-            self._conversation.start(messages)
+            self._conversation.start(messages, tools or None)
         prompt_ids = self._conversation.prompt_ids
-        sampling = self._fitting(len(prompt_ids), num_tokens)
+        sampling = self._fitting(len(prompt_ids), num_tokens, at_most)
         reply = await self._call(prompt_ids, sampling)
         if reply.finish_reason not in ("stop", "length"):
             raise InfrastructureError(
                 f"the engine ended a reply of {len(reply.token_ids)} tokens with {reply.finish_reason!r}"
             )
-        message = self._conversation.add_reply(reply).as_message()
+        message = self._conversation.add_reply(reply, turn=turn)
         is_cut = reply.finish_reason == "length" and len(reply.token_ids) != num_tokens
-        return Said(message, len(reply.token_ids), is_cut=is_cut)
+        return Said(message, len(reply.token_ids), is_cut=is_cut, num_prompt_tokens=len(prompt_ids))
 
-    def _fitting(self, prompt_tokens: int, num_tokens: int | None) -> Sampling:
+    def _fitting(self, prompt_tokens: int, num_tokens: int | None, at_most: int | None) -> Sampling:
         """Errors: Limit, if there is no room for a reply."""
         room = self._max_model_len - prompt_tokens
         if room < 1:
-            raise Limit(f"the conversation of {prompt_tokens} tokens fills engine.max_model_len={self._max_model_len}")
+            raise ContextFull(
+                f"the conversation of {prompt_tokens} tokens fills engine.max_model_len={self._max_model_len}"
+            )
         sampling = self._sampling
         if num_tokens is not None:
             sampling = msgspec.structs.replace(sampling, max_tokens=num_tokens, stop_token_ids=(), ignores_stop=True)
+        room = room if at_most is None else min(room, at_most)
         return sampling if sampling.max_tokens <= room else msgspec.structs.replace(sampling, max_tokens=room)
 
     def fork(self) -> "PolicyVoice":
-        return PolicyVoice(self._conversation.fork(), self._call, self._sampling, max_model_len=self._max_model_len)
+        return self._of(self._conversation.fork())
+
+    def fresh(self) -> "PolicyVoice":
+        return self._of(self._conversation.fresh())
+
+    def _of(self, conversation: "Conversation") -> "PolicyVoice":
+        return PolicyVoice(conversation, self._call, self._sampling, max_model_len=self._max_model_len)
 
     def samples(self) -> tuple[Sample, ...]:
         return self._conversation.samples()
 
 
+class ChatVoice:
+    """A model behind an endpoint that takes messages: its replies are heard, and cannot be trained on."""
+
+    def __init__(self, ask: Ask, sampling: Sampling):
+        self._ask, self._sampling = ask, sampling
+        self._messages: list[dict[str, Any]] = []
+
+    async def say(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        num_tokens: int | None = None,
+        at_most: int | None = None,
+        turn: int = 0,
+    ) -> Said:
+        if num_tokens is not None:
+            raise ValueError(f"a reply of exactly num_tokens={num_tokens} needs an engine that takes tokens")
+        self._messages += messages
+        most = self._sampling.max_tokens if at_most is None else min(self._sampling.max_tokens, at_most)
+        sampling = msgspec.structs.replace(self._sampling, max_tokens=most)
+        reply = await self._ask(list(self._messages), list(tools), sampling)
+        self._messages.append(reply.message)
+        is_cut = reply.finish_reason == "length"
+        return Said(reply.message, reply.num_tokens, is_cut=is_cut, num_prompt_tokens=reply.num_prompt_tokens)
+
+    def fork(self) -> "ChatVoice":
+        fork = ChatVoice(self._ask, self._sampling)
+        fork._messages = list(self._messages)
+        return fork
+
+    def fresh(self) -> "ChatVoice":
+        return ChatVoice(self._ask, self._sampling)
+
+    def samples(self) -> tuple[Sample, ...]:
+        return ()
+
+
 class ScriptVoice:
-    """Given replies, one a turn, and nothing to train on: what a known answer earns, without a model."""
+    """Given replies and nothing to train on: what a known answer earns, without a model."""
 
-    def __init__(self, replies: Iterable[str]):
-        self._replies: Iterator[str] = iter(replies)
+    def __init__(self, replies: Script):
+        self._replies: Iterator[str | dict[str, Any]] = iter(replies)
+        self._num_calls = 0
 
-    async def say(self, messages: list[dict[str, Any]], *, num_tokens: int | None = None) -> Said:
-        content = next(self._replies, None)
-        if content is None:
+    async def say(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        num_tokens: int | None = None,
+        at_most: int | None = None,
+        turn: int = 0,
+    ) -> Said:
+        reply = next(self._replies, None)
+        if reply is None:
             raise Limit("the script has no further reply")
-        return Said({"role": "assistant", "content": content}, num_tokens=0)
+        message = scripted(reply, first_call=self._num_calls)
+        self._num_calls += len(message.get("tool_calls", ()))
+        return Said(message, num_tokens=0)
 
     def fork(self) -> "ScriptVoice":
         """Forks speak the same script in turns."""
         return ScriptVoice(self._replies)
 
+    def fresh(self) -> "ScriptVoice":
+        return ScriptVoice(self._replies)
+
     def samples(self) -> tuple[Sample, ...]:
         return ()
+
+
+def scripted(reply: str | dict[str, Any], *, first_call: int = 0) -> dict[str, Any]:
+    """A reply of a script as a conversation keeps it."""
+    if isinstance(reply, str):
+        return {"role": "assistant", "content": reply}
+    calls = [as_tool_call(number, *call) for number, call in enumerate(reply.get("calls", ()), first_call)]
+    message = {"role": "assistant", "content": reply.get("content", "")}
+    return {**message, "tool_calls": calls} if calls else message

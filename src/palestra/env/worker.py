@@ -10,25 +10,31 @@ import asyncio
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from palestra.config import RunConfig
-from palestra.config.schema import EvalSet, Source
+from palestra.config.schema import EvalSet, SeatModel, Source
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import LedgerSelector
-from palestra.core.process import life
-from palestra.core.records import Reply, Sampling
+from palestra.core.process import life, resident_bytes
+from palestra.core.records import ChatReply, Reply, Sampling
 from palestra.core.spans import SpanLog
+from palestra.env.agent import Agent, Door, Frozen
 from palestra.env.chat import ChatTokenizer, Conversation
-from palestra.env.environment import Environment, has_group_rewards
+from palestra.env.endings import ContextFull
+from palestra.env.environment import Environment, has_group_rewards, sandboxes, seats
 from palestra.env.load import make_environment
 from palestra.env.play import play
+from palestra.env.sandbox import MakeSandbox
 from palestra.env.scoring import InvalidRollout, describe, score_group
 from palestra.env.tasklist import TaskList
-from palestra.env.voice import PolicyVoice
+from palestra.env.voice import ChatVoice, PolicyVoice, Voice
 from palestra.wire.channel import Caller, Reconnected
 from palestra.wire.messages import (
     Call,
@@ -48,30 +54,61 @@ from palestra.wire.messages import (
     WorkerReady,
 )
 
+if TYPE_CHECKING:  # most environments let no program in: its server is imported with the first one
+    from palestra.env.proxy import Proxy
+
 LEDGER_EVERY_S = 10.0
 SILENCE_S = 86_400.0  # a trainer may take hours over one step; a dead orchestrator is the supervisor's affair
 
 
 @dataclass
 class Stage:
-    """One entry of the recipe: the environment that plays its rollouts, and the list of its tasks."""
+    """One entry of the recipe: the environment that plays its rollouts, the list of its tasks, and the models that
+    speak for seats in place of the policy."""
 
     environment: Environment
     tasks: TaskList
+    seats: dict[str, SeatModel] = field(default_factory=dict)
+
+    def voice(self, seat: str, calls: "SeatCalls", sampling: Sampling, make: "MakeVoice") -> Voice:
+        """What speaks for a seat: the model that the recipe names for it, or what `make` makes."""
+        if (model := self.seats.get(seat)) is None:
+            return make(calls, sampling)
+        theirs = Sampling(temperature=model.temperature, max_tokens=model.max_tokens or sampling.max_tokens)
+        return ChatVoice(partial(calls.ask, seat=seat), theirs)
+
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-def set_stages(config: RunConfig) -> dict[str, Stage]:
-    """Every entry of env.mix and eval.sets by its label. Errors: UserError."""
+def set_stages(config: RunConfig, *, python: Path | None = None) -> dict[str, Stage]:
+    """Entries of env.mix and eval.sets that belong to a Python (None: ours), by their labels. Errors: UserError."""
     stages: dict[str, Stage] = {}
     for source in (*config.env.mix, *config.eval.sets):
+        if source.python != python:
+            continue
         if source.label in stages:
             raise UserError(
                 f"{source.label!r} is the name of two entries of env.mix and eval.sets; give one another `name`"
             )
         make = partial(_environment_of_epoch, source, config.train.seed)
-        stages[source.label] = Stage(make(0), TaskList(make))
+        environment = make(0)
+        _require_seats(source, environment)
+        if sandboxes(type(environment)) and config.env.sandbox is None:
+            raise UserError(
+                f"{source.label} runs programs in a sandbox; say which by env.sandbox (unsafe: here, without any walls)"
+            )
+        stages[source.label] = Stage(environment, TaskList(make), source.seats)
     return stages
+
+
+def _require_seats(source: Source, environment: Environment) -> None:
+    """Errors: UserError, if a model is given for a seat that is not there, or none is left to train."""
+    known = seats(type(environment))
+    for name in source.seats:
+        if name not in known:
+            raise UserError(f"{source.label}: seats.{name} names no seat of {source.id}; it has: {', '.join(known)}")
+    if not [name for name, kind in known.items() if kind is not Frozen and name not in source.seats]:
+        raise UserError(f"{source.label}: all seats of {source.id} have a model of their own, so none would train")
 
 
 def _environment_of_epoch(source: Source, train_seed: int, epoch: int) -> Environment:
@@ -80,11 +117,43 @@ def _environment_of_epoch(source: Source, train_seed: int, epoch: int) -> Enviro
 
 
 def source_seed(source: Source, train_seed: int, epoch: int) -> int:
-    """Evaluations measure the same tasks whatever the seed of the training and the way of sampling."""
+    """Evaluations measure the same tasks whatever the seed of the training and the way of sampling, and wherever the
+    file of an environment lies."""
     parts = (
-        ("eval", source.id, source.split, epoch) if isinstance(source, EvalSet) else (train_seed, source.label, epoch)
+        ("eval", source.id.rpartition("/")[2], source.split, epoch)
+        if isinstance(source, EvalSet)
+        else (train_seed, source.label, epoch)
     )
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little") >> 1
+
+
+class SeatCalls(Protocol):
+    """How the calls of one rollout are made: `await calls(token_ids, sampling)`, `await calls.ask(...)`."""
+
+    async def __call__(self, token_ids: list[int], sampling: Sampling, /) -> Reply: ...
+
+    async def ask(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], sampling: Sampling, *, seat: str = ""
+    ) -> ChatReply: ...
+
+
+MakeVoice = Callable[[SeatCalls, Sampling], Voice]
+"""What speaks for the seats of one rollout, given how its calls are made."""
+
+
+def policy_voice(tokenizer: ChatTokenizer, max_model_len: int) -> MakeVoice:
+    """Engines that take tokens."""
+
+    def make(calls: SeatCalls, sampling: Sampling) -> Voice:
+        sampling = msgspec.structs.replace(sampling, stop_token_ids=tokenizer.stop_ids)
+        return PolicyVoice(Conversation(tokenizer), calls, sampling, max_model_len=max_model_len)
+
+    return make
+
+
+def chat_voice(calls: SeatCalls, sampling: Sampling) -> Voice:
+    """An endpoint that takes messages."""
+    return ChatVoice(calls.ask, sampling)
 
 
 class Worker:
@@ -94,20 +163,21 @@ class Worker:
         self,
         index: int,
         stages: dict[str, Stage],
-        tokenizer: ChatTokenizer,
+        make_voice: MakeVoice,
         *,
-        max_model_len: int,
         orchestrator: Caller[ToWorker, FromWorker],
         selector: LedgerSelector,
         spans: SpanLog,
+        make_sandbox: MakeSandbox | None = None,
     ):
-        self._index, self._stages, self._tokenizer = index, stages, tokenizer
-        self._max_model_len = max_model_len
+        self._make_sandbox = make_sandbox
+        self._index, self._stages, self._make_voice = index, stages, make_voice
         self._orchestrator, self._selector, self._spans = orchestrator, selector, spans
         self._plays: dict[int, asyncio.Task[None]] = {}
-        self._replies: dict[tuple[int, int], asyncio.Future[Reply]] = {}
+        self._replies: dict[tuple[int, int], asyncio.Future[Reply | ChatReply]] = {}
         self._closed_at = time.monotonic()
         self._num_ended = 0
+        self._proxy: Proxy | None = None
 
     async def run(self) -> None:
         """Errors: an ExceptionGroup of what our own code raised; environment code cannot end a worker."""
@@ -119,10 +189,13 @@ class Worker:
                 if time.monotonic() - self._closed_at >= LEDGER_EVERY_S:
                     await self._close_ledger()
             self._cancel_plays()
+        if self._proxy is not None:
+            await self._proxy.close()
         await self._close_ledger(is_last=True)
 
     async def _say_ready(self) -> None:
-        await self._orchestrator.send(WorkerReady(index=self._index, pid=os.getpid(), life=life()))
+        sources = list(self._stages)
+        await self._orchestrator.send(WorkerReady(index=self._index, pid=os.getpid(), life=life(), sources=sources))
 
     def _cancel_plays(self) -> None:
         for task in self._plays.values():
@@ -153,24 +226,31 @@ class Worker:
     # --- rollouts
 
     async def _play(self, order: Play) -> None:
-        stage, sampling = self._stages[order.source], self._sampling(order.sampling)
-        calls = _Calls(self, order.rollout_id)
+        stage, calls = self._stages[order.source], Calls(self, order.rollout_id)
         record = await play(
             stage.environment,
             order.task,
-            lambda: PolicyVoice(Conversation(self._tokenizer), calls, sampling, max_model_len=self._max_model_len),
+            lambda seat: stage.voice(seat, calls, order.sampling, self._make_voice),
             rollout_id=order.rollout_id,
             source=order.source,
             seed=order.seed,
+            frozen=stage.seats,
+            admit=self._admit,
+            make_sandbox=self._make_sandbox,
         )
         self._num_ended += 1
         await self._orchestrator.send(Ended(record=msgspec.structs.replace(record, engine_s=calls.waited_s)))
 
-    def _sampling(self, sampling: Sampling) -> Sampling:
-        return msgspec.structs.replace(sampling, stop_token_ids=self._tokenizer.stop_ids)
+    def _admit(self, agent: Agent) -> Door:
+        """Its server starts with the first program that is let in."""
+        if self._proxy is None:
+            from palestra.env.proxy import Proxy
 
-    async def call(self, message: Call) -> Reply:
-        """One engine call. Errors: InfrastructureError, if the engine could not answer."""
+            self._proxy = Proxy()
+        return self._proxy.admit(agent)
+
+    async def call(self, message: Call) -> Reply | ChatReply:
+        """One call. Errors: InfrastructureError, if there is no answer; Limit, if the context is full."""
         key = (message.rollout_id, message.call)
         self._replies[key] = asyncio.get_running_loop().create_future()
         try:
@@ -183,10 +263,12 @@ class Worker:
         waiting = self._replies.get((message.rollout_id, message.call))
         if waiting is None or waiting.done():
             return  # its rollout was cancelled
-        if message.reply is None:
-            waiting.set_exception(InfrastructureError(message.error))
+        answer = message.reply or message.chat
+        if answer is not None:
+            waiting.set_result(answer)
         else:
-            waiting.set_result(message.reply)
+            error = ContextFull(message.error) if message.is_too_long else InfrastructureError(message.error)
+            waiting.set_exception(error)
 
     # --- tasks and groups
 
@@ -229,23 +311,38 @@ class Worker:
             if turns_s
             else {}
         )
-        self._spans.write("loop", entry.started_at, entry.wall_s, {"rollouts": self._num_ended, **lag})
+        cpu_s = time.process_time()  # since the process began
+        self._spans.write("loop", entry.started_at, entry.wall_s, {"rollouts": self._num_ended, "cpu_s": cpu_s, **lag})
         self._num_ended = 0
-        await self._orchestrator.send(LedgerClosed(entry=entry, is_last=is_last))
+        closed = LedgerClosed(entry=entry, is_last=is_last, resident_bytes=resident_bytes())
+        await self._orchestrator.send(closed)
 
 
-class _Calls:
-    """The engine calls of one rollout, counted from 0 in the order they are made."""
+class Calls:
+    """The calls of one rollout, counted from 0 in the order they are made."""
 
     def __init__(self, worker: Worker, rollout_id: int):
         self._worker, self._rollout_id, self._next = worker, rollout_id, 0
         self.waited_s = 0.0
 
     async def __call__(self, token_ids: list[int], sampling: Sampling) -> Reply:
+        """Of an engine: exact tokens in and out."""
+        answer = await self._call(token_ids=token_ids, sampling=sampling)
+        assert isinstance(answer, Reply)
+        return answer
+
+    async def ask(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], sampling: Sampling, *, seat: str = ""
+    ) -> ChatReply:
+        """Of an endpoint: the one that is measured, or that of a seat."""
+        answer = await self._call(token_ids=[], sampling=sampling, messages=messages, tools=tools, seat=seat)
+        assert isinstance(answer, ChatReply)
+        return answer
+
+    async def _call(self, **asked: Any) -> Reply | ChatReply:
         number, self._next = self._next, self._next + 1
         began = time.perf_counter()
         try:
-            message = Call(rollout_id=self._rollout_id, call=number, token_ids=token_ids, sampling=sampling)
-            return await self._worker.call(message)
+            return await self._worker.call(Call(rollout_id=self._rollout_id, call=number, **asked))
         finally:
             self.waited_s += time.perf_counter() - began

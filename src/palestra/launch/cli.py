@@ -5,10 +5,12 @@ Every command imports what it needs when it runs, so that `--help` answers at on
 """
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from palestra import __version__
 from palestra.launch.outcome import MISTAKE, Interrupted, exit_code
@@ -52,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     fetch = _add(commands, "fetch", _fetch, "download a known model and save it in Hugging Face layout")
     fetch.add_argument("name", help="such as smollm2")
     fetch.add_argument("directory", nargs="?", type=Path, help="default: models/NAME")
+    _add_eval(commands)
+    _add_env(commands)
     _add_serve(commands)
     replay = _add(commands, "replay", _replay, "run one room of a finished run again on what was recorded, and compare")
     replay.add_argument("run")
@@ -62,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         default="batches",
         help="where the record begins",
     )
+    replay.add_argument("--rewards", action="store_true", help="of an evaluation: score its rollouts again")
     replay.add_argument("--only", choices=["train", "env", "infer"], help="what runs live")
     _add_json(replay)
     _add_simulate(commands)
@@ -119,6 +124,55 @@ def _add_runs(commands) -> None:
     _add_json(show)
 
 
+def _add_eval(commands) -> None:
+    text = "measure environments with an endpoint, or with a checkpoint served here"
+    parser = _add(commands, "eval", _eval, text)
+    _add_wish(parser, split="test", also="; or: compare A B; or: import DIR... --output DIR")
+    generate = _add(commands, "generate", _generate, "play environments and keep good rollouts as supervised data")
+    _add_wish(generate, split="train")
+    generate.add_argument("--to", type=Path, required=True, metavar="FILE", help="JSON lines with `messages`")
+    generate.add_argument("--gold", action="store_true", help="known answers of the tasks, without a model")
+    generate.add_argument("--min-reward", type=float, default=1.0, help="of what is kept (default: 1)")
+
+
+def _add_wish(parser: argparse.ArgumentParser, *, split: str, also: str = "") -> None:
+    text = f"an environment, or {_OVERRIDE} such as engine.max_model_len=8192{also}"
+    parser.add_argument("words", nargs="*", metavar="ENVIRONMENT", help=text)
+    parser.set_defaults(overrides=[], default_split=split)
+    parser.add_argument("--model", help="its name at the endpoint")
+    parser.add_argument("--base-url", help="an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1")
+    parser.add_argument("--key-env", metavar="NAME", help="the environment variable that holds the endpoint's key")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a model in Hugging Face layout, served here")
+    parser.add_argument("-n", "--num-tasks", type=int, help="of each environment (default: 100)")
+    parser.add_argument("-r", "--rollouts", type=int, help="of each task (default: 1)")
+    parser.add_argument("--temperature", type=float, help="default: 0 for one rollout of each task, 1 for more")
+    parser.add_argument("--max-tokens", type=int, help="of each reply (default: 1024)")
+    parser.add_argument("--split", help=f"of the tasks (default: {split})")
+    parser.add_argument("--args", type=json.loads, metavar="JSON", help="of the environments")
+    parser.add_argument("--seat", action="append", metavar="NAME=URL,MODEL", help="who speaks for another seat, a user")
+    parser.add_argument("--concurrency", type=int, help="rollouts at once (default: 32)")
+    parser.add_argument("--seed", type=int, help="default: 0")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evals/NAMES-MODEL-TIME")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with this one")
+    _add_json(parser)
+
+
+def _add_env(commands) -> None:
+    env = commands.add_parser("env", help="write, check, list environments", description="Environments as packages.")
+    inner = env.add_subparsers(metavar="COMMAND", required=True)
+    new = _add(inner, "new", _env_new, "write a package that works, with its test, and install it")
+    new.add_argument("name", help="small letters, digits and -, such as word-game")
+    new.add_argument("directory", nargs="?", type=Path, help="default: environments/NAME, or NAME")
+    new.add_argument("--no-install", action="store_true", help="write it only")
+    check = _add(inner, "check", _env_check, "prove without a model what must hold for an environment")
+    check.add_argument("names", nargs="*", metavar="NAME", help="an installed one, module:Class or FILE.py:Class")
+    check.add_argument("--all", action="store_true", help="every installed one")
+    check.add_argument("-n", "--num-tasks", type=int, default=20, help="tasks to look at (default: 20)")
+    check.add_argument("--deadline-s", type=float, default=600, help="for each environment (default: 600)")
+    _add_json(check)
+    _add_json(_add(inner, "list", _env_list, "the installed environments"))
+
+
 def _add_serve(commands) -> None:
     serve = commands.add_parser("serve", help="start one service alone", description="Start one service alone.")
     inner = serve.add_subparsers(metavar="SERVICE", required=True)
@@ -126,6 +180,17 @@ def _add_serve(commands) -> None:
     engine.add_argument("model", help="a directory in Hugging Face layout, or a hub name")
     engine.add_argument("overrides", nargs="*", metavar="engine.field=value", help="such as engine.max_model_len=512")
     engine.add_argument("--port", type=int, default=8000)
+
+    text = "the APIs that agent programs speak, before an engine; everything asked is recorded"
+    proxy = _add(inner, "proxy", _serve_proxy, text)
+    proxy.add_argument("model", help="whose tokenizer and template are used: a directory, or a hub name")
+    proxy.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="such as sampling.temperature=0.7")
+    proxy.add_argument("--engine", default="http://127.0.0.1:8000", metavar="URL", help="default: port 8000 here")
+    proxy.add_argument("--port", type=int, default=8001)
+    proxy.add_argument(
+        "--to", type=Path, default=Path("outputs/proxy.jsonl"), metavar="FILE", help="a line per session"
+    )
+    proxy.add_argument("--idle-s", type=float, default=600, help="after which a session is written (default: 600)")
 
 
 def _add_simulate(commands) -> None:
@@ -146,7 +211,8 @@ def _add_bench(commands) -> None:
     loop = _add(inner, "loop", _bench_loop, "the loop against its parts alone, each number beside its aim")
     loop.add_argument("--quick", action="store_true", help="ratio 1 alone, fewer steps, no M5")
     inflight = _add(inner, "inflight", _bench_inflight, "updates in flight against waiting for rollouts to end")
-    for parser in (loop, inflight):
+    env = _add(inner, "env", _bench_env, "what a rollout costs beside the model")
+    for parser in (loop, inflight, env):
         parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe: train.lr=1e-5")
         parser.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
         _add_json(parser)
@@ -205,16 +271,147 @@ def _fetch(arguments: argparse.Namespace) -> int:
     return subprocess.run([sys.executable, "-m", "palestra.model.fetch", arguments.name, str(directory)]).returncode
 
 
+def _eval(arguments: argparse.Namespace) -> None:
+    from palestra.core.errors import UserError
+    from palestra.launch import evaluation
+
+    if arguments.words[:1] == ["compare"]:
+        if len(arguments.words) != 3:
+            raise UserError("usage: palestra eval compare DIR DIR")
+        one, other = map(Path, arguments.words[1:])
+        evaluation.compare(one, other, as_json=arguments.json)
+    elif arguments.words[:1] == ["import"]:
+        _import(arguments)
+    else:
+        _measure(arguments)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from palestra.core.errors import UserError
+    from palestra.launch import evaluation, imports
+
+    if len(arguments.words) < 2 or arguments.output is None:
+        raise UserError("usage: palestra eval import DIR... --output DIR")
+    run = imports.import_all([Path(word) for word in arguments.words[1:]], arguments.output)
+    evaluation.show(run, as_json=arguments.json)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from palestra.launch import evaluation
+
+    evaluation.require_free(arguments.to)
+    if arguments.gold:
+        evaluation.write_gold(_wish(arguments), arguments.to, arguments.min_reward)
+    else:
+        evaluation.keep_good(_measure(arguments), arguments.to, arguments.min_reward)
+
+
+def _measure(arguments: argparse.Namespace):
+    """The directory with the results."""
+    from palestra.core.errors import UserError
+    from palestra.launch import evaluation
+
+    wish = _wish(arguments)
+    if arguments.resume is None:
+        return evaluation.evaluate(wish, as_json=arguments.json)
+    given = [name for name in _WISHED if getattr(arguments, name) is not None]
+    if wish.environments or given:
+        what = "the environments" if wish.environments else f"--{given[0].replace('_', '-')}"
+        raise UserError(f"--resume DIR goes on with what DIR says; leave {what} out, or change {_OVERRIDE}")
+    return evaluation.resume(arguments.resume, wish.overrides, as_json=arguments.json)
+
+
+def _wish(arguments: argparse.Namespace):
+    from palestra.launch.evaluation import Wish
+
+    given = {name: value for name in _WISHED if (value := getattr(arguments, name)) is not None}
+    wished = _WISHED | {"split": arguments.default_split} | given
+    wished["rollouts_per_task"] = wished.pop("rollouts")
+    wished["seats"] = dict(map(_seat, wished.pop("seat")))
+    environments = [word for word in arguments.words if "=" not in word]
+    overrides = [*(word for word in arguments.words if "=" in word), *arguments.overrides]
+    return Wish(environments=environments, overrides=overrides, **wished)
+
+
+_WISHED: dict[str, Any] = {
+    "model": None,
+    "base_url": None,
+    "key_env": None,
+    "checkpoint": None,
+    "num_tasks": 100,
+    "rollouts": 1,
+    "temperature": None,
+    "max_tokens": 1024,
+    "split": None,
+    "args": {},
+    "seat": (),
+    "concurrency": 32,
+    "seed": 0,
+    "output": None,
+}
+"""Options of an evaluation, and what they are if they are not given."""
+
+
+def _seat(word: str) -> tuple[str, dict[str, str]]:
+    """Errors: UserError, if it is no NAME=URL,MODEL."""
+    from palestra.core.errors import UserError
+
+    name, is_named, place = word.partition("=")
+    url, has_model, model = place.rpartition(",")
+    if not (is_named and has_model and name and url and model):
+        raise UserError(f"--seat {word} is not NAME=URL,MODEL, such as user=http://127.0.0.1:8000/v1,qwen")
+    return name, {"url": url, "model": model}
+
+
+def _env_new(arguments: argparse.Namespace) -> None:
+    from palestra.launch import env
+
+    env.new(arguments.name, arguments.directory, install=not arguments.no_install)
+
+
+def _env_check(arguments: argparse.Namespace) -> int:
+    from palestra.launch import env
+
+    return env.check(
+        arguments.names,
+        all_installed=arguments.all,
+        num_tasks=arguments.num_tasks,
+        deadline_s=arguments.deadline_s,
+        as_json=arguments.json,
+    )
+
+
+def _env_list(arguments: argparse.Namespace) -> None:
+    from palestra.launch import env
+
+    env.show_all(as_json=arguments.json)
+
+
 def _serve_engine(arguments: argparse.Namespace) -> None:
     from palestra.launch import serve
 
     serve.engine(arguments.model, arguments.overrides, port=arguments.port)
 
 
+def _serve_proxy(arguments: argparse.Namespace) -> None:
+    from palestra.launch import serve
+
+    serve.proxy(
+        arguments.model,
+        arguments.engine,
+        arguments.overrides,
+        port=arguments.port,
+        to=arguments.to,
+        idle_s=arguments.idle_s,
+    )
+
+
 def _replay(arguments: argparse.Namespace) -> int | None:
     from palestra.core.errors import UserError
-    from palestra.launch import replay, replay_env, replay_weights, runs
+    from palestra.launch import replay, replay_env, replay_rewards, replay_weights, runs
 
+    if arguments.rewards:
+        return replay_rewards.show(runs.find(arguments.run), as_json=arguments.json)
     pair = {"batches": "train", "replies": "env", "weights": "infer"}
     if arguments.only not in (None, pair[arguments.boundary]):
         raise UserError(f"--from {arguments.boundary} feeds --only {pair[arguments.boundary]}, not {arguments.only}")
@@ -248,6 +445,12 @@ def _bench_inflight(arguments: argparse.Namespace) -> None:
     from palestra.launch.bench import inflight
 
     inflight.show(arguments.overrides, outputs=arguments.outputs, as_json=arguments.json)
+
+
+def _bench_env(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import env
+
+    env.show(arguments.overrides, outputs=arguments.outputs, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

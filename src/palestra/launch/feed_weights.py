@@ -29,12 +29,16 @@ from palestra.wire.weights.manifest import Staged, recorded
 SAMPLES_PER_VERSION = 8
 
 
+def _is_at_temperature_1(config: RunConfig) -> bool:
+    return all(config.sampling_of(label).temperature == 1 for label in ("", *(entry.label for entry in config.env.mix)))
+
+
 class Feed:
     """One engine and the versions it gets."""
 
     def __init__(self, config: RunConfig, run: RunDir, client: EngineClient):
         self._config, self._client, self._log = config, client, RunLog(run)
-        self._samples = samples_by_version(run) if config.sampling.temperature == 1.0 else {}
+        self._samples = samples_by_version(run) if _is_at_temperature_1(config) else {}
 
     async def play(self, run: RunDir, supervisor: Caller[None, ToSupervisor]) -> None:
         """Errors: PublishError with the numbers, if the engine is not where the trainer was."""

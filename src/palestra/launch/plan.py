@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from palestra.config import RunConfig
 from palestra.core.errors import UserError
@@ -67,25 +68,21 @@ class Plan:
 
 def make_plan(config: RunConfig, machine: Machine, *, is_model_built: bool = False) -> Plan:
     """Errors: UserError, if the config has nothing to train on, or asks for GPUs that are not there."""
-    if not config.is_rl and not config.data.sources:
+    if not config.is_rl and not config.data.sources and not config.is_eval:
         raise UserError(
             "there is nothing to train on: give env.mix (reinforcement learning) or data.sources (supervised)"
         )
     parameters = memory.count_parameters(config)
     engine_devices, trainer_devices, notes = _deal_gpus(config, machine)
     prepare = () if config.model.build is None or is_model_built else (_preparation(config),)
-    if config.is_rl:
+    if config.is_rl or config.is_eval:
         names = [f"engine-{index}" for index in range(config.engine.replicas)]
-        names += [f"{name}-0" for name in config.algo.frozen]
+        names = [*names, *(f"{name}-0" for name in config.algo.frozen)][: config.num_engines]
         dealt = enumerate(zip(names, engine_devices, strict=True))
         engines = [_engine(config, index, name, devices) for index, (name, devices) in dealt]
-        workers = [_env_worker(config, index) for index in range(config.env.workers)]
-        running = [
-            *engines,
-            _orchestrator(config),
-            *workers,
-            _trainer(config, parameters, trainer_devices, Role.MEMBER),
-        ]
+        workers = [_env_worker(config, index) for index in range(config.num_workers)]
+        trainers = [] if config.is_eval else [_trainer(config, parameters, trainer_devices, Role.MEMBER)]
+        running = [*engines, _orchestrator(config), *workers, *trainers]
     else:
         running = [_trainer(config, parameters, trainer_devices, Role.LEAD)]
     return Plan(
@@ -119,8 +116,8 @@ def require_fit(plan: Plan, machine: Machine) -> None:
 
 def _deal_gpus(config: RunConfig, machine: Machine) -> tuple[list[tuple[int, ...]], tuple[int, ...], tuple[str, ...]]:
     """GPUs of every engine and of the trainer: apart from each other where there are enough, else shared."""
-    replicas = config.engine.replicas + len(config.algo.frozen) if config.is_rl else 0
-    width, ranks = config.engine.tensor_parallel, config.train.num_ranks
+    replicas = config.num_engines
+    width, ranks = config.engine.tensor_parallel, 0 if config.is_eval else config.train.num_ranks
     gpus = [gpu.index for gpu in machine.gpus]
     if config.engine.device == "cuda" and not gpus and replicas:
         raise UserError(
@@ -187,7 +184,7 @@ def _env_worker(config: RunConfig, index: int) -> Program:
     return Program(
         name=f"env-{index}",
         role=Role.MEMBER,
-        argv=_python("palestra.env", config),
+        argv=_python("palestra.env", config, python=config.python_of_worker(index)),
         env=_environment(threads=1, devices=(), index=index),
         memory=memory.of_python(),
     )
@@ -216,8 +213,8 @@ def config_path(config: RunConfig) -> str:
     return str(config.run_dir / "config.json")
 
 
-def _python(module: str, config: RunConfig) -> tuple[str, ...]:
-    return (sys.executable, "-m", module, config_path(config))
+def _python(module: str, config: RunConfig, *, python: Path | None = None) -> tuple[str, ...]:
+    return (sys.executable if python is None else str(python.absolute()), "-m", module, config_path(config))
 
 
 def _environment(*, threads: int, devices: tuple[int, ...], index: int | None = None) -> tuple[tuple[str, str], ...]:
@@ -225,6 +222,7 @@ def _environment(*, threads: int, devices: tuple[int, ...], index: int | None = 
     variables = {
         "PYTHONUNBUFFERED": "1",  # a log ends with the last words of its process
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",  # a task that depends on the order of a set is the same in every worker
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
     }
     for library in ("OMP", "MKL", "OPENBLAS", "RAYON"):

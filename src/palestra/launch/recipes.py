@@ -17,6 +17,8 @@ from palestra.core.errors import UserError
 def for_training(path: Path, overrides: list[str], *, is_supervised: bool) -> RunConfig:
     """`is_supervised` leaves environments and evaluations out. Errors: UserError, also where no data is left."""
     config = load(path, overrides).config
+    if config.is_eval:
+        raise UserError(f"{path} has nothing to train on: give env.mix or data.sources; `palestra eval` measures alone")
     if not is_supervised:
         return config
     if not config.data.sources:

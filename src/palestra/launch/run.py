@@ -1,13 +1,14 @@
 """`palestra run` and `palestra sft`: from a config to the end of the run."""
 
 import asyncio
+import os
 import sys
 
 import msgspec
 
 from palestra.config import RunConfig
 from palestra.core.clock import unix_now
-from palestra.core.errors import InfrastructureError, PalestraError
+from palestra.core.errors import InfrastructureError, PalestraError, UserError
 from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import started_at
 from palestra.launch import start
@@ -29,10 +30,21 @@ def plan_of(config: RunConfig) -> Plan:
     require_model(config.model.path)
     for name, frozen in config.algo.frozen.items():
         require_model(frozen.path, field=f"algo.{name}.path")
+    require_pythons(config)
     machine = this_machine()
     plan = make_plan(config, machine, is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
     require_fit(plan, machine)
     return plan
+
+
+def require_pythons(config: RunConfig) -> None:
+    """Errors: UserError, naming an entry whose Python is not there."""
+    for source in (*config.env.mix, *config.eval.sets):
+        if source.python is not None and not (source.python.is_file() and os.access(source.python, os.X_OK)):
+            raise UserError(
+                f"{source.label}: python={source.python} is no program; give bin/python of a virtual environment with "
+                "palestra and the environment in it"
+            )
 
 
 def run(config: RunConfig, plan: Plan, *, resume: bool) -> RunDir:

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from palestra.config import RunConfig, load
 from palestra.core.errors import UserError
+from palestra.core.files import write_atomically
 from palestra.orchestrate.simulate.curves import Curves, read_curves
 from palestra.orchestrate.simulate.loop import simulate
 from palestra.orchestrate.simulate.measure import curves_from
 from palestra.orchestrate.simulate.outcome import Outcome
 from palestra.orchestrate.simulate.rules import Rules, rules_of
 from palestra.orchestrate.simulate.search import Split, best, search
-from palestra.wire.batches import write_atomically
 from palestra.wire.rundir import RunDir
 
 _SKIP = 10  # steps until the loop has found its rhythm

@@ -9,15 +9,16 @@ from pathlib import Path
 from palestra.config import RunConfig, read_resolved
 from palestra.config.load import flatten
 from palestra.core.errors import UserError
+from palestra.core.files import write_atomically
 from palestra.launch.guard import Guard
 from palestra.launch.ports import free_ports, require_free
-from palestra.wire.batches import write_atomically
 from palestra.wire.rundir import Attempt, Manifest, RunDir, newest_checkpoint
 from palestra.wire.runlog import read_summary
 
 # A resumed run may differ here: none of these changes what is trained.
 _HARMLESS = (
     "log.outputs",
+    "log.name",
     "log.keep_batches",
     "log.keep_rollouts",
     "log.keep_weights",
@@ -36,6 +37,10 @@ _HARMLESS = (
     "sync.deadline_s",
     "env.stall_s",
     "env.answer_s",
+    "env.max_worker_gib",
+    "eval.endpoint.key_env",
+    "eval.endpoint.call_s",
+    "eval.endpoint.max_in_flight",
 )
 _HARMLESS_SECTIONS = ("launch",)
 _MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from palestra.core.errors import UserError
-from palestra.wire.batches import write_atomically
+from palestra.core.files import write_atomically
 from palestra.wire.rundir import RunDir
 
 

@@ -11,6 +11,7 @@ from palestra.core.errors import PalestraError, UserError
 from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import die_with_parent, life, started_at
 from palestra.orchestrate.checkpoint import recover_journal
+from palestra.orchestrate.evaluator import Evaluator
 from palestra.orchestrate.loop import Loop
 from palestra.wire.channel import BlockingCaller
 from palestra.wire.messages import Failed, ToSupervisor
@@ -34,6 +35,9 @@ def main() -> int:
 
 
 async def _run(config, run, attempt: Attempt, selector: LedgerSelector) -> None:
+    if config.is_eval:
+        await Evaluator(config, run, attempt, selector, life=life()).run()
+        return
     journal = recover_journal(run, version_to_load(run, attempt, life()))
     await Loop(config, run, attempt, journal, selector, life=life()).run()
 

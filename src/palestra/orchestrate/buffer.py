@@ -1,12 +1,12 @@
 """The group buffer: which groups are ready, and which of them a batch takes. Pure functions of the state."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
-from palestra.algo.advantages import group_baseline, group_scale
 from palestra.algo.filters import is_zero_signal
 from palestra.algo.shaping import LengthShaping
 from palestra.core.records import RolloutRecord, Seat
-from palestra.orchestrate.state import CUT, Baseline, Group, GroupStatus, LoopState
+from palestra.orchestrate.state import CUT, Group, GroupStatus, LoopState
 
 
 def seat_reward(record: RolloutRecord, seat: Seat) -> float:
@@ -15,33 +15,53 @@ def seat_reward(record: RolloutRecord, seat: Seat) -> float:
 
 
 def outcome(group: Group, *, drop_zero_signal: bool) -> str:
-    """`ready`, or why a group whose members all ended never trains: `too_old`, `all_invalid`, `zero_signal`."""
+    """`ready`, or why a group whose members all ended never trains: `too_old`, `all_invalid`, `zero_signal`.
+
+    Whether there is signal is judged by the rewards alone, so that length never trains where the task does not.
+    """
     if not group.valid:
         return "too_old" if any(record.error == CUT for record in group.records.values()) else "all_invalid"
-    if drop_zero_signal and all(is_zero_signal(rewards) for rewards in rewards_by_seat(group.valid).values()):
+    if drop_zero_signal and all(is_zero_signal(list(of.values())) for of in returns(group.valid).values()):
         return "zero_signal"
     return "ready"
 
 
-def rewards_by_seat(records: list[RolloutRecord]) -> dict[str, list[float]]:
-    """Rewards of each seat's rollouts, in the records' order."""
-    rewards: dict[str, list[float]] = {}
-    for record in records:
-        for seat in record.seats:
-            rewards.setdefault(seat.name, []).append(seat_reward(record, seat))
-    return rewards
+class Part(NamedTuple):
+    """What has an advantage of its own: a seat, or one turn of a seat that was given credit by turn."""
+
+    seat: str
+    turn: int | None = None
+
+    @property
+    def key(self) -> str:
+        return self.seat if self.turn is None else f"{self.seat}@{self.turn}"
 
 
-def shaped_by_seat(records: list[RolloutRecord], length: LengthShaping) -> dict[str, list[float]]:
-    """Rewards of each seat's rollouts and what the seat's length takes off them: what advantages are computed from.
+def credited(records: Iterable[RolloutRecord]) -> set[str]:
+    """Seats that were given credit by turn in any of them."""
+    return {seat.name for record in records for seat in record.seats if seat.credits}
 
-    Whether a group has signal is judged by the rewards alone, so that length never trains where the task does not.
+
+def returns(
+    records: list[RolloutRecord], length: LengthShaping | None = None, *, by_turn: Collection[str] | None = None
+) -> dict[Part, dict[int, float]]:
+    """Part -> rollout -> what its advantage is computed from: the seat's reward and what its length takes off it.
+
+    Of seats in `by_turn` (by default, those that any of the records credits by turn) each turn is a part too. Its
+    return is without what earlier turns earned, which it did not bring about; it is compared with that of the same turn
+    in the others.
     """
-    rewards: dict[str, list[float]] = {}
+    by_turn = credited(records) if by_turn is None else by_turn
+    found: dict[Part, dict[int, float]] = {}
     for record in records:
         for seat in record.seats:
-            rewards.setdefault(seat.name, []).append(seat_reward(record, seat) + length_added(seat, length))
-    return rewards
+            total = seat_reward(record, seat) + (length_added(seat, length) if length is not None else 0.0)
+            found.setdefault(Part(seat.name), {})[record.rollout_id] = total
+            turns = {span.turn for sample in seat.samples for span in sample.turns} if seat.name in by_turn else set()
+            for turn in turns:
+                before = sum(amount for earned, amount in seat.credits.items() if earned < turn)
+                found.setdefault(Part(seat.name, turn), {})[record.rollout_id] = total - before
+    return found
 
 
 def length_added(seat: Seat, length: LengthShaping) -> float:
@@ -98,18 +118,6 @@ def may_part(group: Group, *, drop_zero_signal: bool) -> bool:
     is_half = 2 * len(group.valid) >= group.size
     is_open = group.status is GroupStatus.OPEN and not group.has_group_rewards
     return is_open and is_half and outcome(group, drop_zero_signal=drop_zero_signal) == "ready"
-
-
-def baselines(group: Group, length: LengthShaping) -> dict[str, Baseline]:
-    """By seat, what members of the group that end later are compared with.
-
-    It does not depend on what a late member will be worth, so a late member's advantage is as unbiased as with a
-    baseline that leaves it out.
-    """
-    return {
-        seat: Baseline(group_baseline(rewards), group_scale(rewards))
-        for seat, rewards in shaped_by_seat(group.valid, length).items()
-    }
 
 
 def last_chances(state: LoopState, *, before: int, max_age: int) -> list[Group]:

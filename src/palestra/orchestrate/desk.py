@@ -17,6 +17,7 @@ from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, add_to, merg
 from palestra.core.process import life
 from palestra.core.records import RolloutRecord, Sampling
 from palestra.core.spans import SpanLog
+from palestra.orchestrate.endpoints import SeatEndpoints
 from palestra.orchestrate.fleet import Fleet
 from palestra.orchestrate.frozen import FrozenModels
 from palestra.orchestrate.gateway import Gateway
@@ -137,6 +138,7 @@ class Desk:
     trainer: TrainerLink
     teller: Teller
     frozen: FrozenModels
+    seats: SeatEndpoints
     changed: Changes
     tasks: asyncio.TaskGroup
 
@@ -149,9 +151,10 @@ class Desk:
         engines = [link.ledger.close() for link in self.fleet.links]
         return [*engines, *self.frozen.close_ledgers(), self.teller.ledger.close()]
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(temperature=self.config.sampling.temperature, max_tokens=self.config.sampling.max_tokens)
+    def sampling_of(self, source: str) -> Sampling:
+        """Of an entry of env.mix; of evaluations, where they do not say otherwise."""
+        sampling = self.config.sampling_of(source)
+        return Sampling(temperature=sampling.temperature, max_tokens=sampling.max_tokens)
 
     @property
     def capacity(self) -> int:

@@ -15,10 +15,11 @@ import msgspec
 
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.metrics import Mean
-from palestra.core.records import Ending, Reply, RolloutRecord
+from palestra.core.records import ChatReply, Ending, Reply, RolloutRecord
 from palestra.orchestrate.buffer import may_part, outcome, too_old_in_flight
 from palestra.orchestrate.curriculum import draw_metrics
 from palestra.orchestrate.desk import Desk
+from palestra.orchestrate.endpoints import hash_of_chat
 from palestra.orchestrate.pacing import predicted_age
 from palestra.orchestrate.pooled import open_sources
 from palestra.orchestrate.pulse import Pulse
@@ -36,6 +37,8 @@ from palestra.orchestrate.state import (
     RolloutCut,
     RolloutEnded,
     RolloutRetried,
+    SeatReplied,
+    SeatReply,
 )
 from palestra.orchestrate.workers import PlayOrder
 from palestra.wire.draft import NOTHING
@@ -165,7 +168,7 @@ class Dispatcher:
         if (
             out
             and all(pulse is not None and pulse.is_quiet for pulse in out)
-            and may_part(group, drop_zero_signal=self._desk.config.algo.filters_groups)
+            and may_part(group, drop_zero_signal=self._desk.config.algo_of(group.source).filters_groups)
         ):
             self._desk.journal.record(GroupParted(group_id=group.group_id))
             self._tails.closed(group)
@@ -188,14 +191,16 @@ class Dispatcher:
         seed = self._desk.config.train.seed
         member = rollout_id - group.rollout_ids.start
 
-        async def answer(call: Call) -> Reply:
-            return await self._answer(group, rollout_id, call, seed=seed_for(seed, group.group_id, call.call) + member)
+        async def answer(call: Call) -> Reply | ChatReply:
+            of_call = seed_for(seed, group.group_id, call.call) + member
+            ask = self._answer_seat if call.seat else self._answer
+            return await ask(group, rollout_id, call, seed=of_call)
 
         return PlayOrder(
             rollout_id=rollout_id,
             source=group.source,
             task=group.task,
-            sampling=self._desk.sampling,
+            sampling=self._desk.sampling_of(group.source),
             seed=seed_for(seed, "play", rollout_id),
             answer=answer,
         )
@@ -232,6 +237,19 @@ class Dispatcher:
             self._desk.journal.record(Replied(rollout_id=rollout_id, reply=journalled(reply)))
         return reply
 
+    async def _answer_seat(self, group: Group, rollout_id: int, call: Call, *, seed: int) -> ChatReply:
+        """From the journal, or from the endpoint that the recipe names for the seat."""
+        prompt_hash, pulse = hash_of_chat(call.seat, call.messages, call.tools), self._pulses.get(rollout_id)
+        reply = self._desk.state.seat_reply_to(rollout_id, call.call, prompt_hash)
+        if reply is None:
+            reply = await self._desk.seats.ask(group.source, call, seed=seed)
+            if rollout_id not in group.records:
+                said = SeatReply(call=call.call, prompt_hash=prompt_hash, reply=reply)
+                self._desk.journal.record(SeatReplied(rollout_id=rollout_id, reply=said))
+        if pulse is not None:
+            pulse.beat()
+        return reply
+
     # --- one group
 
     async def _close_group(self, group: Group) -> None:
@@ -250,7 +268,7 @@ class Dispatcher:
             return
         scored = {record.rollout_id: record for record in records}
         judged = msgspec.structs.replace(group, records=group.records | scored)
-        result = outcome(judged, drop_zero_signal=self._desk.config.algo.filters_groups)
+        result = outcome(judged, drop_zero_signal=self._desk.config.algo_of(group.source).filters_groups)
         if result == "ready":
             self._desk.frozen.begin(judged.unsettled)
         observed = observe_group(self._desk.config, judged)

@@ -13,9 +13,11 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import msgspec
 
+from palestra.config.schema import Engine
 from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.records import Reply, Sampling
 from palestra.orchestrate.fleet import EngineLink, Fleet
@@ -57,6 +59,16 @@ class Gateway:
         self._join_max_tokens, self._call_s, self._stream_tokens = join_max_tokens, call_s, stream_tokens
         self._joined: dict[_Joinable, _Joined] = {}
         self._requests: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def by(cls, engine: Engine, fleet: Fleet) -> Self:
+        """As a recipe says."""
+        return cls(
+            fleet,
+            join_max_tokens=engine.join_max_tokens,
+            call_s=engine.call_s,
+            stream_tokens=engine.stream_tokens,
+        )
 
     async def call(
         self,

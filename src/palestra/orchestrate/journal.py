@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from palestra.core.files import write_atomically
 from palestra.orchestrate.state import Event, LoopState
-from palestra.wire.batches import write_atomically
 from palestra.wire.framelog import FrameLog, read_frames
 
 _encode = msgspec.msgpack.Encoder().encode

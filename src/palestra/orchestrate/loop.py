@@ -22,6 +22,7 @@ from palestra.core.metrics import Last, Metrics, Sum
 from palestra.orchestrate.checkpoint import write_checkpoint
 from palestra.orchestrate.desk import Changes, Desk, Teller
 from palestra.orchestrate.dispatch import Dispatcher
+from palestra.orchestrate.endpoints import SeatEndpoints
 from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
 from palestra.orchestrate.frozen import FrozenModels, make_frozen, require_same_tokens
 from palestra.orchestrate.gateway import Gateway
@@ -97,12 +98,7 @@ class Loop:
             attempt=attempt,
             journal=journal,
             fleet=fleet,
-            gateway=Gateway(
-                fleet,
-                join_max_tokens=config.engine.join_max_tokens,
-                call_s=config.engine.call_s,
-                stream_tokens=config.engine.stream_tokens,
-            ),
+            gateway=Gateway.by(config.engine, fleet),
             pool=self._make_pool(config, journal, tasks),
             trainer=TrainerLink(
                 lambda message: self._send(TRAINER, message),
@@ -116,6 +112,7 @@ class Loop:
                 tasks.create_task,
                 deadline_s=config.train.batch_deadline_s,
             ),
+            seats=SeatEndpoints(config),
             changed=changed,
             tasks=tasks,
         )
@@ -133,11 +130,12 @@ class Loop:
         return WorkerPool(
             self._send,
             tasks.create_task,
-            num_workers=env.workers,
+            num_workers=config.num_workers,
             deadlines=Deadlines(ready_s=config.engine.healthy_s, stall_s=env.stall_s, answer_s=env.answer_s),
             quarantine=Quarantine(journal.state.quarantined, self._note_quarantine),
             restart=self._ask_restart,
             life=self._life,
+            max_bytes=env.max_worker_bytes,
         )
 
     async def run(self) -> None:
@@ -154,6 +152,7 @@ class Loop:
         finally:
             await self.desk.gateway.close()
             await self.desk.frozen.close()
+            await self.desk.seats.close()
             for owned in (self._listener, self.desk.journal, self.desk.teller):
                 owned.close()
 
@@ -277,6 +276,7 @@ class Loop:
             match message:
                 case LedgerClosed():
                     self.desk.teller.note_ledger(message.entry)
+                    self.desk.pool.watch_memory(peer, message)
                     self._gone |= {peer} if message.is_last else set()
                     self.desk.changed.tell()
                 case TrainerReady() | WarmedUp() | StepTrained() | WeightsStaged() | TrainerSaved() | Exported():

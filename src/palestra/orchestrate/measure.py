@@ -8,9 +8,9 @@ import time
 
 from palestra.config.schema import EvalSet
 from palestra.core.metrics import Last
-from palestra.core.records import Reply, RolloutRecord, Sampling, Task
+from palestra.core.records import ChatReply, Reply, RolloutRecord, Sampling, Task
 from palestra.orchestrate.desk import Desk
-from palestra.orchestrate.evaluate import evaluate
+from palestra.orchestrate.evaluate import Means, evaluate
 from palestra.orchestrate.state import EvalEnded
 from palestra.orchestrate.workers import PlayOrder
 from palestra.wire.messages import Call
@@ -71,15 +71,14 @@ class Evaluations:
         if when != "during":
             await desk.progress(f"evaluating {entry.label}")
         with desk.teller.spans.span("evaluate", set=entry.label, version=version):
-            result = await evaluate(
-                entry,
-                default=desk.sampling,
+            means = Means(
                 list_tasks=desk.pool.list_tasks,
                 play=self._play,
+                score_group=desk.pool.score_group,
                 max_in_flight=max(desk.capacity if when == "end" else desk.capacity // 2, 1),  # training goes on
                 retries=desk.config.env.retries,
-                seed=desk.config.train.seed,
             )
+            result = await evaluate(entry, means, default=desk.sampling_of(entry.label), seed=desk.config.train.seed)
         await asyncio.to_thread(desk.teller.write_rollouts, f"eval-{entry.label}-v{version:06d}", result.records)
         ended = EvalEnded(
             name=entry.label,
@@ -96,7 +95,9 @@ class Evaluations:
     async def _play(self, source: str, task: Task, sampling: Sampling, seed: int) -> RolloutRecord:
         session = -1 - seed  # no rollout's
 
-        async def answer(call: Call) -> Reply:
+        async def answer(call: Call) -> Reply | ChatReply:
+            if call.seat:
+                return await self._desk.seats.ask(source, call, seed=seed + call.call)
             return await self._desk.gateway.call(session, call.token_ids, call.sampling, seed=seed + call.call)
 
         order = PlayOrder(rollout_id=0, source=source, task=task, sampling=sampling, seed=seed, answer=answer)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import msgspec
 
 from palestra.core.errors import FencedError, InfrastructureError
-from palestra.orchestrate.batcher import make_batch, rules_of
+from palestra.orchestrate.batcher import Averages, make_batch, rules_of
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.journal import events
 from palestra.orchestrate.state import BatchShipped, Group, LoopState
@@ -36,21 +36,23 @@ def _why_unreadable(desk: Desk, step: int) -> str:
 
 
 async def _make_anew(desk: Desk, step: int) -> None:
-    groups = await asyncio.to_thread(_groups_of, desk, step)
+    groups, averages = await asyncio.to_thread(_groups_of, desk, step)
     records = [record for group in groups for record in group.unsettled]
     if not desk.frozen.has_answers(records):
         await desk.frozen.wait(records)
     logprobs = desk.frozen.take(records)
-    batch, _, _ = make_batch(groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules_of(desk.config))
+    batch, _, _ = make_batch(
+        groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules_of(desk.config), averages=averages
+    )
     await asyncio.to_thread(desk.run.batches.write, batch)
 
 
-def _groups_of(desk: Desk, step: int) -> list[Group]:
-    """As they were when the batch was made: without members that ended while it was written."""
+def _groups_of(desk: Desk, step: int) -> tuple[list[Group], Averages]:
+    """As they were when the batch was made, without members that ended while it was written; and the averages then."""
     state = LoopState()
     for event in events(desk.journal.directory):
         if isinstance(event, BatchShipped) and event.step == step:
-            return [_as_taken(state.groups[group_id], event) for group_id in event.group_ids]
+            return [_as_taken(state.groups[group_id], event) for group_id in event.group_ids], state.averages
         state.apply(event)
     raise InfrastructureError(f"the journal {desk.journal.directory} has no batch of step {step}")
 

@@ -9,8 +9,8 @@ import time
 
 from palestra.core.metrics import Mean, Metrics, Sum
 from palestra.core.records import RolloutRecord
-from palestra.orchestrate.batcher import make_batch, rules_of
-from palestra.orchestrate.buffer import baselines, expired, last_chances, length_added, may_part, num_nearly_ready, take
+from palestra.orchestrate.batcher import baselines, make_batch, moved, rules_of
+from palestra.orchestrate.buffer import expired, last_chances, length_added, may_part, num_nearly_ready, take
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.frozen import frozen_metrics
 from palestra.orchestrate.ratings import observe_unclosed, rate_tasks
@@ -61,7 +61,7 @@ def _take(desk: Desk) -> list[Group] | None:
     leaving = [
         group
         for group in last_chances(state, before=newest, max_age=algo.max_age)
-        if may_part(group, drop_zero_signal=algo.filters_groups)
+        if may_part(group, drop_zero_signal=desk.config.algo_of(group.source).filters_groups)
     ]
     for group in leaving:
         desk.journal.record(GroupParted(group_id=group.group_id))
@@ -70,11 +70,15 @@ def _take(desk: Desk) -> list[Group] | None:
 
 async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
     rules, considered = rules_of(desk.config), _untrained(groups)
-    kept = {g.group_id: baselines(g, rules.length) for g in groups if not g.all_ended and not g.settled}
+    averages = desk.state.averages
+    kept = {g.group_id: baselines(g, rules, averages) for g in groups if not g.all_ended and not g.settled}
+    after = moved(averages, groups, rules)
     num_late = sum(len(group.unsettled) for group in groups if group.status is GroupStatus.LATE)
     logprobs = desk.frozen.take(considered)
     with desk.teller.ledger.spend("batch"), desk.teller.spans.span("batch", step=step):
-        batch, packing, trained = make_batch(groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules)
+        batch, packing, trained = make_batch(
+            groups, logprobs, step=step, attempt=desk.attempt.number, rules=rules, averages=averages
+        )
     path = await asyncio.to_thread(desk.run.batches.write, batch)
     if desk.config.log.keep_rollouts:
         await asyncio.to_thread(desk.teller.write_rollouts, f"step-{step:06d}", trained)
@@ -85,8 +89,13 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
     }
     if desk.config.algo.frozen:
         metrics |= frozen_metrics(trained, logprobs)
-    if not rules.length.is_off:
-        added = [length_added(seat, rules.length) for record in trained for seat in record.seats]
+    added = [
+        length_added(seat, shaping)
+        for record in trained
+        if not (shaping := rules.of(record.environment).length).is_off
+        for seat in record.seats
+    ]
+    if added:
         metrics["reward/length_added"] = Mean(sum(added), len(added))
     rollout_ids = [record.rollout_id for record in trained]
     group_ids, live = [group.group_id for group in groups], desk.state.groups
@@ -98,6 +107,7 @@ async def _ship(desk: Desk, step: int, groups: list[Group]) -> None:
         baselines=kept,
         metrics=metrics,
         observed=observe_unclosed(desk.config, [live[group_id] for group_id in group_ids if group_id in live]),
+        averages=after,
     )
     rate_tasks(desk)
     desk.journal.record(event)

@@ -4,13 +4,15 @@ Every decision (which task, which groups in a batch) is made outside and recorde
 snapshot's journal gives the state the process had when it was killed: nothing finished is lost or shipped twice.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import Any, Self
 
 import msgspec
 from msgspec import Struct, field
 
 from palestra.core.metrics import Metric, Metrics
-from palestra.core.records import Ending, Reply, RolloutRecord, Task
+from palestra.core.records import ChatReply, Ending, Reply, RolloutRecord, Task
 from palestra.orchestrate.curriculum import Found, Observation, Pool, Rating, Result, SourcePools
 
 CUT = "stopped in flight: too old to train (algo.max_age)"  # the error of such a rollout
@@ -49,11 +51,22 @@ class Baseline(Struct, frozen=True, array_like=True):
     std: float
 
 
+class Average(Struct, frozen=True, array_like=True):
+    """A moving average of returns, and of their squares."""
+
+    mean: float
+    square: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        return cls(sum(values) / len(values), sum(value**2 for value in values) / len(values))
+
+
 class Group(Struct, kw_only=True):
     """The rollouts of one task. Member m has rollout id `group_id * size + m`.
 
-    `settled` are members that a batch has taken, or that were too old for it; `baselines`, by seat, are what members
-    that end after that are compared with.
+    `settled` are members that a batch has taken, or that were too old for it; `baselines`, by seat and turn
+    (`buffer.Part.key`), are what members that end after that are compared with.
     """
 
     group_id: int
@@ -102,6 +115,14 @@ class JournalledReply(Struct, frozen=True, kw_only=True):
     reply: Reply
 
 
+class SeatReply(Struct, frozen=True, kw_only=True):
+    """What the endpoint of a seat said, found again in the same way."""
+
+    call: int
+    prompt_hash: int
+    reply: ChatReply
+
+
 # --- events
 
 
@@ -121,6 +142,11 @@ class GroupOpened(Struct, frozen=True, kw_only=True, tag=True):
 class Replied(Struct, frozen=True, kw_only=True, tag=True):
     rollout_id: int
     reply: JournalledReply
+
+
+class SeatReplied(Struct, frozen=True, kw_only=True, tag=True):
+    rollout_id: int
+    reply: SeatReply
 
 
 class PartlyReplied(Struct, frozen=True, kw_only=True, tag=True):
@@ -175,7 +201,7 @@ class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
     """The batch file of `step` is complete on disk and holds these rollouts of these groups; the rollouts in `too_old`
     were past the age bound. `baselines`, by group and seat, are those of groups with members still out: they train
     later against the same ones. `metrics` are those of its rollouts; `observed` is what a curriculum learns of groups
-    that train before they closed."""
+    that train before they closed. `averages` are the moving averages of returns after it."""
 
     step: int
     group_ids: list[int]
@@ -184,6 +210,7 @@ class BatchShipped(Struct, frozen=True, kw_only=True, tag=True):
     baselines: dict[int, dict[str, Baseline]] = {}
     metrics: dict[str, Metric] = {}
     observed: dict[int, Result] = {}
+    averages: dict[str, Average] = {}
 
 
 class Published(Struct, frozen=True, kw_only=True, tag=True):
@@ -245,6 +272,7 @@ class TasksRated(Struct, frozen=True, kw_only=True, tag=True):
 Event = (
     GroupOpened
     | Replied
+    | SeatReplied
     | PartlyReplied
     | RolloutEnded
     | RolloutRetried
@@ -266,9 +294,9 @@ Event = (
 class LoopState(Struct, kw_only=True):
     """Everything the loop must know to go on. Only `apply` changes it.
 
-    `groups` holds groups that are not wholly trained or dropped; `replies` and the `begun` ones those of rollouts that
-    have not ended; `next_step` is the step the next batch is for. `pools`, by source, and `seeds`, by task key, are the
-    curriculum's; `moves` are those of the last ratings, of step `rated_at`.
+    `groups` holds groups that are not wholly trained or dropped; `replies`, the `begun` ones and `seat_replies` those
+    of rollouts that have not ended; `next_step` is the step the next batch is for. `pools`, by source, and `seeds`, by
+    task key, are the curriculum's; `moves` are those of the last ratings, of step `rated_at`.
     """
 
     next_group: int = 0
@@ -276,6 +304,7 @@ class LoopState(Struct, kw_only=True):
     groups: dict[int, Group] = field(default_factory=dict)
     replies: dict[int, list[JournalledReply]] = field(default_factory=dict)
     begun: dict[int, list[JournalledReply]] = field(default_factory=dict)
+    seat_replies: dict[int, list[SeatReply]] = field(default_factory=dict)
     cursors: dict[str, Cursor] = field(default_factory=dict)
     evals: list[EvalEnded] = field(default_factory=list)
     batch_metrics: dict[int, Metrics] = field(default_factory=dict)  # by step, of batches that may be trained again
@@ -287,6 +316,7 @@ class LoopState(Struct, kw_only=True):
     seeds: dict[str, Result] = field(default_factory=dict)
     moves: list[Rating] = field(default_factory=list)
     rated_at: int = 0
+    averages: dict[str, Average] = field(default_factory=dict)  # moving ones, see `batcher.moved`
 
     def apply(self, event: Event) -> None:
         """Errors: ValueError for an event that cannot follow (a rollout that ends twice, a batch out of order)."""
@@ -295,6 +325,10 @@ class LoopState(Struct, kw_only=True):
     def reply_to(self, rollout_id: int, call: int, prompt_hash: int) -> Reply | None:
         """The whole reply to this call, if it was journalled."""
         return _find(self.replies.get(rollout_id, []), call, prompt_hash)
+
+    def seat_reply_to(self, rollout_id: int, call: int, prompt_hash: int) -> ChatReply | None:
+        """What the endpoint of a seat said to it, if it was journalled."""
+        return _find(self.seat_replies.get(rollout_id, []), call, prompt_hash)
 
     def reply_begun(self, rollout_id: int, call: int, prompt_hash: int) -> Reply | None:
         """What was journalled of a reply that broke off."""
@@ -325,7 +359,7 @@ class LoopState(Struct, kw_only=True):
         self.counts[name] = self.counts.get(name, 0) + amount
 
 
-def _find(replies: list[JournalledReply], call: int, prompt_hash: int) -> Reply | None:
+def _find(replies: Sequence[Any], call: int, prompt_hash: int) -> Any:
     found = (known.reply for known in replies if known.call == call and known.prompt_hash == prompt_hash)
     return next(found, None)
 
@@ -351,6 +385,15 @@ def _group_opened(state: LoopState, event: GroupOpened) -> None:
 def _replied(state: LoopState, event: Replied) -> None:
     state.replies.setdefault(event.rollout_id, []).append(event.reply)
     _drop_begun(state, event.rollout_id, event.reply.call)
+
+
+def _seat_replied(state: LoopState, event: SeatReplied) -> None:
+    state.seat_replies.setdefault(event.rollout_id, []).append(event.reply)
+
+
+def _forget_replies(state: LoopState, rollout_id: int) -> None:
+    for replies in (state.replies, state.begun, state.seat_replies):
+        replies.pop(rollout_id, None)
 
 
 def _partly_replied(state: LoopState, event: PartlyReplied) -> None:
@@ -397,8 +440,7 @@ def _note_end(state: LoopState, record: RolloutRecord) -> None:
     if record.rollout_id in group.records:
         raise ValueError(f"rollout {record.rollout_id} ended twice")
     group.records[record.rollout_id] = record
-    state.replies.pop(record.rollout_id, None)
-    state.begun.pop(record.rollout_id, None)
+    _forget_replies(state, record.rollout_id)
     if group.status in (GroupStatus.PARTED, GroupStatus.LATE) and record.ending != Ending.INVALID:
         _count_dispatched(state, [record.num_sampled_tokens])
     if group.status is GroupStatus.LATE:
@@ -409,8 +451,7 @@ def _note_end(state: LoopState, record: RolloutRecord) -> None:
 def _rollout_retried(state: LoopState, event: RolloutRetried) -> None:
     group = _live_group(state, event.rollout_id)
     group.tries[event.rollout_id] = group.tries.get(event.rollout_id, 0) + 1
-    state.replies.pop(event.rollout_id, None)
-    state.begun.pop(event.rollout_id, None)
+    _forget_replies(state, event.rollout_id)
     state.count("rollouts_retried")
 
 
@@ -428,8 +469,7 @@ def _group_closed(state: LoopState, event: GroupClosed) -> None:
         group.move(GroupStatus.DROPPED)
         del state.groups[event.group_id]
         for rollout_id in group.rollout_ids:
-            state.replies.pop(rollout_id, None)
-            state.begun.pop(rollout_id, None)
+            _forget_replies(state, rollout_id)
 
 
 def _group_parted(state: LoopState, event: GroupParted) -> None:
@@ -461,6 +501,7 @@ def _batch_shipped(state: LoopState, event: BatchShipped) -> None:
         group.baselines = event.baselines.get(group.group_id, group.baselines)
         group.move(GroupStatus.LATE)
         _leave_if_settled(state, group)
+    state.averages |= event.averages
     state.batch_metrics[event.step] = event.metrics
     state.next_step += 1
     state.count("rollouts_shipped", len(event.rollout_ids))
@@ -533,6 +574,7 @@ def _live_group(state: LoopState, rollout_id: int) -> Group:
 _APPLY = {
     GroupOpened: _group_opened,
     Replied: _replied,
+    SeatReplied: _seat_replied,
     PartlyReplied: _partly_replied,
     RolloutEnded: _rollout_ended,
     RolloutRetried: _rollout_retried,

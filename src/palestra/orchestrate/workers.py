@@ -10,7 +10,8 @@ what else it was asked is asked again.
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Coroutine
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 import msgspec
 
 from palestra.core.deadline import within
-from palestra.core.errors import DeadlineError, InfrastructureError, PalestraError
-from palestra.core.records import Ending, Reply, RolloutRecord, Sampling, Task
+from palestra.core.errors import DeadlineError, InfrastructureError, PalestraError, UserError
+from palestra.core.records import ChatReply, Ending, Reply, RolloutRecord, Sampling, Task
 from palestra.orchestrate.quarantine import Quarantine, name_of
+from palestra.wire.chat import TooLongError
 from palestra.wire.messages import (
     Call,
     CallReply,
@@ -29,6 +31,7 @@ from palestra.wire.messages import (
     Ended,
     FromWorker,
     GroupScored,
+    LedgerClosed,
     ListTasks,
     Play,
     ScoreGroup,
@@ -38,7 +41,7 @@ from palestra.wire.messages import (
 )
 
 Send = Callable[[str, ToWorker], Coroutine[Any, Any, None]]
-Answer = Callable[[Call], Awaitable[Reply]]
+Answer = Callable[[Call], Awaitable[Reply | ChatReply]]
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 _LIFE_NUMBERS = 1 << 40  # of rollouts and questions in one life of the orchestrator
 
@@ -101,12 +104,18 @@ class WorkerPool:
         quarantine: Quarantine,
         restart: Callable[[str, str], None],
         life: int,
+        max_bytes: float = math.inf,
     ):
-        """`spawn` starts a task whose error ends the loop; `restart(name, why)` asks the supervisor."""
+        """`spawn` starts a task whose error ends the loop; `restart(name, why)` asks the supervisor.
+
+        A worker that holds more than `max_bytes` is started again.
+        """
+        self._max_bytes = max_bytes
         self._send, self._spawn, self._deadlines, self._restart = send, spawn, deadlines, restart
         self.quarantine = quarantine
         self._running: dict[str, int] = {}  # rollouts of each worker that is there
         self._lives: dict[str, int] = {}  # the newest of each worker
+        self._sources: dict[str, frozenset[str]] = {}  # that each worker plays
         self._num_workers = num_workers
         self._all_ready, self._one_ready = asyncio.Event(), asyncio.Event()
         self._playing: dict[int, _Playing] = {}
@@ -136,7 +145,7 @@ class WorkerPool:
     def handle(self, peer: str, message: FromWorker) -> None:
         match message:
             case WorkerReady():
-                self._worker_ready(peer, message.life)
+                self._worker_ready(peer, message.life, message.sources)
             case Call() if message.rollout_id in self._playing:
                 self._start_answer(self._playing[message.rollout_id], message)
             case Ended() if message.record.rollout_id in self._playing:
@@ -146,10 +155,10 @@ class WorkerPool:
             case Tasks() | GroupScored() if asked := self._asked.pop(message.request_id, None):
                 _settle(asked.answer, message)
 
-    def _worker_ready(self, worker: str, life: int) -> None:
+    def _worker_ready(self, worker: str, life: int, sources: Sequence[str]) -> None:
         """It has nothing to do: what it was asked before is gone."""
         self._lose(worker)
-        self._running[worker], self._lives[worker] = 0, life
+        self._running[worker], self._lives[worker], self._sources[worker] = 0, life, frozenset(sources)
         self._one_ready.set()
         if len(self._running) == self._num_workers:
             self._all_ready.set()
@@ -164,6 +173,14 @@ class WorkerPool:
             if playing.order.name == guilty:
                 self._spawn(self._cancel(playing.worker, number))
                 self._lost(number)
+
+    def watch_memory(self, worker: str, said: LedgerClosed) -> None:
+        """Environments leak: one that holds too much takes nothing with it but its process."""
+        if said.resident_bytes > self._max_bytes and worker in self._running and not said.is_last:
+            held, most = said.resident_bytes / 2**30, self._max_bytes / 2**30
+            why = f"it holds {held:.1f} GiB of memory, more than env.max_worker_gib={most:g}"
+            self._restart(worker, why)
+            self._lose(worker)
 
     def _at_work(self, worker: str) -> set[str]:
         """Tasks whose code it ran: not those that waited for an engine."""
@@ -193,12 +210,17 @@ class WorkerPool:
         self._restart(worker, why)
         self.worker_ended(worker, why, self._lives[worker])
 
-    async def _free_worker(self) -> str:
-        """The one with the fewest rollouts. Errors: DeadlineError, if none is there in time."""
-        while not self._running:
-            waiting_for, hint = "an environment worker to be there", "see logs/env-*.log"
+    async def _workers_of(self, source: str) -> list[str]:
+        """Those that play it. Errors: DeadlineError, if none is there in time."""
+        while not (found := [name for name in self.names if source in (self._sources[name] or (source,))]):
+            self._one_ready.clear()
+            waiting_for, hint = f"an environment worker of {source} to be there", "see logs/env-*.log"
             await within(self._deadlines.ready_s, self._one_ready.wait(), waiting_for=waiting_for, hint=hint)
-        return min(self._running, key=lambda name: (self._running[name], name))
+        return found
+
+    async def _free_worker(self, source: str) -> str:
+        """The one with the fewest rollouts. Errors: DeadlineError, if none is there in time."""
+        return min(await self._workers_of(source), key=lambda name: (self._running[name], name))
 
     # --- rollouts
 
@@ -216,7 +238,7 @@ class WorkerPool:
 
     async def _try(self, order: PlayOrder) -> RolloutRecord | None:
         """None, if the worker died."""
-        number, worker = next(self._numbers), await self._free_worker()
+        number, worker = next(self._numbers), await self._free_worker(order.source)
         loop = asyncio.get_running_loop()
         stall = loop.call_later(self._deadlines.stall_s, self._stalled, number)
         playing = self._playing[number] = _Playing(worker, order, loop.create_future(), stall)
@@ -254,13 +276,26 @@ class WorkerPool:
         task.add_done_callback(lambda _: self._answered(playing, task, call.rollout_id))
 
     async def _answer(self, playing: _Playing, call: Call) -> None:
-        """Answer one engine call; a call that cannot be answered makes the rollout invalid on the worker's side."""
+        """Answer one call; one that cannot be answered makes the rollout invalid on the worker's side, or truncated.
+
+        Errors: UserError, of an endpoint that refuses all calls.
+        """
+        answer, error, is_too_long = None, "", False
         try:
-            reply, error = await playing.order.answer(call), ""
+            answer = await playing.order.answer(call)
+        except UserError:
+            raise
         except PalestraError as failure:
-            reply, error = None, str(failure)
+            error, is_too_long = str(failure), isinstance(failure, TooLongError)
         if call.rollout_id in self._playing:
-            message = CallReply(rollout_id=call.rollout_id, call=call.call, reply=reply, error=error)
+            message = CallReply(
+                rollout_id=call.rollout_id,
+                call=call.call,
+                reply=answer if isinstance(answer, Reply) else None,
+                chat=answer if isinstance(answer, ChatReply) else None,
+                error=error,
+                is_too_long=is_too_long,
+            )
             await self._send(playing.worker, message)
 
     def _answered(self, playing: _Playing, task: asyncio.Task[None], number: int) -> None:
@@ -295,7 +330,7 @@ class WorkerPool:
         def message(number: int) -> ListTasks:
             return ListTasks(request_id=number, source=source, epoch=epoch, offset=offset, count=count)
 
-        answer = await self._ask(message, waiting_for=f"tasks of {source}")
+        answer = await self._ask(message, waiting_for=f"tasks of {source}", source=source)
         assert isinstance(answer, Tasks)
         return answer
 
@@ -313,16 +348,16 @@ class WorkerPool:
         return answer.records
 
     async def _ask(
-        self, message: Callable[[int], ToWorker], *, waiting_for: str, source: str = "", task: Task | None = None
+        self, message: Callable[[int], ToWorker], *, waiting_for: str, source: str, task: Task | None = None
     ) -> Tasks | GroupScored:
         """Until a worker lives long enough to answer. Errors: DeadlineError; InfrastructureError, if the task is
         quarantined."""
         while True:
             if task is not None and (reason := self.quarantine.reason(source, task)):
                 raise InfrastructureError(f"its task is quarantined: {reason}")
-            number, worker = next(self._numbers), await self._free_worker()
-            if task is None:
-                worker = self.names[0]  # tasks are loaded where they are listed: in one worker, as long as it lives
+            number, worker = next(self._numbers), await self._free_worker(source)
+            if task is None:  # tasks are loaded where they are listed: in one worker, as long as it lives
+                worker = (await self._workers_of(source))[0]
             name = "" if task is None else name_of(source, task)
             asked = self._asked[number] = _Asked(worker, name, asyncio.get_running_loop().create_future())
             await self._send(worker, message(number))

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from palestra.core.errors import InfrastructureError
+from palestra.core.files import write_atomically
 from palestra.model.policy import Policy
 from palestra.train.ranks import Ranks
-from palestra.wire.batches import write_atomically
 
 _STATE = "state.json"
 

@@ -6,7 +6,6 @@ Integer columns take the narrowest type that holds them. Float streams are kept 
 smaller than one float per token, so that a stream that is constant in a sample costs one value.
 """
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import msgspec
 import numpy as np
 
 from palestra.core.errors import FencedError, InfrastructureError
+from palestra.core.files import write_atomically
 
 _MAGIC = b"palestra-batch-2\n"
 _INTEGERS = ("token_ids", "lengths", "rollout", "pack", "version")
@@ -190,20 +190,3 @@ class BatchFiles:
         for known in self.steps():
             if known < step:
                 self.path(known).unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Write beside `path`, flush to disk, rename: readers see the old file or the whole new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InfrastructureError(
-            f"could not write {path} ({len(data)} bytes): {error}; free space and resume"
-        ) from error
-    return path

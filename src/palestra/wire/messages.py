@@ -1,10 +1,12 @@
 """Messages between our processes. One direction of one boundary is one union; frames carry the run's attempt."""
 
+from typing import Any
+
 from msgspec import Struct
 
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Metric
-from palestra.core.records import Reply, RolloutRecord, Sampling, Task
+from palestra.core.records import ChatReply, Reply, RolloutRecord, Sampling, Task
 from palestra.wire.weights.manifest import Staged
 
 # --- orchestrator -> environment worker
@@ -31,12 +33,15 @@ class Play(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CallReply(Struct, frozen=True, kw_only=True, tag=True):
-    """The answer to a `Call`: a reply, or why the engine could not give one (then the rollout is invalid)."""
+    """The answer to a `Call`: a reply of tokens, one in words where messages were asked, or why there is none: the
+    rollout is invalid then, or `is_too_long` for the model's context."""
 
     rollout_id: int
     call: int
     reply: Reply | None = None
+    chat: ChatReply | None = None
     error: str = ""
+    is_too_long: bool = False
 
 
 class ScoreGroup(Struct, frozen=True, kw_only=True, tag=True):
@@ -64,11 +69,15 @@ ToWorker = ListTasks | Play | CallReply | ScoreGroup | Cancel | Stop
 
 
 class WorkerReady(Struct, frozen=True, kw_only=True, tag=True):
-    """The worker has nothing to do: what it was asked before, in another life or by another orchestrator, is gone."""
+    """The worker has nothing to do: what it was asked before, in another life or by another orchestrator, is gone.
+
+    `sources` are the entries of env.mix and eval.sets that it plays; all, if none is named.
+    """
 
     index: int
     pid: int
     life: int = 0
+    sources: list[str] = []
 
 
 class Tasks(Struct, frozen=True, kw_only=True, tag=True):
@@ -82,12 +91,18 @@ class Tasks(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Call(Struct, frozen=True, kw_only=True, tag=True):
-    """One engine call of a rollout: exact token ids in."""
+    """One call of a rollout: exact token ids in, for an engine; or messages, for an endpoint that takes no tokens.
+
+    `seat` is the one whose model the recipe names (`seats` of the source); "": the model that trains or is measured.
+    """
 
     rollout_id: int
     call: int
     token_ids: list[int]
     sampling: Sampling
+    messages: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = []
+    seat: str = ""
 
 
 class Ended(Struct, frozen=True, kw_only=True, tag=True):
@@ -109,10 +124,14 @@ class GroupScored(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class LedgerClosed(Struct, frozen=True, kw_only=True, tag=True):
-    """Ledger entry of a process, sent to the orchestrator, which owns the files. `is_last`: the process ends now."""
+    """Ledger entry of a process, sent to the orchestrator, which owns the files. `is_last`: the process ends now.
+
+    `resident_bytes`: its memory, if it says so.
+    """
 
     entry: LedgerEntry
     is_last: bool = False
+    resident_bytes: int = 0
 
 
 FromWorker = WorkerReady | Tasks | Call | Ended | Cancelled | GroupScored | LedgerClosed

@@ -243,6 +243,11 @@ class EngineClient:
         await self._call("/finish_weight_update", {"weight_version": str(version)}, deadline_s=deadline_s)
         self.serving = version
 
+    async def label(self, version: int, *, deadline_s: float | None = None) -> None:
+        """Tokens are labelled `version` from here on: the weights it was started with are those of that version."""
+        await self._call("/update_weight_version", {"new_version": str(version)}, deadline_s=deadline_s)
+        self.serving = version
+
     async def version(self, *, deadline_s: float | None = None) -> int | None:
         """The label of the tokens sampled now; None before the first publish."""
         answer = await self._call("/weight_info", method="GET", deadline_s=deadline_s, repeatable=True)

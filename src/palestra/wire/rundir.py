@@ -8,7 +8,8 @@ import msgspec
 from msgspec import Struct
 
 from palestra.core.errors import InfrastructureError, UserError
-from palestra.wire.batches import BatchFiles, write_atomically
+from palestra.core.files import write_atomically
+from palestra.wire.batches import BatchFiles
 
 
 class Attempt(Struct, frozen=True, kw_only=True):
@@ -81,6 +82,11 @@ class RunDir:
     def rollouts(self) -> Path:
         """Finished rollouts, one JSON line each, a file per step; and those of evaluations."""
         return self.path / "rollouts"
+
+    @property
+    def results(self) -> Path:
+        """Finished rollouts of `palestra eval`, a JSON line each."""
+        return self.path / "results.jsonl"
 
     @property
     def published(self) -> Path:

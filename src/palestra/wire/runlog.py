@@ -17,9 +17,9 @@ import msgspec
 from msgspec import Struct
 
 from palestra.core.clock import unix_now
+from palestra.core.files import write_atomically
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Metric, values
-from palestra.wire.batches import write_atomically
 from palestra.wire.rundir import RunDir
 
 Row = TypeVar("Row")
@@ -34,7 +34,7 @@ class RunLog:
         run.path.mkdir(parents=True, exist_ok=True)
         self._run = run
         for path in (run.metrics, run.ledger):
-            _cut_torn_line(path)
+            cut_torn_line(path)
         self._metrics = run.metrics.open("a", encoding="utf-8", buffering=1)
         self._ledger = run.ledger.open("a", encoding="utf-8", buffering=1)
         self._num_moves: int | None = None  # counted when they are first asked for
@@ -50,7 +50,7 @@ class RunLog:
     def moves(self, rows: Sequence[Mapping[str, Any]], *, total: int) -> None:
         """The last rows of curriculum.jsonl, which has `total` then; those that are there are not written again."""
         if self._num_moves is None:
-            _cut_torn_line(self._run.moves)
+            cut_torn_line(self._run.moves)
             self._num_moves = len(_lines(self._run.moves))
         missing = rows[max(len(rows) - (total - self._num_moves), 0) :]
         if missing:
@@ -82,7 +82,7 @@ def append_restart(run: RunDir, restarted: Restarted) -> None:
 
 
 def read_restarts(run: RunDir) -> list[Restarted]:
-    return _rows(run.restarts, Restarted)
+    return read_rows(run.restarts, Restarted)
 
 
 def as_rows(restarts: list[Restarted]) -> list[dict[str, Any]]:
@@ -114,12 +114,12 @@ def _append(path: Path, row: Struct) -> None:
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """Rows in the order written; a step that was trained again after a resume is there twice, the later one counts."""
-    return _rows(run.metrics, dict[str, Any])
+    return read_rows(run.metrics, dict[str, Any])
 
 
 def read_moves(run: RunDir) -> list[dict[str, Any]]:
     """Moves between the pools of the curriculum, in the order they happened."""
-    return _rows(run.moves, dict[str, Any])
+    return read_rows(run.moves, dict[str, Any])
 
 
 def read_warnings(run: RunDir) -> list[dict[str, Any]]:
@@ -129,25 +129,25 @@ def read_warnings(run: RunDir) -> list[dict[str, Any]]:
 
 
 def read_ledger(run: RunDir) -> list[LedgerEntry]:
-    return _rows(run.ledger, LedgerEntry)
+    return read_rows(run.ledger, LedgerEntry)
 
 
 def read_spans(run: RunDir, process: str) -> list[dict[str, Any]]:
     """Rows of `core.spans`, in the order they ended."""
-    return _rows(run.spans(process), dict[str, Any])
+    return read_rows(run.spans(process), dict[str, Any])
 
 
 def read_summary(run: RunDir) -> dict[str, Any] | None:
     return json.loads(run.summary.read_text()) if run.summary.exists() else None
 
 
-def _cut_torn_line(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """A kill or a full disk may have left half a line: the next one must not be joined to it."""
     if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
 
 
-def _rows(path: Path, kind: type[Row]) -> list[Row]:
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """Of every line that was written whole: a full disk may have left half of one."""
     rows: list[Row] = []
     for line in _lines(path):

@@ -3,7 +3,7 @@
 import pytest
 
 from palestra.core.errors import UserError
-from palestra.env import Agent, Environment, Task, metric, reward
+from palestra.env import Agent, Environment, Frozen, Task, metric, reward
 from palestra.env.environment import has_group_rewards, scorers, seats
 
 
@@ -39,7 +39,7 @@ def test_arguments_are_set_and_defaults_stay():
     ("args", "words"),
     [
         ({"alphabet": "a", "num_leters": 2}, ["'num_leters'", "did you mean 'num_letters'"]),
-        ({"alphabet": "a", "zzz": 2}, ["'zzz'", "it has: alphabet, kinds, max_turns"]),
+        ({"alphabet": "a", "zzz": 2}, ["'zzz'", "it has: alphabet, kinds, max_tokens, max_turns"]),
         ({"alphabet": "a", "num_letters": "two"}, ["args.num_letters='two'", "Expected int, got str"]),
         ({"alphabet": "a", "tasks": []}, ["no argument 'tasks'"]),
         ({}, ["Letters", "args.alphabet"]),
@@ -87,7 +87,16 @@ def test_seats_are_the_agents_run_asks_for():
     class Boxed(Environment):
         async def run(self, task, agent, box: dict): ...
 
-    assert seats(Environment) == ("agent",)
-    assert seats(Chess) == ("white", "black")
+    class Shop(Environment):
+        async def run(self, task, seller, buyer: Frozen): ...
+
+    class Alone(Environment):
+        async def run(self, task, user: Frozen): ...
+
+    assert dict(seats(Environment)) == {"agent": Agent}
+    assert dict(seats(Chess)) == {"white": Agent, "black": Agent}
+    assert dict(seats(Shop)) == {"seller": Agent, "buyer": Frozen}
     with pytest.raises(UserError, match="box: dict, which is not an Agent"):
         seats(Boxed)
+    with pytest.raises(UserError, match="one of its parameters must train"):
+        seats(Alone)

@@ -8,7 +8,7 @@ import pytest
 
 from palestra.core.errors import InfrastructureError
 from palestra.core.records import Ending, Reply, RolloutRecord, Sampling, Task
-from palestra.env import AgentError, Environment, metric, reward, scoring
+from palestra.env import AgentError, Environment, Frozen, metric, reward, scoring
 from palestra.env.chat import Conversation, load_tokenizer
 from palestra.env.play import play, score
 from palestra.env.scoring import InvalidRollout, score_group
@@ -29,7 +29,7 @@ def playing(tokenizer):
         sampling = Sampling(max_tokens=max_tokens, stop_token_ids=tokenizer.stop_ids)
         call = call or policy(tokenizer, speak)
 
-        def voice() -> PolicyVoice:
+        def voice(seat: str) -> PolicyVoice:
             return PolicyVoice(Conversation(tokenizer), call, sampling, max_model_len=max_model_len)
 
         return await play(environment, task, voice, rollout_id=4, source="echo", seed=seed)
@@ -461,3 +461,118 @@ async def test_a_fork_has_a_chance_of_its_own_and_the_same_again(playing):
         await playing(Branches(), Task(prompt="hi"), seed=3)
     assert drawn[:5] == drawn[5:]
     assert len(set(drawn)) == 5
+
+
+# --- seats that do not train, and credit by turn
+
+
+class Shop(Environment):
+    """A seller and a buyer who is only played."""
+
+    system, tools = "Sell.", ()
+
+    async def run(self, task, seller, buyer: Frozen):
+        buyer.system = "Buy."
+        offer = await seller(task.prompt)
+        answer = await buyer(offer)
+        seller.rewards["sold"] = float(answer == "yes")
+        buyer.rewards["glad"] = 0.5
+
+
+def by_name(prompt: str) -> str:
+    return "yes" if "Buy." in prompt else "apples"
+
+
+async def test_a_frozen_seat_is_played_and_is_no_part_of_what_trains(playing):
+    record = await playing(Shop(), Task(prompt="?"), by_name)
+    assert [seat.name for seat in record.seats] == ["seller"]
+    assert (record.ending, record.reward, record.rewards) == (Ending.OK, 1.0, {"sold": 1.0})
+    assert record.metrics == {"buyer.glad": 0.5}
+    assert (record.num_turns, record.num_tokens, record.num_sampled_tokens) == (1, 7, 7)
+    assert [message["content"] for message in record.messages] == ["Sell.", "?", "apples"]
+
+
+async def test_a_seat_that_the_recipe_freezes_keeps_system_and_tools_of_the_environment(tokenizer):
+    class Duel(Environment):
+        system = "Play."
+
+        async def run(self, task, one, other):
+            await one(task.prompt)
+            other.rewards["won"] = float(await other("x") == "Play.")
+
+    def voice(seat: str) -> PolicyVoice:
+        call = policy(tokenizer, lambda prompt: "Play." if "Play." in prompt else "no")
+        return PolicyVoice(Conversation(tokenizer), call, Sampling(stop_token_ids=tokenizer.stop_ids), max_model_len=90)
+
+    record = await play(Duel(), Task(prompt="a"), voice, frozen={"other"})
+    assert [seat.name for seat in record.seats] == ["one"]
+    assert (record.rewards, record.metrics) == ({}, {"other.won": 1.0})
+
+
+async def test_credit_is_of_the_turn_that_earned_it_and_tokens_say_their_turn(playing):
+    class Steps(Environment):
+        async def run(self, task, agent):
+            await agent("a")
+            agent.credit("found", 0.25)
+            fork = agent.fork()
+            await fork("bb")
+            fork.credit("found", 0.5)
+            await agent("ccc")
+            agent.rewards["done"] = 1.0
+
+    record = await playing(Steps(), Task())
+    (seat,) = record.seats
+    assert (seat.rewards, seat.credits, record.reward) == ({"found": 0.75, "done": 1.0}, {0: 0.25, 1: 0.5}, 1.75)
+    turns = [(span.turn, span.end - span.start) for sample in seat.samples for span in sample.turns]
+    assert sorted(turns) == [(0, 2), (1, 3), (2, 4)]  # what was said, and its end
+    for sample in seat.samples:
+        said = {place for span in sample.turns for place in range(span.start, span.end)}
+        assert said == {place for place, sampled in enumerate(sample.sampled) if sampled}
+
+
+async def test_who_has_said_nothing_earns_nothing(playing):
+    class Early(Environment):
+        async def run(self, task, agent):
+            agent.credit("found", 1.0)
+
+    record = await playing(Early(), Task())
+    assert record.ending == Ending.INVALID
+    assert "has said nothing" in record.error
+
+
+async def test_known_answers_may_be_given_by_seat():
+    record = await score(Shop(), Task(prompt="?"), {"seller": ["pears"], "buyer": ["yes"]})
+    assert (record.reward, record.messages[-1]["content"]) == (1.0, "pears")
+    assert (await score(Shop(), Task(prompt="?"), ["pears", "no"])).reward == 0.0
+
+
+async def test_a_cut_context_begins_anew_and_what_was_said_before_trains(playing):
+    heard: list[str] = []
+
+    def speak(prompt: str) -> str:
+        heard.append(prompt)
+        return f"r{len(heard)}"
+
+    class Long(Environment):
+        system, max_turns = "S.", 3
+
+        async def run(self, task, agent):
+            await agent("aaa")
+            assert agent.reply == "r1"
+            agent.compact("so far")
+            assert agent.reply == "r1"
+            await agent("bbb")
+            await agent("ccc")
+            await agent("too many")
+
+        @reward
+        def last(self, task, rollout):
+            return rollout.replies == ["r2", "r3"]
+
+    record = await playing(Long(), Task(), speak)
+    assert (record.ending, record.reward) == (Ending.TRUNCATED, 1.0)
+    assert ["aaa" in prompt for prompt in heard] == [True, False, False]
+    assert ["so far" in prompt and "S." in prompt for prompt in heard] == [False, True, True]
+    samples = record.seats[0].samples
+    assert [[span.turn for span in sample.turns] for sample in samples] == [[0], [1, 2]]
+    assert record.num_sampled_tokens == 3 * 3

@@ -6,9 +6,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palestra.env import boxed, ratio, xml
+from palestra.env import boxed, json_reply, ratio, xml
 
-PIECES = ["a", "b", "<", ">", "/", "{", "}", "\\", " ", "\n", "<a>", "</a>", "\\boxed{", "\\{", "\\}"]
+PIECES = [
+    "a",
+    "b",
+    "[",
+    "]",
+    '"',
+    ":",
+    "```json\n",
+    "<",
+    ">",
+    "/",
+    "{",
+    "}",
+    "\\",
+    " ",
+    "\n",
+    "<a>",
+    "</a>",
+    "\\boxed{",
+    "\\{",
+    "\\}",
+]
 ODD_TEXT = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 
 
@@ -47,6 +68,34 @@ def test_boxed_is_the_last_balanced_one(text, content):
     assert boxed(text) == content
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"a": [1, {"b": 2}]}', {"a": [1, {"b": 2}]}),
+        ("Here it is: [1, 2] and no more", [1, 2]),
+        ('first {"a": 1}, no: {"a": 2}', {"a": 2}),
+        ('```json\n{"a": 1}\n```\nnot {"a": 2}', {"a": 1}),
+        ('```\nhm\n```\n{"a": 2}', {"a": 2}),
+        ('{"a": {"b": 1', None),
+        ('\\frac{1}{2} is {"a": 1} and {}', {}),
+        ("7", None),
+        (f"[{'9' * 5000}] is too long for a number", None),
+        ("", None),
+    ],
+)
+def test_json_reply_is_the_last_whole_value(text, found):
+    assert json_reply(text) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, "{" * 200_000, "[1," * 70_000, '{"a":' * 40_000, "[" * 900 + "1," * 95_000]
+)
+def test_half_a_json_is_read_in_vain_for_a_second_at_most(text):
+    began = time.process_time()
+    assert json_reply(text) is None
+    assert time.process_time() - began < 1
+
+
 def test_ratio_by_hand():
     assert ratio("abcd", "abcd") == 1.0
     assert ratio("abcd", "bcda") == 0.75  # bcd: 2 * 3 / 8
@@ -58,6 +107,7 @@ def test_ratio_by_hand():
 def test_no_reply_makes_them_raise(text, other):
     assert isinstance(xml(text, "a"), str)
     assert isinstance(boxed(text), str)
+    json_reply(text)
     assert 0 <= ratio(text, other) <= 1
 
 

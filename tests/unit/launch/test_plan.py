@@ -80,6 +80,14 @@ def test_threads_and_index_are_in_the_environment_of_each_process():
     assert "PALESTRA_INDEX" not in env["trainer"]
 
 
+def test_environments_of_another_python_have_workers_of_their_own():
+    mix = [{"id": "a"}, {"id": "b", "python": "venvs/b/bin/python"}, {"id": "c", "python": "venvs/b/bin/python"}]
+    plan = make_plan(config(env={"mix": mix, "workers": 2}), LAPTOP)
+    workers = {program.name: program.argv[0] for program in plan.programs if program.name.startswith("env-")}
+    other = str(Path("venvs/b/bin/python").absolute())
+    assert workers == {"env-0": sys.executable, "env-1": sys.executable, "env-2": other, "env-3": other}
+
+
 def test_gpus_are_apart_where_there_are_enough():
     plan = make_plan(config(engine={"replicas": 2, "tensor_parallel": 2}, train={"shard": 4}), gpus(8))
     devices = {program.name: program.devices for program in plan.programs if program.devices}

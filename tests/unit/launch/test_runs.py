@@ -7,6 +7,7 @@ import pytest
 
 from palestra.config import RunConfig
 from palestra.core.errors import UserError
+from palestra.core.files import write_atomically
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Mean
 from palestra.launch import closing, ledger_view, replay, runs
@@ -16,7 +17,6 @@ from palestra.launch.guard import keep
 from palestra.launch.machine import Gpu, Machine
 from palestra.launch.memory import GIB
 from palestra.launch.start import write_config
-from palestra.wire.batches import write_atomically
 from palestra.wire.rundir import Attempt, Manifest, RunDir, checkpoint_dir, write_manifest
 from palestra.wire.runlog import Restarted, RunLog, append_restart
 

@@ -1,19 +1,30 @@
 """State, sources and batcher on their own."""
 
-import dataclasses
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
 from palestra.algo.shaping import LengthShaping
 from palestra.config.schema import Source
 from palestra.core.errors import UserError
-from palestra.core.records import Ending, RolloutRecord, Sample, Seat, Span, Task
-from palestra.orchestrate.batcher import BatchRules, make_batch
+from palestra.core.records import ChatReply, Ending, RolloutRecord, Sample, Seat, Span, Task, TurnSpan
+from palestra.orchestrate.batcher import BatchRules, SourceRules, baselines, make_batch, moved
 from palestra.orchestrate.buffer import length_added, outcome
 from palestra.orchestrate.journal import recover
 from palestra.orchestrate.sources import TaskSources, seed_for
-from palestra.orchestrate.state import Cursor, Group, GroupOpened, LoopState, Published, RolloutEnded
+from palestra.orchestrate.state import (
+    Average,
+    Cursor,
+    Group,
+    GroupOpened,
+    LoopState,
+    Published,
+    RolloutEnded,
+    SeatReplied,
+    SeatReply,
+)
 from palestra.orchestrate.trainer import Schedule, TrainerLink
 from palestra.wire.batches import decode, encode, equal
 from palestra.wire.messages import Finish, Tasks, TrainBatch
@@ -37,14 +48,12 @@ def group(group_id: int, records: list[RolloutRecord]) -> Group:
     return Group(group_id=group_id, source="e", task=Task(), size=size, records={r.rollout_id: r for r in records})
 
 
+OWN = SourceRules(baseline="mean", advantage_scale="none", length=LengthShaping(max_tokens=8), temperature=0.7)
 RULES = BatchRules(
-    baseline="mean",
-    advantage_scale="none",
+    default=OWN,
     max_age=2,
     max_pack_tokens=16,
     num_ranks=1,
-    temperature=0.7,
-    length=LengthShaping(max_tokens=8),
     reference_weight=0.0,
     teacher_weight=0.0,
     reward_weight=1.0,
@@ -66,6 +75,145 @@ def test_a_member_past_the_age_bound_is_left_out_but_counts_in_the_baseline():
     np.testing.assert_allclose(batch.advantage, 0.5)
 
 
+def told(rollout_id: int, reward: float, *, credits: dict[int, float], turns: int = 2) -> RolloutRecord:
+    """A turn is one token, after one of the environment's."""
+    size = 2 * turns
+    sample = Sample(
+        token_ids=list(range(size)),
+        logprobs=[0.0, -0.25] * turns,
+        sampled=[0, 1] * turns,
+        spans=tuple(Span(0, 2 * turn + 1, 2 * turn + 2) for turn in range(turns)),
+        turns=tuple(TurnSpan(turn, 2 * turn + 1, 2 * turn + 2) for turn in range(turns)),
+    )
+    seats = (Seat(samples=(sample,), credits=credits),)
+    return RolloutRecord(
+        rollout_id=rollout_id, environment="e", task=Task(), ending=Ending.OK, reward=reward, seats=seats
+    )
+
+
+def test_a_turn_is_not_praised_for_what_was_earned_before_it():
+    members = [told(0, 1.0, credits={0: 1.0}), told(1, 0.5, credits={1: 0.5}), told(2, 0.0, credits={}, turns=1)]
+    batch, _, _ = make_batch([group(0, members)], {}, step=0, attempt=1, rules=RULES)
+    by_rollout = {
+        int(batch.rollout[number]): batch.advantage[batch.offsets[number] : batch.offsets[number + 1]][1::2].tolist()
+        for number in range(batch.num_samples)
+    }
+    # turn 0 is compared by the whole returns 1, 0.5, 0; turn 1 by what was earned from it on: 0 and 0.5
+    assert by_rollout == {0: [0.5, -0.25], 1: [0.0, 0.25], 2: [-0.5]}
+
+
+def test_every_environment_of_a_mix_has_rules_of_its_own():
+    warm = replace(OWN, temperature=1.5, weight=2.0, length=LengthShaping(max_tokens=2, penalty=1.0))
+    groups = [group(0, [record(0, 1.0), record(1, 0.0)]), group(1, [record(2, 1.0), record(3, 0.0, tokens=1)])]
+    groups[1] = msgspec.structs.replace(groups[1], source="other")
+    batch, _, _ = make_batch(groups, {}, step=0, attempt=1, rules=replace(RULES, sources={"other": warm}))
+    of = {
+        int(rollout): (round(float(temperature), 6), float(batch.advantage[start]))
+        for rollout, temperature, start in zip(batch.rollout, batch.temperature, batch.offsets[:-1], strict=True)
+    }
+    # rollouts 2 and 3: 1 - 2/2 and 0 - 1/2, so +0.25 and -0.25, twice as heavy
+    assert of == {0: (0.7, 0.5), 1: (0.7, -0.5), 2: (1.5, 0.5), 3: (1.5, -0.5)}
+
+
+def test_without_credit_by_turn_all_turns_have_the_rollouts_advantage():
+    members = [told(0, 1.0, credits={}), told(1, 0.0, credits={})]
+    batch, _, _ = make_batch([group(0, members)], {}, step=0, attempt=1, rules=RULES)
+    assert set(np.abs(batch.advantage).tolist()) == {0.5}
+
+
+def test_a_member_that_ends_late_is_compared_turn_by_turn_with_what_its_group_had():
+    one = group(0, [told(0, 1.0, credits={0: 1.0}), told(1, 0.5, credits={1: 0.5}), told(2, 0.5, credits={0: 0.5})])
+    first = msgspec.structs.replace(one, records={i: one.records[i] for i in (0, 1)})
+    kept = baselines(first, RULES, {})
+    assert {key: of.mean for key, of in kept.items()} == {"agent": 0.75, "agent@0": 0.75, "agent@1": 0.25}
+    late = msgspec.structs.replace(one, settled={0, 1}, baselines=kept)
+    batch, _, _ = make_batch([late], {}, step=0, attempt=1, rules=RULES)
+    assert batch.advantage[1::2].tolist() == [-0.25, -0.25]
+
+
+PAST = Average(0.25, 0.0725)  # a standard deviation of 0.1
+
+
+def test_a_moving_average_is_by_environment_and_seat_and_moves_after_the_batch():
+    rules = replace(RULES, default=replace(OWN, baseline="moving_average"), average_decay=0.5)
+    groups = [group(0, [record(0, 1.0), record(1, 1.0)]), group(1, [record(2, 0.0), record(3, 1.0)])]
+    batch, _, _ = make_batch(groups, {}, step=0, attempt=1, rules=rules, averages={"e agent": PAST})
+    of_rollout = dict(zip(batch.rollout.tolist(), batch.advantage[batch.offsets[:-1]].tolist(), strict=True))
+    assert of_rollout == {0: 0.75, 1: 0.75, 2: -0.25, 3: 0.75}
+    averages = moved({"e agent": PAST, "other agent": PAST}, groups, rules)
+    assert averages["other agent"] == PAST
+    assert averages["e agent"].mean == 0.5 * (0.5 * 0.25 + 0.5 * 1.0) + 0.5 * 0.5
+    assert averages["e agent"].square == 0.5 * (0.5 * 0.0725 + 0.5 * 1.0) + 0.5 * 0.5
+    assert moved({}, groups[:1], rules) == {"e agent": Average(1.0, 1.0)}
+    assert moved({"e agent": PAST}, groups, RULES) == {"e agent": PAST}
+
+
+def test_a_group_that_trains_in_parts_moves_the_average_once():
+    rules = replace(RULES, default=replace(OWN, baseline="moving_average"), average_decay=0.25)
+    one = group(0, [record(0, 1.0), record(1, 0.0)])
+    early = msgspec.structs.replace(one, records={0: one.records[0]})
+    late = msgspec.structs.replace(one, settled={0})
+    found = moved(moved({"e agent": PAST}, [early], rules), [late], rules)["e agent"]
+    assert found.mean == 0.5 * (0.5 * 0.25 + 0.5 * 1.0) + 0.5 * 0.0
+
+
+def test_the_past_gives_the_scale_too_and_one_that_never_differed_gives_none():
+    std = replace(RULES, default=replace(OWN, baseline="moving_average", advantage_scale="std"))
+    one = [group(0, [record(0, 1.0), record(1, 1.0)])]
+    batch, _, _ = make_batch(one, {}, step=0, attempt=1, rules=std, averages={"e agent": PAST})
+    np.testing.assert_allclose(batch.advantage, 0.75 / 0.1, rtol=1e-6)
+    batch, _, _ = make_batch(one, {}, step=0, attempt=1, rules=std, averages={"e agent": Average(0.25, 0.0625)})
+    np.testing.assert_allclose(batch.advantage, 0.75)
+
+
+def test_a_seat_that_was_ever_credited_counts_by_turn_whatever_its_group_is_worth():
+    """Else only what succeeds would have turns, and its average would be its own."""
+    rules = replace(RULES, default=replace(OWN, baseline="moving_average"))
+    half = Average(0.5, 0.5)
+    averages = {"e agent": half, "e agent@0": half, "e agent@1": half}
+    lost = [group(0, [told(0, 0.0, credits={})])]
+    batch, _, _ = make_batch(lost, {}, step=0, attempt=1, rules=rules, averages=averages)
+    assert batch.advantage[1::2].tolist() == [-0.5, -0.5]
+    assert moved(averages, lost, rules)["e agent@0"].mean < 0.5
+    won = [group(0, [told(0, 1.0, credits={0: 1.0})])]
+    batch, _, _ = make_batch(won, {}, step=0, attempt=1, rules=rules, averages=averages)
+    assert batch.advantage[1::2].tolist() == [0.5, -0.5]
+
+
+def test_late_members_without_credit_are_compared_turn_by_turn_too():
+    one = group(0, [told(0, 1.0, credits={0: 1.0}), told(1, 1.0, credits={0: 1.0}), told(2, 0.0, credits={}, turns=3)])
+    first = msgspec.structs.replace(one, records={i: one.records[i] for i in (0, 1)})
+    late = msgspec.structs.replace(one, settled={0, 1}, baselines=baselines(first, RULES, {}))
+    batch, _, _ = make_batch([late], {}, step=0, attempt=1, rules=RULES)
+    assert batch.advantage[1::2].tolist() == [-1.0, 0.0, 0.0]  # of its third turn nobody knows better
+
+
+def test_credit_at_different_turns_is_signal_though_all_are_worth_the_same():
+    members = [told(0, 1.0, credits={0: 1.0}), told(1, 1.0, credits={1: 1.0})]
+    assert outcome(group(0, members), drop_zero_signal=True) == "ready"
+    assert outcome(group(0, [told(i, 1.0, credits={0: 1.0}) for i in (0, 1)]), drop_zero_signal=True) == "zero_signal"
+
+
+def test_a_first_group_has_no_average_and_is_compared_with_itself():
+    rules = replace(RULES, default=replace(OWN, baseline="moving_average"))
+    batch, _, _ = make_batch([group(0, [record(0, 1.0), record(1, 0.0)])], {}, step=0, attempt=1, rules=rules)
+    assert set(batch.advantage.tolist()) == {0.5, -0.5}
+
+
+def test_what_the_endpoint_of_a_seat_said_is_found_again_until_its_rollout_ends(tmp_path):
+    journal = recover(tmp_path, None)
+    journal.record(GroupOpened(group_id=0, source="e", task=Task(), size=2, cursor_epoch=0, cursor_taken=1))
+    reply = ChatReply(message={"role": "assistant", "content": "hm"}, finish_reason="stop", num_tokens=1)
+    journal.record(SeatReplied(rollout_id=0, reply=SeatReply(call=1, prompt_hash=9, reply=reply)))
+    journal.close()
+    again = recover(tmp_path, None)
+    assert again.state.seat_reply_to(0, 1, 9) == reply
+    assert [again.state.seat_reply_to(*other) for other in ((1, 1, 9), (0, 0, 9), (0, 1, 8))] == [None] * 3
+    again.record(RolloutEnded(record=record(0, 1.0)))
+    assert again.state.seat_reply_to(0, 1, 9) is None
+    again.close()
+
+
 def test_a_sample_has_the_version_of_its_oldest_token():
     members = [record(0, 1.0, version=5), record(1, 0.0, version=4)]
     batch, _, _ = make_batch([group(0, members)], {}, step=6, attempt=1, rules=RULES)
@@ -78,7 +226,7 @@ def test_length_is_taken_off_before_advantages_and_the_reward_stays():
     shaping = LengthShaping(max_tokens=8, penalty=0.4, overlong_tokens=4, overlong_penalty=1.0)
     members = [record(0, 1.0, tokens=2), record(1, 1.0, tokens=6), record(2, 0.0, tokens=4)]
     # 1 - 0.1 = 0.9; 1 - 0.3 - 0.5 = 0.2; 0 - 0.2 = -0.2; their mean is 0.3
-    rules = dataclasses.replace(RULES, length=shaping)
+    rules = replace(RULES, default=replace(OWN, length=shaping))
     batch, _, trained = make_batch([group(0, members)], {}, step=0, attempt=1, rules=rules)
     np.testing.assert_allclose(batch.advantage[batch.offsets[:-1]], [0.6, -0.1, -0.5], atol=1e-6)
     assert [r.reward for r in trained] == [1.0, 1.0, 0.0]

@@ -11,8 +11,8 @@ import pytest
 
 from palestra.core.records import Ending, Reply, Span
 from palestra.orchestrate import dispatch, gateway
-from palestra.orchestrate.batcher import make_batch
-from palestra.orchestrate.buffer import baselines, last_chances, may_part, take, too_old_in_flight
+from palestra.orchestrate.batcher import baselines, make_batch
+from palestra.orchestrate.buffer import last_chances, may_part, take, too_old_in_flight
 from palestra.orchestrate.journal import recover
 from palestra.orchestrate.pulse import Pulse
 from palestra.orchestrate.sources import seed_for
@@ -33,7 +33,8 @@ from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, r
 from tests.unit.orchestrate.test_parts import RULES as PLAIN
 from tests.unit.orchestrate.test_parts import record
 
-RULES = dataclasses.replace(PLAIN, advantage_scale="std", max_pack_tokens=64)
+OWN = dataclasses.replace(PLAIN.default, advantage_scale="std")
+RULES = dataclasses.replace(PLAIN, default=OWN, max_pack_tokens=64)
 
 
 def opened(*group_ids: int, size: int = 4) -> LoopState:
@@ -49,7 +50,7 @@ def opened(*group_ids: int, size: int = 4) -> LoopState:
 def ship(state: LoopState, groups: list[Group]) -> np.ndarray:
     """What `orchestrate.ship` does, without files; the advantages in the batch, by rollout."""
     step = state.next_step
-    kept = {g.group_id: baselines(g, RULES.length) for g in groups if not g.all_ended and not g.settled}
+    kept = {g.group_id: baselines(g, RULES, {}) for g in groups if not g.all_ended and not g.settled}
     batch, _, trained = make_batch(groups, {}, step=step, attempt=1, rules=RULES)
     ids = [r.rollout_id for r in trained]
     state.apply(

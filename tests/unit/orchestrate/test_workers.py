@@ -1,10 +1,13 @@
 """The pool of environment workers, message by message; and which task is quarantined."""
 
 import asyncio
+import math
+from collections.abc import Sequence
 
 import pytest
 
 from palestra.core.errors import DeadlineError, InfrastructureError
+from palestra.core.ledger import LedgerEntry
 from palestra.core.records import Ending, Reply, RolloutRecord, Sampling, Task
 from palestra.orchestrate.quarantine import Quarantine
 from palestra.orchestrate.state import TaskQuarantined
@@ -15,6 +18,7 @@ from palestra.wire.messages import (
     Cancelled,
     Ended,
     GroupScored,
+    LedgerClosed,
     ListTasks,
     Play,
     ScoreGroup,
@@ -26,7 +30,15 @@ from palestra.wire.messages import (
 class Bench:
     """A pool, what it sent to whom, and what it asked of the supervisor."""
 
-    def __init__(self, *workers: int, life: int = 0, ready_s: float = 5, stall_s: float = 5, answer_s: float = 5):
+    def __init__(
+        self,
+        *workers: int,
+        life: int = 0,
+        ready_s: float = 5,
+        stall_s: float = 5,
+        answer_s: float = 5,
+        max_bytes: float = math.inf,
+    ):
         self.sent: list[tuple[str, object]] = []
         self.restarts: list[tuple[str, str]] = []
         self.quarantined: dict[str, str] = {}
@@ -39,6 +51,7 @@ class Bench:
             quarantine=Quarantine(self.quarantined, self._record),
             restart=lambda name, why: self.restarts.append((name, why)),
             life=life,
+            max_bytes=max_bytes,
         )
         for index in workers:
             self.ready(index)
@@ -54,8 +67,8 @@ class Bench:
     def _record(self, event: TaskQuarantined) -> None:
         self.quarantined[event.task] = event.reason
 
-    def ready(self, index: int, life: int = 0) -> None:
-        self.pool.handle(f"env-{index}", WorkerReady(index=index, pid=0, life=life))
+    def ready(self, index: int, life: int = 0, sources: Sequence[str] = ()) -> None:
+        self.pool.handle(f"env-{index}", WorkerReady(index=index, pid=0, life=life, sources=list(sources)))
 
     def die(self, index: int, life: int = 0) -> None:
         self.pool.worker_ended(f"env-{index}", "killed by SIGKILL", life)
@@ -157,7 +170,7 @@ async def test_what_a_dead_worker_was_asked_is_asked_again():
 async def test_a_wait_for_a_worker_ends_in_words():
     bench = Bench(0, ready_s=0.05)
     bench.die(0)
-    with pytest.raises(DeadlineError, match=r"an environment worker to be there; see logs/env-\*\.log"):
+    with pytest.raises(DeadlineError, match=r"an environment worker of s to be there; see logs/env-\*\.log"):
         await bench.play()
 
 
@@ -281,3 +294,32 @@ async def test_group_rewards_of_a_quarantined_task_are_not_asked_for():
         await bench.pool.score_group("s", [record(1, Task(prompt="g", key="g"))])
     assert (await bench.play("g")).ending == Ending.INVALID
     assert bench.sent == []
+
+
+async def test_a_rollout_is_played_by_a_worker_that_has_its_environment():
+    bench = Bench()
+    bench.ready(0, sources=["other"])
+    playing = bench.play()
+    await asyncio.sleep(0.02)
+    assert bench.sent == []
+    bench.ready(1, sources=["s", "more"])
+    await asyncio.sleep(0.02)
+    assert [worker for worker, _ in bench.sent] == ["env-1"]
+    playing.cancel()
+
+
+async def test_a_worker_that_holds_too_much_is_started_again_and_loses_no_rollout():
+    bench = Bench(0, max_bytes=2**30)
+    playing = bench.play()
+    await asyncio.sleep(0.02)
+    entry = LedgerEntry(process="env-0", started_at=0.0, wall_s=1.0, parts_s={})
+    bench.pool.watch_memory("env-0", LedgerClosed(entry=entry, resident_bytes=2**30))
+    assert bench.restarts == []
+    bench.pool.watch_memory("env-0", LedgerClosed(entry=entry, resident_bytes=2**30 + 1))
+    [(worker, why)] = bench.restarts
+    assert worker == "env-0"
+    assert "max_worker_gib=1" in why
+    bench.ready(0, life=1)
+    await asyncio.sleep(0.02)
+    assert [worker for worker, message in bench.sent if isinstance(message, Play)] == ["env-0", "env-0"]
+    playing.cancel()

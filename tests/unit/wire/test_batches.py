@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from palestra.core.errors import FencedError, InfrastructureError
-from palestra.wire.batches import Batch, BatchFiles, decode, encode, equal, write_atomically
+from palestra.core.files import write_atomically
+from palestra.wire.batches import Batch, BatchFiles, decode, encode, equal
 
 RNG = np.random.default_rng(0)
 
@@ -138,7 +139,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path: Path):
     path = tmp_path / "manifest.json"
     path.write_bytes(b"old")
     script = (
-        "import resource, signal, sys; from pathlib import Path; from palestra.wire.batches import write_atomically\n"
+        "import resource, signal, sys; from pathlib import Path; from palestra.core.files import write_atomically\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "write_atomically(Path(sys.argv[1]), b'x' * 1000)"
     )

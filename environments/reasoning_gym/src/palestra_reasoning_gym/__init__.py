@@ -1,6 +1,7 @@
 """Tasks of reasoning-gym's generators, scored by their own verifiers."""
 
 import hashlib
+import random
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import zip_longest
@@ -10,7 +11,9 @@ import msgspec
 from reasoning_gym.factory import DATASETS, create_dataset
 
 from palestra.core.errors import UserError
-from palestra.env import Environment, Rollout, Task, metric, reward, xml
+from palestra.env import Environment, Rollout, Task, TooSlowError, aside, metric, reward, xml
+from palestra_reasoning_gym.harmless import is_harmless
+from palestra_reasoning_gym.strict import may_be_right
 
 IN_TAGS = "Answer the question. Write the final answer, and only that, inside <answer> and </answer>."
 PLAIN = "Answer the question with the final answer, and nothing else."
@@ -21,12 +24,10 @@ UNUSABLE = {
     "propositional_logic": NO_ANSWER,
     "rubiks_cube": NO_ANSWER,
     "rush_hour": NO_ANSWER,
-    "coin_flip": "accepts 0 for any small probability",
-    "complex_arithmetic": "accepts nan as the answer to everything",
     "composite": "mixes generators itself; name several generators instead",
-    "game_of_life_halting": "accepts any answer",
 }
 
+LONGEST = 20_000  # characters of an answer; golds are far shorter
 LOOK_AT_MOST = 20  # entries for one task: a fifth of them is held out
 
 
@@ -41,6 +42,7 @@ class ReasoningGym(Environment):
     config: dict[str, Any] = {}
     tags: bool = True
     max_turns = 1
+    checked_with = ({"generators": ["leg_counting", "chain_sum"]}, {"generators": "spell_backward", "tags": False})
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -59,6 +61,8 @@ class ReasoningGym(Environment):
         found = 0
         for index in range(num_entries):
             entry = make_entry(name, config, self.seed, num_entries, index)
+            if not is_harmless(name, entry["answer"]):
+                continue  # an integral that the generator could not solve
             if is_held_out(entry["question"]) == (self.split != "train"):
                 place = {"generator": name, "config": config, "seed": self.seed, "size": num_entries, "index": index}
                 gold = f"<answer>{entry['answer']}</answer>" if self.tags else entry["answer"]
@@ -68,13 +72,16 @@ class ReasoningGym(Environment):
                 return
 
     @reward
-    def correct(self, task: Task, rollout: Rollout) -> float:
+    async def correct(self, task: Task, rollout: Rollout) -> float:
         *origin, index = (task.info[part] for part in ("generator", "config", "seed", "size", "index"))
-        dataset, entry = make_dataset(*origin), make_entry(*origin, index)
+        answer, entry = self.answer(rollout), make_entry(*origin, index)
+        if entry["question"] != task.prompt:
+            raise ValueError(f"{origin[0]} makes another entry {index} in this process; it cannot be scored")
+        if len(answer) > LONGEST or not is_harmless(origin[0], answer) or not may_be_right(origin[0], entry, answer):
+            return 0.0
         try:
-            return dataset.score_answer(answer=self.answer(rollout), entry=entry)
-        except Exception:  # verifiers raise on what they cannot read
-            dataset.score_answer(answer=entry["answer"], entry=entry)  # a broken one raises here too: no reward then
+            return await aside(scored, *origin, entry, answer)
+        except TooSlowError:
             return 0.0
 
     @metric
@@ -83,6 +90,17 @@ class ReasoningGym(Environment):
 
     def answer(self, rollout: Rollout) -> str:
         return xml(rollout.reply, "answer") if self.tags else rollout.reply.strip()
+
+
+def scored(name: str, config: str, seed: int, size: int, entry: dict[str, Any], answer: str) -> float:
+    """What the verifier gives for an answer to this entry; 0, if it cannot read it. In a process aside: verifiers may
+    take long, and write into what they are given. Of some generators another process makes another entry."""
+    dataset = make_dataset(name, config, seed, size)
+    try:
+        return float(dataset.score_answer(answer=answer, entry=entry))
+    except Exception:  # verifiers raise on what they cannot read
+        dataset.score_answer(answer=entry["answer"], entry=entry)  # a broken one raises here too: no reward then
+        return 0.0
 
 
 def usable(generators: str | list[str]) -> list[str]:
@@ -106,7 +124,12 @@ def make_dataset(name: str, config: str, seed: int, size: int) -> Any:
 @lru_cache(maxsize=8192)
 def make_entry(name: str, config: str, seed: int, size: int, index: int) -> dict[str, Any]:
     """The same for the same arguments: a task names its entry by them, since not every entry can be sent as it is."""
-    return make_dataset(name, config, seed, size)[index]
+    dataset, kept = make_dataset(name, config, seed, size), random.getstate()
+    random.seed(f"{name} {config} {seed} {index}")  # some generators draw from the process's chance
+    try:
+        return dataset[index]
+    finally:
+        random.setstate(kept)
 
 
 def is_held_out(question: str) -> bool:

@@ -35,7 +35,7 @@ class Conversation:
         self.messages: list[Message] = []
         self.reply = AssistantMessage()
         self.breaks: list[str] = []
-        self.num_turns = 0
+        self.num_turns = self._num_calls = 0
         self._now = now or datetime.now()
         self._tools: list[Any] | None = None
         self._closed: tuple[Sample, ...] = ()
@@ -55,6 +55,7 @@ class Conversation:
         if not messages:
             raise ValueError("Conversation.start got no messages; give at least one user message")
         self._tools = None if tools is None else list(tools)
+        self._num_calls = sum(len(message.get("tool_calls") or ()) for message in messages)
         self._render([dict(message) for message in messages])
 
     @property
@@ -68,18 +69,22 @@ class Conversation:
         """Length of the current token history."""
         return len(self._draft.token_ids)
 
-    def add_reply(self, reply: Reply) -> AssistantMessage:
-        """Append what the engine sampled for `prompt_ids`, token by token as it was sampled."""
+    def add_reply(self, reply: Reply, *, turn: int | None = None) -> Message:
+        """Append what the engine sampled for `prompt_ids`, token by token as it was sampled; the message it is.
+
+        `turn` is its number in the seat; by default in this conversation.
+        """
         self._expect_prompt("add_reply")
         _check(reply)
         inside = self.tokenizer.ends_inside_thinking(self._after)
         self.reply = self.tokenizer.parse_reply(reply.token_ids, inside_thinking=inside, tools=bool(self._tools))
-        self._draft.add_reply(reply)
+        self._draft.add_reply(reply, self.num_turns if turn is None else turn)
         self._turns.append(Turn(index=len(self.messages), before=self._after))
-        self.messages.append(self.reply.as_message())
+        self.messages.append(self.reply.as_message(first_call=self._num_calls))
+        self._num_calls += len(self.reply.tool_calls)
         self._reply_ids, self._num_done = reply.token_ids, len(self.messages)
         self.num_turns, self._awaits_reply = self.num_turns + 1, False
-        return self.reply
+        return self.messages[-1]
 
     def add(self, messages: Sequence[Message]) -> None:
         """Continue with the environment's messages (user, tool, ...) up to the next generation prompt.
@@ -113,6 +118,10 @@ class Conversation:
         other.messages, other.breaks, other._turns = self.messages.copy(), self.breaks.copy(), self._turns.copy()
         other._draft, other._closed = self._draft.as_context(), ()
         return other
+
+    def fresh(self) -> "Conversation":
+        """One that has not begun, of the same model on the same day."""
+        return Conversation(self.tokenizer, now=self._now)
 
     def _render(self, messages: list[Message]) -> None:
         """Start a new draft from a full rendering."""

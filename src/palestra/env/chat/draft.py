@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from palestra.core.records import Reply, Sample, Span
+from palestra.core.records import Reply, Sample, Span, TurnSpan
 
 
 class Draft:
@@ -13,6 +13,7 @@ class Draft:
         self._logprobs = [0.0] * len(self.token_ids)
         self._sampled = [0] * len(self.token_ids)
         self._spans: list[Span] = []
+        self._turns: list[TurnSpan] = []
         self._num_replied = 0  # tokens up to the end of the last reply
 
     @property
@@ -20,7 +21,7 @@ class Draft:
         """The tokens up to the end of the last reply."""
         return self.token_ids[: self._num_replied]
 
-    def add_reply(self, reply: Reply) -> None:
+    def add_reply(self, reply: Reply, turn: int) -> None:
         start = len(self.token_ids)
         self.token_ids += reply.token_ids
         self._logprobs += reply.logprobs
@@ -29,6 +30,7 @@ class Draft:
             Span(span.version, start + span.start, start + span.end) for span in reply.spans if span.end > span.start
         ]
         self._num_replied = len(self.token_ids)
+        self._turns.append(TurnSpan(turn, start, self._num_replied))
 
     def continue_with(self, token_ids: Sequence[int]) -> None:
         """Let `token_ids`, which nobody sampled, follow the last reply; what followed it before is dropped."""
@@ -47,6 +49,7 @@ class Draft:
             logprobs=self._logprobs[:end],
             sampled=self._sampled[:end],
             spans=tuple(self._spans),
+            turns=tuple(turn for turn in self._turns if turn.end > turn.start),
         )
         return (sample,)
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from palestra.core.records import is_sendable
+from palestra.env.tools import as_tool_call
+
 THINKING_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """Known pairs; a model uses the first one that its template or vocabulary knows, or the first one."""
 
@@ -34,13 +37,19 @@ class AssistantMessage:
     finished_thinking: bool = True
     tool_calls: tuple[ToolCall, ...] = field(default=())
 
-    def as_message(self) -> dict[str, Any]:
-        """The message a chat template expects; the template decides what it shows of the reasoning."""
+    def as_message(self, *, first_call: int = 0) -> dict[str, Any]:
+        """The message a chat template expects; the template decides what it shows of the reasoning.
+
+        Its calls are numbered from `first_call` on, so that no two of a conversation have one id.
+        """
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
-            message["tool_calls"] = [_as_tool_call(number, call) for number, call in enumerate(self.tool_calls)]
+            message["tool_calls"] = [
+                as_tool_call(number, call.name, call.arguments)
+                for number, call in enumerate(self.tool_calls, first_call)
+            ]
         return message
 
 
@@ -85,7 +94,7 @@ def split_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """
     for read in (_tagged, _mistral, _llama):
         content, calls = read(text)
-        if calls:
+        if calls and all(is_sendable(call.arguments) for call in calls):
             return content, calls
     return text.replace("[TOOL_CALLS]", "").replace("<|python_tag|>", ""), ()
 
@@ -168,9 +177,3 @@ def _json(text: str) -> Any:
 def _value(text: str) -> Any:
     value = _json(text)
     return text if value is None else value
-
-
-def _as_tool_call(number: int, call: ToolCall) -> dict[str, Any]:
-    """Ids have nine letters and digits: the one length that every template accepts."""
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"type": "function", "id": f"call{number:05d}", "function": function}

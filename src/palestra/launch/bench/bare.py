@@ -48,6 +48,16 @@ class Alone(Struct, frozen=True, kw_only=True):
     decode_step_s: float
     preemptions: int = 0
 
+    def with_another(self, other: "Alone") -> "Alone":
+        """The mean of two measurements of the same work."""
+        return msgspec.structs.replace(
+            self,
+            wall_s=(self.wall_s + other.wall_s) / 2,
+            saturated_tokens_per_s=(self.saturated_tokens_per_s + other.saturated_tokens_per_s) / 2,
+            decode_step_s=(self.decode_step_s + other.decode_step_s) / 2,
+            preemptions=self.preemptions + other.preemptions,
+        )
+
 
 class BareClient:
     """Deals asks to engines in turn, `in_flight` at once."""

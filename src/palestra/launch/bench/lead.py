@@ -1,8 +1,8 @@
-"""`python -m palestra.launch.bench.lead CONFIG_JSON [IN_FLIGHT:FIRST:END:CORES ...]`: the bare client first.
+"""`python -m palestra.launch.bench.lead CONFIG_JSON [IN_FLIGHT:FIRST:END:CORES ...] [only]`: the bare client first.
 
 Consumes: the run's own tasks, lengths and seeds. Produces: alone.json in the run directory, an `Alone` per measurement.
 Waits for: healthy engines, and their replies. Ends when: all is measured; it then becomes the orchestrator, so that the
-loop is measured on the very engines that the bare client was.
+loop is measured on the very engines that the bare client was. With `only` nothing follows.
 """
 
 import asyncio
@@ -15,8 +15,9 @@ from random import Random
 import msgspec
 
 from palestra.config import RunConfig, read_resolved
+from palestra.core.files import write_atomically
 from palestra.core.process import die_with_parent, life
-from palestra.env.agent import Agent, Table
+from palestra.env.agent import Agent, Limits, Table
 from palestra.env.chat import ChatTokenizer, Conversation, load_tokenizer
 from palestra.env.voice import ScriptVoice
 from palestra.env.worker import Stage, set_stages
@@ -24,12 +25,13 @@ from palestra.launch.bench.bare import Alone, Ask, BareClient
 from palestra.launch.bench.environment import ForcedLengths
 from palestra.launch.bench.neutral import neutral_load
 from palestra.orchestrate.sources import TaskSources, seed_for
-from palestra.wire.batches import write_atomically
-from palestra.wire.messages import Tasks
+from palestra.wire.channel import BlockingCaller
+from palestra.wire.messages import Done, Tasks, ToOrchestrator, ToSupervisor
 from palestra.wire.policy import EngineClient
 from palestra.wire.rundir import RunDir
 
 ALONE = "alone.json"
+ONLY, NAME = "only", "orchestrator"
 _AFTER_START_S = 3.0  # the run's other processes have done their imports by then, on few cores
 
 
@@ -75,7 +77,7 @@ async def asks_of(config: RunConfig, tokenizer: ChatTokenizer, num_groups: int) 
 
 def _chance(seed: int) -> Random:
     """The rollout's own."""
-    return Agent("agent", ScriptVoice([]), Table(max_turns=None, seed=seed)).random
+    return Agent("agent", ScriptVoice([]), Table(Limits(), seed=seed)).random
 
 
 def _law(stage: Stage):
@@ -107,14 +109,26 @@ async def _pass(bare: BareClient, asks: list[Ask], part: Pass, *, group_size: in
         return await bare.measure(asks[part.first * group_size : part.end * group_size], in_flight=part.in_flight)
 
 
+def _say_done(run: RunDir) -> None:
+    attempt = run.read_attempt()
+    supervisor: BlockingCaller[ToOrchestrator, ToSupervisor] = BlockingCaller(
+        attempt.supervisor, name=NAME, attempt=attempt.number, receives=ToOrchestrator, life=life()
+    )
+    supervisor.send(Done(process=NAME))
+    supervisor.close()
+
+
 def main(words: list[str]) -> None:
     die_with_parent(os.getppid())
-    config_path = Path(words[0])
-    wanted = [Pass(*map(int, word.split(":"))) for word in words[1:]]
+    config_path, is_all = Path(words[0]), words[-1] == ONLY
+    wanted = [Pass(*map(int, word.split(":"))) for word in words[1:] if word != ONLY]
     config, run = read_resolved(config_path), RunDir(config_path.parent)
-    if wanted and life() == 0:  # an orchestrator that is started again goes on with the run
+    if wanted and (is_all or life() == 0):  # an orchestrator that is started again goes on with the run
         alone = asyncio.run(_measure(config, run, wanted))
         write_atomically(run.path / ALONE, msgspec.json.encode(alone))
+    if is_all:
+        _say_done(run)
+        return
     os.execv(sys.executable, [sys.executable, "-m", "palestra.orchestrate", str(config_path)])
 
 

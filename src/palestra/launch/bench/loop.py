@@ -2,7 +2,8 @@
 
 overhead: bare client, then the same rollouts by the loop, 256 in flight        -> M4, event-loop lag
 calibrate: the trainer alone on made batches                                    -> prompt lengths for the ratios
-ratio-R: bare client, then the loop; its batches by the trainer alone           -> M1, M2, M3, idle shares
+ratio-R: bare client, then the loop; its batches by the trainer alone, and the bare client again
+                                                                                -> M1, M2, M3, idle shares
 synchronous: bare client, then generate, train, publish, one after the other, at ratio 1; its batches by the trainer
              alone, nothing beside any of them                                  -> M5
 """
@@ -58,7 +59,8 @@ class AtRatio:
     """What was measured at one ratio of generating to training."""
 
     reading: Reading
-    alone: Alone
+    alone: Alone  # the mean of before and after
+    engine_drift: float  # after / before
     train_s: float
     ledger_closure: float
     cpu_by_others: float | None
@@ -85,6 +87,7 @@ class AtRatio:
             "train_alone_s": self.train_s,
             "generate_alone_s": self.generate_s,
             "engine_alone_tokens_per_s": self.alone.saturated_tokens_per_s,
+            "engine_drift": self.engine_drift,
             "engine_tokens_per_s": reading.sampled_tokens_per_s,
             "decode_step_s": self.alone.decode_step_s,
             "stall_parts_s": reading.stall_parts_s,
@@ -186,9 +189,11 @@ def _at_ratio(bench: Bench, effort: Effort, ratio: float, prompt_tokens: int) ->
     within = readings.window(part.rows, skip=_SKIP, leave=_LEAVE)
     reading = readings.read(part.rows, part.entries, rollouts_per_step=config.algo.rollouts_per_step, within=within)
     replayed = bench.train_alone(part, steps=effort.alone_steps)
+    after = bench.engines_alone(part, first_step_alone(config))
     return AtRatio(
         reading=reading,
-        alone=part.alone[0],
+        alone=part.alone[0].with_another(after),
+        engine_drift=after.saturated_tokens_per_s / part.alone[0].saturated_tokens_per_s,
         train_s=reading.tokens_per_step * readings.train_s_per_token(replayed.rows),
         ledger_closure=readings.closure(part.entries),
         cpu_by_others=part.cpu_by_others,

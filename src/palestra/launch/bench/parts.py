@@ -14,18 +14,19 @@ from typing import Any
 
 from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import UserError
+from palestra.core.files import write_atomically
 from palestra.core.ledger import LedgerEntry
 from palestra.launch import replay
 from palestra.launch import run as training
 from palestra.launch.bench.bare import Alone
-from palestra.launch.bench.lead import Pass, read_alone
+from palestra.launch.bench.lead import ONLY, Pass, read_alone
 from palestra.launch.bench.neutral import neutral_load
 from palestra.launch.bench.others import Used
 from palestra.launch.machine import this_machine
 from palestra.launch.plan import Plan, config_path, make_plan
 from palestra.launch.start import Origin
 from palestra.launch.status import State, read_status
-from palestra.wire.batches import Batch, write_atomically
+from palestra.wire.batches import Batch
 from palestra.wire.rundir import RunDir, link_or_copy
 from palestra.wire.runlog import read_ledger, read_metrics
 
@@ -88,6 +89,21 @@ class Bench:
             programs = tuple(replace(p, argv=argv) if p is plan.lead else p for p in plan.programs)
             _carry_out(config, replace(plan, programs=programs))
         return Part(config, run)
+
+    def engines_alone(self, part: Part, wanted: Pass) -> Alone:
+        """The bare client once more, after a finished part: what engines do alone drifts with the machine."""
+        args = part.config.env.mix[0].args
+        config = self.variant(f"{part.run.name}-engine-alone", args=args, **_of_trainer(part.config))
+        run = RunDir(config.run_dir)
+        if not _is_finished(config):
+            replay.link(part.run.model, run.model)
+            plan = make_plan(config, this_machine(), is_model_built=(run.model / "config.json").exists())
+            engines = [program.name for program in plan.engines]
+            led = replay.led_by("palestra.launch.bench.lead", config, plan, names=("model", *engines))
+            argv = (*led.lead.argv, wanted.word, ONLY)
+            programs = tuple(replace(p, argv=argv) if p is led.lead else p for p in led.programs)
+            _carry_out(config, replace(led, programs=programs))
+        return read_alone(run)[0]
 
     def train_alone(self, part: Part, *, steps: int, beside: bool = True) -> Part:
         """The trainer alone, under neutral load or (not `beside`) with nothing else, on the first batches of a finished

@@ -38,6 +38,8 @@ AIMS = {
     "packing_fill": at_least(0.97),
     "ledger_closure": at_most(0.01),
     "cpu_by_others": at_most(0.05),
+    "cpu_ms_per_rollout": at_most(2),
+    "wall_s_32_single_turn": at_most(0.25),
 }
 _ORDER = (
     "generate_over_train",
@@ -51,6 +53,7 @@ _ORDER = (
     "ledger_closure",
     "mean_age",
     "step_s",
+    "engine_drift",
     "cpu_by_others",
 )
 _OF_ALL = ("m4_overhead_wall", "p99_loop_lag_ms", "m5_async_gain_over_bound")
@@ -85,6 +88,16 @@ def tell_inflight(numbers: dict[str, Any], *, as_json: bool) -> None:
         stall_ms = 1000 * sum(of["stall_parts_s"].values())
         runs.add_row(name, f"{of['step_s']:.2f}", f"{of['reward']:.3f}", f"{of['mean_age']:.2f}", f"{stall_ms:.0f}")
     _print([table, runs], numbers, as_json=as_json)
+
+
+def tell_env(numbers: dict[str, Any], *, as_json: bool) -> None:
+    """As `tell`, of what rollouts cost."""
+    table = Table("number", "value", "aim", "", box=None, pad_edge=False)
+    for key, value in numbers.items():
+        if key != "machine":
+            judged = verdict(key, value, "1")
+            table.add_row(key, f"{value:.3g}", AIMS[key].text if judged else "", judged)
+    _print([table], numbers, as_json=as_json)
 
 
 def tables(numbers: dict[str, Any]) -> list[Table]:

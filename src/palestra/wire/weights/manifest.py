@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Struct
 
 from palestra.core.errors import InfrastructureError
-from palestra.wire.batches import write_atomically
+from palestra.core.files import write_atomically
 from palestra.wire.rundir import link_or_copy
 
 MANIFEST, STAGED = "manifest.json", "staged.json"

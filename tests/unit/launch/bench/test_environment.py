@@ -24,7 +24,7 @@ async def played(tmp_path: Path, seed: int, *, max_model_len: int = 500):
         asked.append((token_ids, sampling))
         return answer(tokenizer, ("az" * 999)[: sampling.max_tokens - 1], sampling)
 
-    def voice() -> PolicyVoice:
+    def voice(seat: str) -> PolicyVoice:
         sampling = Sampling(max_tokens=400, stop_token_ids=tokenizer.stop_ids)
         return PolicyVoice(Conversation(tokenizer), call, sampling, max_model_len=max_model_len)
 

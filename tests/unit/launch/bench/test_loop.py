@@ -38,8 +38,9 @@ class MadePart:
 
 @dataclass(frozen=True)
 class MadeBench(Bench):
-    """An engine samples 1000 tokens a second, a trainer takes 1 ms per token; the loop takes 1.25 times the slower one,
-    and the synchronous one both after the other. Generating has a tail of 2 s, and the loop's own cost is a tenth."""
+    """An engine samples 1000 tokens a second, but 900 before and 1100 after a loop of a ratio, as machines drift; a
+    trainer takes 1 ms per token; the loop takes 1.25 times the slower one, and the synchronous one both in turns.
+    Generating has a tail of 2 s, and the loop's own cost is a tenth."""
 
     configs: list[RunConfig] = field(default_factory=list)
 
@@ -56,7 +57,10 @@ class MadeBench(Bench):
                 {"name": "publish", "version": step, "started_at": 100.0 * step, "wall_s": 1.0},
                 {"name": "batch", "step": step, "started_at": 100.0 * step + 1 + 1.1 * (generate_s + 2), "wall_s": 1.0},
             ]
-        return MadePart(config, rows, spans=spans, alone=[_alone(config, part) for part in alone])
+        return MadePart(config, rows, spans=spans, alone=[_alone(config, part, DRIFT[0]) for part in alone])
+
+    def engines_alone(self, part: Any, wanted: Pass) -> Alone:
+        return _alone(part.config, wanted, DRIFT[1])
 
     def train_alone(self, part: Any, *, steps: int, beside: bool = True) -> Any:
         """With nothing beside it, it takes three quarters of the time."""
@@ -88,14 +92,18 @@ def _row(step: int, step_s: float, *, tokens: float, sampled: float = 0.0, rollo
     }
 
 
-def _alone(config: RunConfig, part: Pass) -> Alone:
+DRIFT = (900.0, 1100.0)
+
+
+def _alone(config: RunConfig, part: Pass, speed: float) -> Alone:
+    speed = speed if config.log.name.startswith("ratio") else 1000.0
     replies = (part.end - part.first) * config.algo.group_size
     return Alone(
         in_flight=part.in_flight,
         num_replies=replies,
         sampled_tokens=100 * replies,
         wall_s=100 * replies / 1000 + 2,
-        saturated_tokens_per_s=1000.0,
+        saturated_tokens_per_s=speed,
         decode_step_s=0.05,
     )
 
@@ -113,6 +121,7 @@ def test_all_numbers_of_a_full_bench(bench: MadeBench, capsys: pytest.CaptureFix
         assert of["m1_pipeline_efficiency"] == pytest.approx(1 / 1.25), ratio
         assert of["m2_engine_utilisation"] == pytest.approx(1 / 1.25 / slower), ratio
         assert of["m3_stall_decode_steps"] == pytest.approx(2.0)
+        assert of["engine_drift"] == pytest.approx(1100 / 900)
     assert numbers["m4_overhead_wall"] == pytest.approx(0.1)
     assert numbers["p99_loop_lag_ms"] == 7.0
     generate_s, train_s = numbers["generate_alone_s"], numbers["train_alone_s"]

@@ -1,0 +1,238 @@
+"""What must hold for an environment, without a model: `python -m palestra.env.check ID`, a JSON line per case.
+
+A process of its own, so that an environment that hangs or crashes is a failed case and no more.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TextIO
+
+import msgspec
+from msgspec import Struct
+
+from palestra.core.errors import UserError
+from palestra.core.records import Ending, RolloutRecord, Task
+from palestra.env.environment import Environment, seats, tools_of
+from palestra.env.load import find_environment, make_environment
+from palestra.env.play import score
+from palestra.env.tasklist import TaskList
+from palestra.env.voice import Script
+
+MAX_TURNS = 30  # of a script that repeats itself
+HUGE = 200_000  # characters: more than a policy says in a reply
+_LISTING_S = 120.0
+_EXACT = 1e-9
+
+
+class Case(Struct, frozen=True, kw_only=True):
+    """One thing that must hold. `detail` says what was found where it does not, or why it was left out."""
+
+    name: str
+    ending: Literal["passed", "failed", "skipped"]
+    detail: str = ""
+
+
+class Failure(Exception):
+    """What does not hold, in words."""
+
+
+class Skip(Exception):
+    """Why there is nothing to look at."""
+
+
+class Check:
+    """One environment with one set of arguments."""
+
+    def __init__(self, id: str, args: Mapping[str, Any], *, num_tasks: int):
+        self.id, self.args, self.num_tasks = id, dict(args), num_tasks
+
+    def make(self, *, split: str = "train", seed: int = 1) -> Environment:
+        return make_environment(self.id, split=split, seed=seed, args=self.args)
+
+    def tasks(self, *, split: str = "train", seed: int = 1) -> list[Task]:
+        """The first ones, as rollouts see them. Of an environment for evaluation alone, those of its test split."""
+        found, _ = TaskList(lambda _: self.make(split=split, seed=seed)).take(0, 0, self.num_tasks)
+        return found
+
+    async def cases(self) -> AsyncIterator[Case]:
+        split = "train" if self.tasks() else "test"
+        tasks, environment = self.tasks(split=split), self.make(split=split)
+        yield await _case("it says what it is", lambda: _is_described(type(environment)))
+        yield await _case("tasks have keys of their own", lambda: _have_keys(tasks))
+        yield await _case("tasks are the same in every process", lambda: self._is_deterministic(split))
+        yield await _case("train and test share no task", lambda: self._is_split())
+        yield await _case("gold scores 1", lambda: _gold_scores_1(environment, tasks))
+        yield await _case("nothing scores less", lambda: _scores_less(environment, tasks, lambda _: iter(())))
+        for name, script in odd_scripts(environment).items():
+            yield await _case(f"{name} scores less", lambda script=script: _scores_less(environment, tasks, script))
+
+    async def _is_deterministic(self, split: str) -> None:
+        """In a process that hashes differently: an order taken from a set differs there."""
+        command = [sys.executable, "-m", "palestra.env.check", self.id, "--args", json.dumps(self.args)]
+        command += ["--num-tasks", str(self.num_tasks), "--list", split]
+        listed = subprocess.run(
+            command, capture_output=True, text=True, timeout=_LISTING_S, env={**os.environ, "PYTHONHASHSEED": "12345"}
+        )
+        if listed.returncode:
+            raise Failure(f"listing them in another process failed: {listed.stderr.strip()[-500:]}")
+        here, there = [_told(task) for task in self.tasks(split=split)], listed.stdout.split("\n")[:-1]
+        if len(here) != len(there):
+            raise Failure(f"there are {len(here)} here and {len(there)} in another process")
+        for position, (one, other) in enumerate(zip(here, there, strict=True)):
+            if one != other:
+                raise Failure(f"task {position} is {one[:200]} here and {other[:200]} in another process")
+
+    async def _is_split(self) -> None:
+        train, test = self.tasks(), self.tasks(split="test")
+        if not train or not test:
+            raise Skip(f"it has no {'test' if train else 'train'} tasks")
+        if shared := {task.key for task in train} & {task.key for task in test}:
+            raise Failure(f"{len(shared)} of {len(train)} are in both, such as {shared.pop()!r}")
+
+
+async def _case(name: str, hold: Callable[[], Any]) -> Case:
+    try:
+        held = hold()
+        if asyncio.iscoroutine(held):
+            await held
+    except Skip as skip:
+        return Case(name=name, ending="skipped", detail=str(skip))
+    except Exception as error:  # an environment may raise anything
+        words = str(error) if isinstance(error, Failure | UserError) else f"{type(error).__name__}: {error}"
+        return Case(name=name, ending="failed", detail=words)
+    return Case(name=name, ending="passed")
+
+
+# --- laws
+
+
+def _is_described(environment: type[Environment]) -> None:
+    if not (vars(environment).get("__doc__") or "").strip():
+        raise Failure(f"class {environment.__name__} has no docstring; say in it what the task is")
+
+
+def _have_keys(tasks: Sequence[Task]) -> None:
+    if not tasks:
+        raise Failure("`tasks` gives none, neither for the split train nor for test")
+    for one, other in itertools.combinations(range(len(tasks)), 2):
+        if tasks[one].key == tasks[other].key and tasks[one] != tasks[other]:
+            raise Failure(f"tasks {one} and {other} differ and have one key, {tasks[one].key!r}")
+
+
+async def _gold_scores_1(environment: Environment, tasks: Sequence[Task]) -> None:
+    known = [task for task in tasks if task.gold is not None]
+    if not known:
+        raise Skip("its tasks have no gold")
+    for task in known:
+        record = await score(environment, task, gold_script(environment, task))
+        _require_scored(record)
+        if abs(record.reward - 1) > _EXACT:
+            raise Failure(f"task {task.key!r}: gold {_short(task.gold)} scores {record.reward:g}: {record.rewards}")
+
+
+async def _scores_less(environment: Environment, tasks: Sequence[Task], script: Callable[[Task], Script]) -> None:
+    for task in tasks:
+        record = await score(environment, task, script(task))
+        _require_scored(record)
+        if record.reward >= 1:
+            raise Failure(f"task {task.key!r}: scores {record.reward:g}: {record.rewards}")
+
+
+def _require_scored(record: RolloutRecord) -> None:
+    if record.ending == Ending.INVALID:
+        raise Failure(f"task {record.task.key!r}: {record.error}")
+
+
+def gold_script(environment: Environment, task: Task) -> Script | dict[str, Script]:
+    """The replies of one who knows the answer: `gold` is one or a list of them, turn after turn; or these by seat."""
+    if isinstance(task.gold, dict) and task.gold.keys() <= seats(type(environment)).keys():
+        return {seat: _turns(gold) for seat, gold in task.gold.items()}
+    return _turns(task.gold)
+
+
+def _turns(gold: Any) -> list[Any]:
+    return list(gold) if isinstance(gold, list) else [gold]
+
+
+# --- odd replies
+
+
+def odd_scripts(environment: Environment) -> dict[str, Callable[[Task], Script]]:
+    """What a policy may say before it has learnt anything, turn after turn; the same for the same task."""
+    tools = [tool.name for tool in tools_of(environment)]
+    kinds: dict[str, Callable[[random.Random], Any]] = {
+        "an empty reply": lambda _: "",
+        "random bytes": lambda chance: chance.randbytes(300).decode("utf-8", "replace"),
+        "a huge reply": lambda chance: chance.choice(["a", "1 ", "(", "é", "\n"]) * HUGE,
+        "half of a JSON": lambda chance: '{"answer": [1, {"b": "' + "x" * chance.randrange(20),
+        "markup": lambda chance: "".join(chance.choices(_MARKUP, k=12)),
+        "numbers that are none": lambda chance: chance.choice(["nan", "inf", "1e999", "-0", "1/0", "٣"]),
+        "a call of a tool that is not there": lambda _: {"calls": [("no_such_tool", {"x": 1})]},
+        "calls that fit no tool": lambda chance: {"calls": [(chance.choice(tools or ["a"]), _arguments(chance))] * 2},
+    }
+    return {name: lambda task, say=say: _repeated(say, task) for name, say in kinds.items()}
+
+
+_MARKUP = ["<answer>", "</answer>", "<think>", "</think>", "\\boxed{", "}", "```", "<", "&amp;", "[[", "]]", "\0", "42"]
+
+
+def _arguments(chance: random.Random) -> Any:
+    return chance.choice([None, "", '{"a": ', [], {"": ""}, '{"x": ' + "9" * 30 + "}", {"a": None}, 7])
+
+
+def _repeated(say: Callable[[random.Random], Any], task: Task) -> Iterator[Any]:
+    chance = random.Random(task.key)
+    return (say(chance) for _ in range(MAX_TURNS))
+
+
+# --- the process
+
+
+def _told(task: Task) -> str:
+    return msgspec.json.encode(task, order="deterministic").decode()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+async def _run(id: str, args: dict[str, Any] | None, num_tasks: int, out: TextIO) -> None:
+    variants = [args] if args is not None else [dict(args) for args in find_environment(id).checked_with]
+    for variant in variants:
+        name = f" ({json.dumps(variant)})" if len(variants) > 1 else ""
+        async for case in Check(id, variant, num_tasks=num_tasks).cases():
+            print(json.dumps(msgspec.to_builtins(msgspec.structs.replace(case, name=case.name + name))), file=out)
+
+
+def main() -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m palestra.env.check")
+    parser.add_argument("id")
+    parser.add_argument("--args", type=json.loads)
+    parser.add_argument("--num-tasks", type=int, default=20)
+    parser.add_argument("--list", metavar="SPLIT", help="print the tasks, and check nothing")
+    asked = parser.parse_args()
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the environment prints is not what the check says
+    try:
+        if asked.list:
+            check = Check(asked.id, asked.args or {}, num_tasks=asked.num_tasks)
+            out.writelines(f"{_told(task)}\n" for task in check.tasks(split=asked.list))
+        else:
+            asyncio.run(_run(asked.id, asked.args, asked.num_tasks, out))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The rollouts of an evaluation: results.jsonl, a `RolloutRecord` a line, in the order they ended.
+
+`environment` is the set's name, `rollout_id` the number within it: rollout i is of task i // rollouts per task.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+
+import msgspec
+
+from palestra.core.errors import InfrastructureError
+from palestra.core.records import RolloutRecord
+from palestra.wire.rundir import RunDir
+from palestra.wire.runlog import cut_torn_line, read_rows
+
+Known = dict[str, dict[int, RolloutRecord]]
+"""Records by set and number."""
+
+
+class ResultsFile:
+    """Appends; what `append` was given is with the operating system when it returns, whole or not at all."""
+
+    def __init__(self, run: RunDir):
+        run.path.mkdir(parents=True, exist_ok=True)
+        cut_torn_line(run.results)
+        self._file = run.results.open("ab", buffering=0)
+
+    def append(self, records: Sequence[RolloutRecord]) -> None:
+        """Errors: InfrastructureError, if the disk is full."""
+        lines = b"".join(msgspec.json.encode(record) + b"\n" for record in records)
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(lines) != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(end)
+            raise InfrastructureError(
+                f"could not append to {self._file.name}: {error.strerror}; free space and resume"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_results(run: RunDir) -> Known:
+    """Of a set and number that is there twice, the later one counts."""
+    known: Known = {}
+    for record in read_rows(run.results, RolloutRecord):
+        known.setdefault(record.environment, {})[record.rollout_id] = record
+    return known

@@ -1,0 +1,48 @@
+"""A server of the `mcp` package: `python tests/unit/env/mcp_server.py [PORT]`; by stdio, or by HTTP at /mcp."""
+
+import os
+import sys
+
+from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+
+server = MCPServer("test")
+held: dict[str, str] = {}
+
+
+@server.tool()
+def add(a: int, b: int) -> str:
+    """The sum of two numbers."""
+    return str(a + b)
+
+
+@server.tool()
+def keep(name: str, value: str) -> str:
+    """Remember something."""
+    held[name] = value
+    return ", ".join(held)
+
+
+@server.tool()
+def refuse() -> str:
+    """Fails always."""
+    raise ToolError("not today")
+
+
+@server.tool()
+def die() -> str:
+    """Ends the server."""
+    os._exit(3)
+
+
+@server.tool()
+def secret() -> str:
+    """What the environment has."""
+    return os.environ.get("PALESTRA_TEST_SECRET", "nothing")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+    else:
+        server.run()

@@ -1,0 +1,86 @@
+"""`palestra env`: a new package works as it is; a report tells machines and people the same."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from palestra.core.errors import UserError
+from palestra.launch import env
+
+FAULTY = Path(__file__).parents[1] / "env" / "faulty.py"
+
+
+def check(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "palestra.launch.cli", "env", "check", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=directory, timeout=120)
+
+
+def test_a_new_package_is_green_and_so_is_its_test(tmp_path, capsys):
+    env.new("word-game", tmp_path / "word_game", install=False)
+    source = tmp_path / "word_game" / "src"
+    assert "palestra env check word-game" in capsys.readouterr().out
+    checked = check(tmp_path, f"{source}/palestra_word_game/__init__.py:WordGame", "--json")
+    [report] = json.loads(checked.stdout)
+    assert (checked.returncode, report["failed"], report["skipped"]) == (0, 0, 0), report
+    assert report["passed"] == len(report["cases"]) > 10
+    tested = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "word_game")],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(source), "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert "3 passed" in tested.stdout
+    formed = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length=120", str(tmp_path / "word_game")]
+    assert subprocess.run(formed, timeout=60).returncode == 0
+
+
+def test_a_new_package_is_installed_and_what_pip_says_is_told(tmp_path, monkeypatch, capsys):
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[-2:] == ["-e", str(tmp_path / "word_game")]
+        return subprocess.CompletedProcess(command, code, "", "no disk\n")
+
+    monkeypatch.setattr(env.subprocess, "run", pip)
+    code = 0
+    env.new("word-game", tmp_path / "word_game", install=True)
+    assert "pip install" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "word_game")
+    code = 1
+    with pytest.raises(UserError, match="is written, but pip could not install it: no disk"):
+        env.new("word-game", tmp_path / "word_game", install=True)
+
+
+def test_a_faulty_environment_ends_the_command_with_2_and_says_what_is_wrong(tmp_path):
+    checked = check(tmp_path, f"{FAULTY}:WrongGold", "-n", "3")
+    assert checked.returncode == 2
+    assert "13 passed, 1 failed, 0 skipped" in checked.stdout
+    assert "gold scores 1" in checked.stdout
+    assert "scores 0.5" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("Wordle", "no name of an environment"), ("reverse-text", "installed already")]
+)
+def test_a_name_that_cannot_be_is_refused(tmp_path, name, words):
+    with pytest.raises(UserError, match=words):
+        env.new(name, tmp_path / "new", install=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine exists"):
+        env.new("word-game", tmp_path / "mine", install=False)
+
+
+def test_an_unknown_environment_is_named_before_anything_is_checked(tmp_path):
+    checked = check(tmp_path, "reverse-txt")
+    assert checked.returncode == 2
+    assert "did you mean 'reverse-text'" in checked.stderr
+    assert check(tmp_path).returncode == 2
