@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from palestra.core.clock import unix_now
+from palestra.core.files import AppendFile
 
 
 class SpanLog:
     """Appends spans to one file. A line is written when its span ends; a killed process loses only open spans."""
 
     def __init__(self, path: Path, process: str):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._process = process
+        self._file, self._process = AppendFile(path), process
 
     @contextmanager
     def span(self, name: str, **attributes: Any) -> Iterator[dict[str, Any]]:
@@ -29,7 +28,7 @@ class SpanLog:
 
     def write(self, name: str, started_at: float, wall_s: float, attributes: dict[str, Any]) -> None:
         row = {"process": self._process, "name": name, "started_at": started_at, "wall_s": wall_s, **attributes}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.append(json.dumps(row).encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()

@@ -344,7 +344,7 @@ class Supervisor:
         """The record of a restart is not worth the run."""
         try:
             yield
-        except OSError as error:
+        except InfrastructureError as error:
             self._view.say(f"a restart could not be recorded: {error}")
 
     async def _tell_lead(self, message: ToOrchestrator) -> None:

@@ -12,6 +12,7 @@ Ends when: `train.steps` steps are trained and published, the final evaluation i
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from typing import Any
 
 from palestra.config.schema import RunConfig
@@ -140,7 +141,11 @@ class Loop:
 
     async def run(self) -> None:
         """Errors: an ExceptionGroup of whatever ended the attempt."""
-        try:
+        async with AsyncExitStack() as owned:  # one that fails to close keeps no other open
+            for part in (self.desk.teller, self.desk.journal, self._listener):
+                owned.callback(part.close)
+            for client in (self.desk.seats, self.desk.frozen, self.desk.gateway):
+                owned.push_async_callback(client.close)
             async with self.desk.tasks as tasks:
                 loops = (self._receive, self._hear_supervisor, self._publisher.run, self._pressure.run)
                 serving = [tasks.create_task(serve()) for serve in loops]
@@ -149,12 +154,6 @@ class Loop:
                 await self._finish()
                 for task in (*serving, *self._starting):
                     task.cancel()
-        finally:
-            await self.desk.gateway.close()
-            await self.desk.frozen.close()
-            await self.desk.seats.close()
-            for owned in (self._listener, self.desk.journal, self.desk.teller):
-                owned.close()
 
     async def _train(self, tasks: asyncio.TaskGroup) -> None:
         self.desk.teller.ledger.switch("work")

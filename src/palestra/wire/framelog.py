@@ -7,35 +7,22 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from palestra.core.errors import InfrastructureError
+from palestra.core.files import AppendFile
 
 _HEAD = 8
 
 
 class FrameLog:
-    """Appends frames; each is handed to the operating system before `append` returns, so it survives `kill -9`."""
+    """Appends frames, whole or not at all."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = AppendFile(path)
         self._file.truncate(sum(_HEAD + len(frame) for frame in read_frames(path)))
 
     def append(self, payload: bytes) -> int:
-        """All of the frame or nothing. Returns where it begins. Errors: InfrastructureError, if the disk is full or
-        fails."""
+        """Returns where the frame begins. Errors: InfrastructureError, if the disk is full or fails."""
         size = len(payload).to_bytes(4, "little")
-        frame = size + _checksum(size, payload) + payload
-        end = self._file.seek(0, 2)
-        try:
-            written = self._file.write(frame)
-            problem = f"{written} of {len(frame)} bytes written"
-        except OSError as error:
-            written, problem = 0, str(error)
-        if written != len(frame):
-            self._file.truncate(end)  # whatever is appended later must not stand behind a torn frame
-            raise InfrastructureError(f"could not append to {self.path}: {problem}; free space and resume")
-        return end
+        return self._file.append(size + _checksum(size, payload) + payload)
 
     def truncate(self, end: int) -> None:
         """Take back what was appended from `end` on."""

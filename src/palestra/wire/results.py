@@ -3,13 +3,11 @@
 `environment` is the set's name, `rollout_id` the number within it: rollout i is of task i // rollouts per task.
 """
 
-import errno
-import os
 from collections.abc import Sequence
 
 import msgspec
 
-from palestra.core.errors import InfrastructureError
+from palestra.core.files import AppendFile
 from palestra.core.records import RolloutRecord
 from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import cut_torn_line, read_rows
@@ -22,22 +20,12 @@ class ResultsFile:
     """Appends; what `append` was given is with the operating system when it returns, whole or not at all."""
 
     def __init__(self, run: RunDir):
-        run.path.mkdir(parents=True, exist_ok=True)
         cut_torn_line(run.results)
-        self._file = run.results.open("ab", buffering=0)
+        self._file = AppendFile(run.results)
 
     def append(self, records: Sequence[RolloutRecord]) -> None:
         """Errors: InfrastructureError, if the disk is full."""
-        lines = b"".join(msgspec.json.encode(record) + b"\n" for record in records)
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            if self._file.write(lines) != len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._file.truncate(end)
-            raise InfrastructureError(
-                f"could not append to {self._file.name}: {error.strerror}; free space and resume"
-            ) from error
+        self._file.append(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
 
     def close(self) -> None:
         self._file.close()

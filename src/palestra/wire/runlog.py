@@ -5,11 +5,11 @@ account for.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from palestra.core.clock import unix_now
-from palestra.core.files import write_atomically
+from palestra.core.files import AppendFile, write_atomically
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Metric, values
 from palestra.wire.rundir import RunDir
@@ -28,24 +28,23 @@ WARNING = "warning"  # phase of a row of metrics.jsonl that says something in wo
 
 
 class RunLog:
-    """Appends rows; each reaches the operating system before the call returns."""
+    """Appends rows, each whole or not at all. Errors of whatever writes: InfrastructureError, if the disk is full."""
 
     def __init__(self, run: RunDir):
-        run.path.mkdir(parents=True, exist_ok=True)
         self._run = run
         for path in (run.metrics, run.ledger):
             cut_torn_line(path)
-        self._metrics = run.metrics.open("a", encoding="utf-8", buffering=1)
-        self._ledger = run.ledger.open("a", encoding="utf-8", buffering=1)
+        self._metrics, self._ledger = AppendFile(run.metrics), AppendFile(run.ledger)
         self._num_moves: int | None = None  # counted when they are first asked for
 
     def metrics(self, step: int, metrics: Mapping[str, Metric], **more: Any) -> None:
         """One row of metrics.jsonl. A metric without a value (0 of 0) is left out."""
         numbers = {name: value for name, value in values(metrics).items() if not math.isnan(value)}
-        self._metrics.write(json.dumps({"step": step, "time": unix_now(), **more, **numbers}) + "\n")
+        row = {"step": step, "time": unix_now(), **more, **numbers}
+        self._metrics.append(json.dumps(row).encode() + b"\n")
 
     def ledger(self, entry: LedgerEntry) -> None:
-        self._ledger.write(msgspec.json.encode(entry).decode() + "\n")
+        self._ledger.append(msgspec.json.encode(entry) + b"\n")
 
     def moves(self, rows: Sequence[Mapping[str, Any]], *, total: int) -> None:
         """The last rows of curriculum.jsonl, which has `total` then; those that are there are not written again."""
@@ -54,8 +53,8 @@ class RunLog:
             self._num_moves = len(_lines(self._run.moves))
         missing = rows[max(len(rows) - (total - self._num_moves), 0) :]
         if missing:
-            with self._run.moves.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in missing)
+            with closing(AppendFile(self._run.moves)) as file:
+                file.append("".join(json.dumps(row) + "\n" for row in missing).encode())
         self._num_moves += len(missing)
 
     def summary(self, summary: Mapping[str, Any]) -> None:
@@ -103,13 +102,10 @@ def account_for_gap(run: RunDir, process: str, *, since: float, ended_at: float,
 
 
 def _append(path: Path, row: Struct) -> None:
-    """On a line of its own, whatever was left before it. Errors: OSError, if it was not written whole."""
-    with path.open("a+b", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 1, 0))
-        line = (b"" if file.read(1) in (b"", b"\n") else b"\n") + msgspec.json.encode(row) + b"\n"
-        if file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, "half a line was written", str(path))
+    """On a line of its own, whatever was left before it. Errors: InfrastructureError, if it was not written whole."""
+    is_torn = path.exists() and bool(data := path.read_bytes()) and not data.endswith(b"\n")
+    with closing(AppendFile(path)) as file:
+        file.append((b"\n" if is_torn else b"") + msgspec.json.encode(row) + b"\n")
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:

@@ -217,16 +217,16 @@ class MortalRun:
         self.workers[worker.name] = worker
         dying = asyncio.create_task(worker.is_dying.wait())
         working = asyncio.create_task(worker.run())
-        try:
-            await asyncio.wait([dying, working], return_when=asyncio.FIRST_COMPLETED)
-            if dying.done():
-                self._tasks[f"burial of {worker.name}"] = asyncio.create_task(self.replace(worker.name))
-                await asyncio.Event().wait()
-        finally:
-            for task in (dying, working):
-                task.cancel()
-            await asyncio.gather(dying, working, return_exceptions=True)
-            worker._channel.close()
+        with contextlib.closing(worker._channel):  # also if it is killed twice
+            try:
+                await asyncio.wait([dying, working], return_when=asyncio.FIRST_COMPLETED)
+                if dying.done():
+                    self._tasks[f"burial of {worker.name}"] = asyncio.create_task(self.replace(worker.name))
+                    await asyncio.Event().wait()
+            finally:
+                for task in (dying, working):
+                    task.cancel()
+                await asyncio.gather(dying, working, return_exceptions=True)
 
     async def _end(self, name: str) -> None:
         self._tasks[name].cancel()
@@ -280,7 +280,7 @@ class MortalRun:
         if failure[0] is None:
             await self.until(self.is_done.is_set, "the run was done")
             await asyncio.gather(self._tasks["orchestrator"])
-        for name in list(self._tasks):
+        for name in sorted(self._tasks, key=lambda name: not name.startswith("burial")):  # they would start others
             await self._end(name)
         self.supervisor.close()
 

@@ -320,13 +320,14 @@ class Life:
 
     async def play(self, *, kill_after_s: float | None = None) -> None:
         """Run to the end, or cancel everything after a while, as a kill would."""
-        everything = asyncio.gather(self.worker.run(), self.trainer.run(), self.loop.run())
+        parts = [asyncio.create_task(part.run()) for part in (self.worker, self.trainer, self.loop)]
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(everything, kill_after_s)
+                await asyncio.wait_for(asyncio.gather(*parts), kill_after_s)
         finally:
-            everything.cancel()
-            await asyncio.gather(everything, return_exceptions=True)
+            for part in parts:  # the others too, if one failed
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
             for channel in (self.worker._channel, self.trainer._channel, self.supervisor):
                 channel.close()
 

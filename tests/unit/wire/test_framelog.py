@@ -92,6 +92,6 @@ def test_on_a_full_disk_nothing_is_half_written(path: Path):
         "log.append(b'three')"
     )
     said = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
-    assert "39 of 108 bytes written; free space and resume" in said.stdout
+    assert "(108 bytes): No space left on device; free space and resume" in said.stdout
     assert list(read_frames(path)) == [b"one", b"three"]
     assert os.path.getsize(path) == 8 + 3 + 8 + 5
