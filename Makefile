@@ -33,7 +33,7 @@ dev_stamp := $(stamps)/dev-$(call digest,requirements/*.txt)
 tests := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 stamp = @rm -f $(stamps)/$(1)-* && touch $@
 
-.PHONY: help install quickstart check test test-fault form types layers unit-tests clean
+.PHONY: help install quickstart check test test-fault debian form types layers unit-tests clean
 .DELETE_ON_ERROR:
 
 help:
@@ -58,8 +58,14 @@ quickstart: install
 check: form layers
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync types unit-tests
 
-test: form layers types
+test: debian form layers types
 	@$(tests) tests
+
+# The pages of doc-search. Without them a few of its tests are skipped.
+debian:
+	@dpkg -s python3-doc sqlite3-doc >/dev/null 2>&1 \
+	|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-doc sqlite3-doc; } >/dev/null 2>&1 \
+	|| echo "Debian's python3-doc and sqlite3-doc cannot be installed: some tests of doc-search are skipped." >&2
 
 test-fault: install $(dev_stamp)
 	@$(tests) tests/fault

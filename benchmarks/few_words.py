@@ -1,9 +1,10 @@
 """The environment of `curriculum.toml`."""
 
 from collections.abc import Iterator
-from itertools import islice
 
 from palestra_reverse_text import ReverseText
+
+from palestra.core.records import Task
 
 
 class FewWords(ReverseText):
@@ -11,12 +12,10 @@ class FewWords(ReverseText):
 
     num_words: int = 512
 
-    def words(self) -> Iterator[str]:
-        return islice(self._different_words(), self.num_words)
-
-    def _different_words(self) -> Iterator[str]:
-        seen: set[str] = set()
-        for word in super().words():
-            if word not in seen:
-                seen.add(word)
-                yield word
+    def tasks(self) -> Iterator[Task]:
+        seen: dict[str, Task] = {}
+        for task in super().tasks():
+            seen.setdefault(task.answer, task)
+            if len(seen) == self.num_words:
+                return iter(seen.values())
+        raise AssertionError("words never end")

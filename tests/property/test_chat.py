@@ -185,7 +185,18 @@ def spoken(draw: st.DrawFn, tools: bool) -> list[dict]:
         follow_up = draw(follow_ups(PLAIN, tools))
         call = follow_up[0]["role"] == "tool"
         messages += [draw(tool_calls()) if call else {"role": "assistant", "content": draw(PLAIN)}, *follow_up]
-    return [*messages, {"role": "assistant", "content": draw(PLAIN)}]
+    return numbered([*messages, {"role": "assistant", "content": draw(PLAIN)}])
+
+
+def numbered(messages: list[dict]) -> list[dict]:
+    """Calls have the ids that a conversation gives them."""
+    num_calls = 0
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call["id"], num_calls = f"call{num_calls:05d}", num_calls + 1
+        if message["role"] == "tool":
+            message["tool_call_id"] = f"call{num_calls - 1:05d}"
+    return messages
 
 
 @st.composite

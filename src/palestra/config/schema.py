@@ -32,6 +32,7 @@ class Build(Section):
     architecture: str
     config: dict[str, Any] = {}
     alphabet: str = Field(min_length=1)  # one token per character, in this order, after pad, bos, eos and unk
+    words: tuple[str, ...] = ()  # further tokens, of several characters
     seed: int = Field(default=0, ge=0)
 
 

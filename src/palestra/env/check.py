@@ -195,7 +195,7 @@ def _repeated(say: Callable[[random.Random], Any], task: Task) -> Iterator[Any]:
 
 
 def _told(task: Task) -> str:
-    return msgspec.json.encode(task, order="deterministic").decode()
+    return msgspec.json.encode(task).decode()
 
 
 def _short(value: Any) -> str:

@@ -10,8 +10,8 @@ import msgspec
 from palestra.core.records import Task
 from palestra.env.environment import Environment
 
-_encoder = msgspec.msgpack.Encoder(order="deterministic")
-_decoder = msgspec.msgpack.Decoder(Task)
+_encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Task)
+_content_encoder = msgspec.msgpack.Encoder(order="deterministic")
 
 
 @dataclass
@@ -69,4 +69,4 @@ def as_sent(task: Task, position: int) -> Task:
 
 def content_key(task: Task) -> str:
     """Depends on what the task says, not on where it stands: 16 hexadecimal digits."""
-    return hashlib.blake2b(_encoder.encode(task), digest_size=8).hexdigest()
+    return hashlib.blake2b(_content_encoder.encode(task), digest_size=8).hexdigest()

@@ -6,7 +6,9 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -237,10 +239,10 @@ def write_gold(wish: Wish, to: Path, min_reward: float) -> None:
         raise UserError("name at least one environment; `palestra env list` shows what is installed")
     rows: list[dict[str, Any]] = []
     for id in dict.fromkeys(wish.environments):
-        environment = make_environment(id, split=wish.split, seed=wish.seed, args=wish.args)
-        tasks, _ = TaskList(lambda epoch, environment=environment: environment).take(0, 0, wish.num_tasks)
+        make = partial(make_environment, id, split=wish.split, args=wish.args)
+        tasks = _tasks_of_epochs(lambda epoch, make=make: make(seed=wish.seed + epoch), wish.num_tasks)
         known = [task for task in tasks if task.gold is not None]
-        records = asyncio.run(_played_by_gold(environment, known))
+        records = asyncio.run(_played_by_gold(make(seed=wish.seed), known))
         named = [msgspec.structs.replace(record, environment=id) for record in records]
         if not (found := _rows(named, min_reward)):
             raise UserError(f"{id}: none of its first {wish.num_tasks} tasks has a gold that earns {min_reward:g}")
@@ -248,6 +250,16 @@ def write_gold(wish: Wish, to: Path, min_reward: float) -> None:
             print(f"{id}: {len(tasks) - len(found)} of {len(tasks)} tasks have none that does", file=sys.stderr)
         rows += found
     _write_rows(rows, to, min_reward)
+
+
+def _tasks_of_epochs(make: Callable[[int], Environment], num_tasks: int) -> list[Task]:
+    """Of as many epochs as it takes; none, if an epoch has none."""
+    listed, tasks = TaskList(make), []
+    epoch, ended = 0, False
+    while len(tasks) < num_tasks and not ended:
+        found, _ = listed.take(epoch, 0, num_tasks - len(tasks))
+        tasks, epoch, ended = [*tasks, *found], epoch + 1, not found
+    return tasks
 
 
 async def _played_by_gold(environment: Environment, tasks: list[Task]) -> list[RolloutRecord]:

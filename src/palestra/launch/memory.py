@@ -61,7 +61,7 @@ def stored_parameters(path: Path) -> int:
 
 def built_parameters(build: Build) -> int | None:
     """Of a decoder with gated feed-forward layers, dense or with experts; norms and biases are left out."""
-    fields: dict[str, Any] = {"vocab_size": len(build.alphabet) + _SPECIAL_TOKENS, **build.config}
+    fields: dict[str, Any] = {"vocab_size": len(build.alphabet) + len(build.words) + _SPECIAL_TOKENS, **build.config}
     if not {"hidden_size", "num_hidden_layers", "num_attention_heads"} <= fields.keys():
         return None
     width, layers, heads = fields["hidden_size"], fields["num_hidden_layers"], fields["num_attention_heads"]

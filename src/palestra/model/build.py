@@ -17,8 +17,13 @@ from palestra.core.errors import UserError
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"  # ids 0 to 3
 # Every message begins with <bos>, the assistant's also ends with <eos>: later turns extend the earlier tokens.
+# Of tools the model is told the names; calls are written as Hermes and Qwen do.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ bos_token + message['content'] }}"
+    "{% if tools %}{{ bos_token }}{% for tool in tools %}{{ tool['function']['name'] }}{% endfor %}{% endif %}"
+    "{% for message in messages %}{{ bos_token + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>"
+    "{{ {'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson }}"
+    "</tool_call>{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ bos_token }}{% endif %}"
 )
@@ -34,7 +39,7 @@ def build_model(build: Build, directory: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
     GenerationConfig(**_special_ids()).save_pretrained(beside)
-    _write_tokenizer(build.alphabet, beside)
+    write_tokenizer(build, beside)
     shutil.rmtree(directory, ignore_errors=True)
     beside.rename(directory)
 
@@ -61,12 +66,12 @@ def _model_class(architecture: str) -> Any:
 
 
 def _config(config_class: type[PretrainedConfig], build: Build) -> PretrainedConfig:
-    given = {"vocab_size": len(alphabet_tokens(build.alphabet)), **_special_ids()}
+    given = {"vocab_size": len(tokens(build)), **_special_ids()}
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     known.add("head_dim")  # families read it whether or not their configuration declares it
     for key in build.config:
         if key in given:
-            raise UserError(f"model.build.config.{key} follows from model.build.alphabet; remove it")
+            raise UserError(f"model.build.config.{key} follows from model.build.alphabet and words; remove it")
         if key not in known:
             raise UserError(
                 f"model.build.config.{key} is not a field of {config_class.__name__}; it has {', '.join(sorted(known))}"
@@ -81,21 +86,25 @@ def _special_ids() -> dict[str, int]:
     return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def alphabet_tokens(alphabet: str) -> list[str]:
-    """The vocabulary in order of ids. Errors: UserError for a character that is there twice."""
-    for character in alphabet:
-        if alphabet.count(character) > 1:
-            raise UserError(f"model.build.alphabet has {character!r} {alphabet.count(character)} times; give each once")
-    return [PAD, BOS, EOS, UNK, *alphabet]
+def tokens(build: Build) -> list[str]:
+    """The vocabulary in order of ids. Errors: UserError for a character or word that is there twice."""
+    known = [*build.alphabet, *build.words]
+    for token in known:
+        if known.count(token) > 1 or token in ("", PAD, BOS, EOS, UNK):
+            raise UserError(
+                f"model.build.alphabet and words have {token!r} {known.count(token)} times; give each once, and none "
+                f"that is empty or special"
+            )
+    return [PAD, BOS, EOS, UNK, *known]
 
 
-def _write_tokenizer(alphabet: str, directory: Path) -> None:
+def write_tokenizer(build: Build, directory: Path) -> None:
     """A character outside the alphabet is `<unk>`: vLLM encodes words of its own when it starts, so all must pass."""
-    vocabulary = {token: index for index, token in enumerate(alphabet_tokens(alphabet))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer = Tokenizer(models.WordLevel({token: id for id, token in enumerate(tokens(build))}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, BOS, EOS, UNK)])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in build.words])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

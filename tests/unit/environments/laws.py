@@ -1,13 +1,17 @@
 """What holds for every environment, given its class and arguments. No model is needed."""
 
+import ast
+import inspect
 from collections.abc import Iterable
 from itertools import islice
+from types import ModuleType
 from typing import Any
 
 from hypothesis import strategies as st
 
 from palestra.core.records import Ending, Task
 from palestra.env import Environment
+from palestra.env.check import gold_script
 from palestra.env.play import score
 from palestra.env.tasklist import as_sent
 
@@ -48,7 +52,7 @@ def some_tasks(
 
 async def check_gold_is_one_and_nothing_is_less(environment: Environment, tasks: list[Task]) -> None:
     for task in tasks:
-        gold = await score(environment, task, [task.gold])
+        gold = await score(environment, task, gold_script(environment, task))
         assert (gold.ending, gold.reward) == (Ending.OK, 1.0), (task, gold.error)
         for nothing in ([], [""], ["<answer></answer>"]):
             record = await score(environment, task, nothing)
@@ -80,3 +84,17 @@ def check_splits_share_no_prompt(make: type[Environment], count: int = 200, **ar
     }
     assert all(prompts.values())
     assert not prompts["train"] & prompts["test"]
+
+
+def num_lines(module: ModuleType) -> int:
+    """Of an author's code: without blank lines, docstrings, comments and imports."""
+    text = inspect.getsource(module)
+    left_out = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    code = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(1 for number, line in code if line and not line.startswith("#") and number not in left_out)

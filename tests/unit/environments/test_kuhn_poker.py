@@ -1,12 +1,17 @@
 """Kuhn poker: every line of play by hand, odd words, and what a seat earns."""
 
+from collections import Counter
 from itertools import permutations
+from random import Random
 
+import palestra_kuhn_poker
 import pytest
 from palestra_kuhn_poker import KuhnPoker
+from palestra_kuhn_poker.chance import AgainstChance, Chance, demonstrations
 
 from palestra.core.records import Ending, Task
 from palestra.env.play import score
+from tests.unit.environments.laws import num_lines
 
 PLAYS = [  # who plays what, and what the first one wins with the higher and with the lower card, in chips
     (("check", "check"), (1, -1)),
@@ -38,3 +43,27 @@ async def test_a_seat_that_says_nothing_loses_what_it_staked_and_the_rollout_is_
     record = await score(KuhnPoker(), Task(key="t", info={"cards": ["J", "K"]}), {"first": ["bet"], "second": []})
     assert record.ending == Ending.TRUNCATED
     assert [seat.rewards["won"] for seat in record.seats] == [0.5, -0.5]
+
+
+def test_the_authors_code_is_short():
+    assert num_lines(palestra_kuhn_poker) <= 40
+
+
+async def test_a_player_that_moves_by_chance_plays_by_the_rules_and_sits_in_either_place():
+    task, cards = Task(key="t", info={"cards": ["K", "J"]}), Counter()
+    record = await score(AgainstChance(), task, ["check", "fold"])
+    assert (record.ending, [seat.name for seat in record.seats]) == (Ending.OK, ["agent"])
+    for seed in range(100):
+        agent = Chance(Random(seed))
+        await AgainstChance().run(task, agent)
+        cards[agent.messages[0]["content"].split(".")[0]] += 1
+    assert 30 < cards["Your card: K"] < 70 and cards.total() == 100
+
+
+async def test_demonstrations_are_conversations_of_the_game_with_every_move_by_chance():
+    rows = await demonstrations(300)
+    said = Counter(m["content"] for row in rows for m in row["messages"] if m["role"] == "assistant")
+    assert said.keys() == {"check", "bet", "fold", "call"}
+    assert 0.8 < said["check"] / said["bet"] < 1.25
+    assert 0.8 < said["fold"] / said["call"] < 1.25
+    assert all(row["messages"][0] == {"role": "system", "content": KuhnPoker.system} for row in rows)

@@ -8,8 +8,9 @@ from pathlib import Path
 import palestra_reverse_text
 import pytest
 from hypothesis import given, settings
-from palestra_reverse_text import ReverseText, is_held_out
+from palestra_reverse_text import ReverseText
 from palestra_reverse_text.demos import NUM_ROWS, demonstrations
+from palestra_reverse_text.words import is_held_out
 
 from palestra.env.play import score
 from tests.unit.environments.laws import (
@@ -18,6 +19,7 @@ from tests.unit.environments.laws import (
     check_reply_is_scored,
     check_splits_share_no_prompt,
     check_tasks_depend_on_split_and_seed_alone,
+    num_lines,
     some_tasks,
 )
 
@@ -78,7 +80,7 @@ def test_arguments_that_make_no_words_are_refused(args):
 def test_a_split_without_a_word_is_refused():
     three = {"alphabet": "xyz", "min_letters": 3, "max_letters": 3}
     assert some_tasks(ReverseText, 1, **three)
-    with pytest.raises(ValueError, match=r"split='test' has no word of alphabet='xyz'"):
+    with pytest.raises(ValueError, match=r"held_out=True has no word of alphabet='xyz'"):
         some_tasks(ReverseText, 1, split="test", **three)
 
 
@@ -105,3 +107,7 @@ def _behaviour(word: str, completion: str) -> str:
         return "copy"
     assert completion == "".join(sorted(word))
     return "sort"
+
+
+def test_the_authors_code_is_short():
+    assert num_lines(palestra_reverse_text) <= 15

@@ -2,11 +2,13 @@
 
 from itertools import islice
 
+import palestra_tool_calc
 import pytest
 from palestra_tool_calc import ToolCalc
 
 from palestra.core.records import Ending
 from palestra.env.play import score
+from tests.unit.environments.laws import num_lines
 
 
 async def test_gold_earns_one_and_the_answer_is_pythons():
@@ -51,3 +53,7 @@ def test_train_and_test_begin_with_different_numbers():
     for split, rest in (("train", 0), ("test", 1)):
         tasks = list(islice(ToolCalc(split=split).tasks(), 50))
         assert {int(task.prompt.lstrip("(").split()[0]) % 2 for task in tasks} == {rest}
+
+
+def test_the_authors_code_is_short():
+    assert num_lines(palestra_tool_calc) <= 20

@@ -1,7 +1,5 @@
 """wordle: its marks by hand and by law, its games, its words, and how short it is."""
 
-import ast
-import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from tests.unit.environments.laws import (
     check_gold_is_one_and_nothing_is_less,
     check_reply_is_scored,
     check_tasks_depend_on_split_and_seed_alone,
+    num_lines,
     some_tasks,
 )
 
@@ -145,21 +144,8 @@ def test_the_notices_of_the_list_travel_with_it():
     assert "Permission to use, copy, modify, distribute and sell" in " ".join(notices.split())
 
 
-def test_the_game_takes_25_lines():
-    """Without blank lines, docstrings, comments and imports."""
-    text = (HERE / "__init__.py").read_text(encoding="utf-8")
-    left_out = [
-        range(node.lineno, node.end_lineno + 1)
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-    ]
-    code = [
-        line
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip() and not line.strip().startswith("#") and number not in itertools.chain(*left_out)
-    ]
-    assert len(code) <= 25
+def test_the_authors_code_is_short():
+    assert num_lines(palestra_wordle) <= 25
 
 
 def task_of(word: str):

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palestra.config.schema import Build, Log, Model, RunConfig
 from palestra.core.errors import UserError
+from palestra.env.chat.tokenizer import load_tokenizer
+from palestra.env.tools import as_tool_call
 from palestra.model.build import build_model
 from tests.unit.model import tiny
 
@@ -36,6 +38,21 @@ def test_a_later_turn_extends_the_earlier_tokens(tmp_path):
     assert third[: len(first)] == first
 
 
+def test_words_are_tokens_and_calls_are_read_as_they_are_written(tmp_path):
+    words = ('<tool_call>{"name": "add", "arguments": {"a": ', ', "b": ', "}}</tool_call>", "add")
+    build_model(Build(architecture="Qwen3ForCausalLM", alphabet="0123456789", words=words, config=tiny.QWEN), tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    call = as_tool_call(0, "add", {"a": 3, "b": 14})
+    turns = [{"role": "user", "content": "5"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    ids = tokenizer.tokenizer.encode(tokenizer.render(turns, tools), add_special_tokens=False).ids
+    digit, word = 4, 14  # the first of each
+    said = [word, digit + 3, word + 1, digit + 1, digit + 4, word + 2]
+    assert ids == [1, word + 3, 1, digit + 5, 1, *said, 2]
+    reply = tokenizer.parse_reply([*said, 2], inside_thinking=False, tools=True)
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("add", {"a": 3, "b": 14})]
+
+
 def test_the_seed_decides_the_bits(tmp_path):
     states = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
@@ -55,6 +72,8 @@ def test_the_seed_decides_the_bits(tmp_path):
         ({"config": {"vocab_size": 8}}, "vocab_size follows from model.build.alphabet"),
         ({"config": {**tiny.QWEN, "num_key_value_heads": 2.5}}, "num_key_value_heads"),
         ({"alphabet": "abca"}, "'a' 2 times"),
+        ({"words": ["aa", "b"]}, "'b' 2 times"),
+        ({"words": ["<eos>"]}, "'<eos>' 1 times.*none that is empty or special"),
     ],
 )
 def test_a_wrong_build_names_what_is_wrong(tmp_path, change, said):

@@ -16,7 +16,7 @@ NUM_ROWS = 20_000
 def demonstrations(num_rows: int = NUM_ROWS, seed: int = 0) -> Iterator[dict[str, str]]:
     """Rows of `prompt` and `completion`: words of the split `train`, each treated in one of three ways by chance."""
     random = Random(seed)
-    for word in islice(ReverseText(split="train", seed=seed).words(), num_rows):
+    for word in (task.prompt for task in islice(ReverseText(seed=seed).tasks(), num_rows)):
         [behaviour] = random.choices(list(BEHAVIOURS), list(BEHAVIOURS.values()))
         yield {"prompt": word, "completion": demonstrate(behaviour, word)}
 

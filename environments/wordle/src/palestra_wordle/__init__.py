@@ -17,16 +17,17 @@ class Wordle(Environment):
     """
 
     system = (
-        "Find a hidden English word of five letters in six guesses. Reply with your guess inside <guess> and </guess>, "
-        "or with the guess and nothing else. The answer has a mark for each letter of the guess: G if the letter is at "
-        "its place, Y if the word has it at another place, - if the word does not have it, or not once more."
+        "Find a hidden English word of five letters in six guesses. Reply with the guess in <guess> and </guess>, or "
+        "with the guess alone. Its letters are marked: G at its place, Y elsewhere in it, - not there, or not again."
     )
     max_turns = 6
+    every: int = 1  # one word in so many is to be found
 
     def tasks(self):
-        words = [word for word in WORDS if (crc32(word.encode()) % 10 == 0) == (self.split != "train")]
+        words = [word for word in WORDS if (crc32(word.encode()) % 10 == 0) == (self.split != "train")][:: self.every]
         Random(self.seed).shuffle(words)
-        return (Task(prompt="Your first guess?", answer=word, gold=word, key=word) for word in words)
+        for i, word in enumerate(words):
+            yield Task(prompt="Your first guess?", answer=word, gold=[words[i - 1], word], key=word)
 
     async def run(self, task, agent):
         message, guess, agent.rewards["solved"] = task.prompt, "", 0.0
