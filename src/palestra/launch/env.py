@@ -21,6 +21,7 @@ FILES = {  # of a new package, and the templates they are made of
     "README.md": "README.md.in",
     "src/$module/__init__.py": "environment.py.in",
     "tests/test_environment.py": "test_environment.py.in",
+    "recipe.toml": "recipe.toml.in",
 }
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _INSTALL_S = 600.0
@@ -132,7 +133,12 @@ def new(id: str, directory: Path | None, *, install: bool) -> None:
     if root.exists():
         raise UserError(f"{root} exists; give another directory: palestra env new {id} DIRECTORY")
     words = id.split("-")
-    names = {"id": id, "module": "_".join(["palestra", *words]), "name": "".join(word.capitalize() for word in words)}
+    names = {
+        "id": id,
+        "module": "_".join(["palestra", *words]),
+        "name": "".join(word.capitalize() for word in words),
+        "recipe": str(root / "recipe.toml"),
+    }
     for place, template in FILES.items():
         target = root / Template(place).substitute(names)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,4 +160,7 @@ def _install(root: Path) -> None:
 def _next_steps(id: str, root: Path, *, is_installed: bool) -> str:
     install = [] if is_installed else [f"python -m pip install -e {root}"]
     steps = [*install, f"palestra env check {id}", f"python -m pytest {root}"]
+    steps += [
+        line.removeprefix("#   ") for line in (root / "recipe.toml").read_text().splitlines() if "  palestra" in line
+    ]
     return "\n  ".join([f"Wrote {root}; what it does is in {root}/src. Next:", *steps])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from palestra.config import load
 from palestra.core.errors import UserError
 from palestra.launch import env
 
@@ -27,6 +28,7 @@ def test_a_new_package_is_green_and_so_is_its_test(tmp_path, capsys):
     [report] = json.loads(checked.stdout)
     assert (checked.returncode, report["failed"], report["skipped"]) == (0, 0, 0), report
     assert report["passed"] == len(report["cases"]) > 10
+    assert load(tmp_path / "word_game" / "recipe.toml").config.env.mix[0].id == "word-game"
     tested = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "word_game")],
         capture_output=True,
