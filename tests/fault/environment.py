@@ -3,7 +3,7 @@
 import os
 import signal
 
-from palestra.env import Environment, Task, reward
+from palestra.env import Environment, Task, image, reward
 
 
 class TwoTurns(Environment):
@@ -41,6 +41,14 @@ class Deadly(TwoTurns):
         if task.prompt == "deadly":
             os.kill(os.getpid(), signal.SIGKILL)
         await agent("again")
+
+
+class Shows(TwoTurns):
+    """Its second turn sends a picture."""
+
+    async def run(self, task, agent):
+        await agent(task.prompt)
+        await agent(["again", image(b"\x89PNG\r\n\x1a\n")])
 
 
 class Raises(TwoTurns):

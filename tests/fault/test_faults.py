@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from palestra.orchestrate.state import TaskQuarantined
+from palestra.orchestrate.state import RolloutEnded, RolloutRetried, TaskQuarantined
 from palestra.wire.batches import decode, equal
 from palestra.wire.rundir import checkpoint_dir, read_manifests
 from palestra.wire.runlog import read_ledger, read_restarts, read_summary
@@ -211,6 +211,20 @@ def test_a_reward_that_raises_ends_the_run_in_words_and_is_never_a_zero(make: Ma
     assert code == 2, said
     assert "no such column" in said
     assert not list(run.run.path.glob("rollouts/step-*"))
+
+
+@pytest.mark.parametrize(("name", "code"), [("Shows", 2), ("TwoTurns", 0)])
+def test_an_environment_that_sends_a_policy_images_ends_the_run_before_a_rollout_is_spent(make: Make, name, code):
+    """The control is the same environment in words."""
+    run = make(env={"mix": [{"id": f"{ENVIRONMENTS}:{name}", "name": "gallery"}]}, train={"steps": 2})
+    ended, said = run.finish()
+    assert ended == code, said
+    words = "environment 'gallery' cannot be played in tokens: "
+    got = "messages[2] (user) holds an image (image/png of 8 bytes)"
+    assert ((words in said) and (got in said) and ("--base-url" in said)) == (code == 2), said
+    spent = [event for event in read_events(run.run) if isinstance(event, RolloutEnded | RolloutRetried)]
+    assert bool(spent) == (code == 0)
+    assert not [restart for restart in read_restarts(run.run) if restart.process.startswith("env")]
 
 
 def test_events_that_never_reach_the_disk_are_noticed(make: Make):

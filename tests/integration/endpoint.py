@@ -1,9 +1,11 @@
-"""An OpenAI-compatible endpoint whose one model writes words backwards, or not, by the request's seed."""
+"""An OpenAI-compatible endpoint whose model writes words backwards, or not, by the request's seed; or says what a test
+makes of its request."""
 
 import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -13,8 +15,17 @@ class Endpoint(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, *, delay_s: float = 0.0, busy: int = 0, key: str | None = None):
+    def __init__(
+        self,
+        *,
+        delay_s: float = 0.0,
+        busy: int = 0,
+        key: str | None = None,
+        speak: Callable[[dict], dict] | None = None,
+    ):
+        """`speak`: the message that answers a request's body."""
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.speak = speak
         self.delay_s, self.busy, self.key = delay_s, busy, key
         self.asked: list[dict] = []
         self.lock = threading.Lock()
@@ -48,7 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.delay_s)
         with self.server.lock:
             self.server.asked.append(body)
-        return self._answer(200, _completion(body))
+        speak = self.server.speak
+        return self._answer(200, _completion(body) if speak is None else _choice(speak(body), "stop", 1, 1))
 
     def _answer(self, status: int, content: dict, headers: dict[str, str] | None = None) -> None:
         data = json.dumps(content).encode()
@@ -68,7 +80,11 @@ def _completion(body: dict) -> dict:
     text = word[::-1] if body["seed"] % 3 else word
     message = {"role": "assistant", "content": text[: body["max_tokens"]]}
     reason = "length" if len(text) > body["max_tokens"] else "stop"
-    usage = {"completion_tokens": len(text), "prompt_tokens": len(word)}
+    return _choice(message, reason, len(text), len(word))
+
+
+def _choice(message: dict, reason: str, num_tokens: int, num_prompt_tokens: int) -> dict:
+    usage = {"completion_tokens": num_tokens, "prompt_tokens": num_prompt_tokens}
     return {"choices": [{"index": 0, "message": message, "finish_reason": reason}], "usage": usage}
 
 

@@ -3,6 +3,7 @@
 Legend: T tokens of one sequence. A token's log-probability stands at the token's own position.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -109,12 +110,12 @@ class Ending(StrEnum):
 
 
 class Task(Struct, frozen=True, kw_only=True):
-    """One immutable problem. `prompt` is a user's message or a list of chat messages.
+    """One immutable problem. `prompt` is a user's message, its texts and images, or chat messages.
 
     `key` is stable across runs (given, or derived from the content); `gold` is a known-good reply, if there is one.
     """
 
-    prompt: str | list[dict[str, Any]] = ""
+    prompt: str | Sequence[str | dict[str, Any]] = ""
     gold: Any = None
     answer: Any = None
     info: dict[str, Any] = field(default_factory=dict)

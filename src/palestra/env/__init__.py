@@ -5,6 +5,7 @@ from palestra.env.agent import Agent, Frozen
 from palestra.env.aside import TooSlowError, aside, needs
 from palestra.env.endings import AgentError
 from palestra.env.environment import Environment, metric, reward
+from palestra.env.images import image
 from palestra.env.judge import Judge
 from palestra.env.mathematics import math_equal
 from palestra.env.mcp import mcp
@@ -28,6 +29,7 @@ __all__ = [
     "Tool",
     "aside",
     "boxed",
+    "image",
     "json_reply",
     "math_equal",
     "mcp",

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from palestra.core.errors import UserError
 from palestra.core.records import Sample
 from palestra.env.endings import Limit
+from palestra.env.images import Message, chat_messages, require_room
 from palestra.env.tools import Tool, ToolBox
 from palestra.env.voice import Said, Voice
 
 if TYPE_CHECKING:
     from palestra.env.proxy import Proxy
 
-Message = str | dict[str, Any] | list[dict[str, Any]]
 Tools = Iterable[Callable[..., Any] | Tool]
 
 
@@ -139,7 +139,8 @@ class Agent:
         self._path = ""  # of a fork: which one, of whom
 
     async def __call__(self, message: Message | None = None, *, num_tokens: int | None = None) -> str:
-        """Send `message` (text of the user, or chat messages), play turns until a reply calls no tool; returns it.
+        """Send `message`, play turns until a reply calls no tool; returns it. A message is the user's text, a list of
+        the user's texts and images (`image(...)`), or chat messages.
 
         With `num_tokens` a reply has exactly so many tokens, whatever the policy would end it with: for measurements.
         When a limit of turns or tokens is reached `run` ends here and its rollout is scored as it is.
@@ -159,14 +160,16 @@ class Agent:
     async def turn(self, message: Message | None = None, *, num_tokens: int | None = None) -> str:
         """Play one turn: `message`, then one reply. What it calls is in `calls`: `use_tools` answers."""
         with self._table.stops():
-            await self._turn(_messages(message), num_tokens)
+            await self._turn(chat_messages(message), num_tokens)
         return self.reply
 
     async def relay(
         self, messages: list[dict[str, Any]], *, schemas: list[dict[str, Any]], at_most: int | None
     ) -> Said:
         """One turn for a program that speaks for itself: its messages, its tools, its limit of tokens, which ends
-        nothing but the reply. Errors: UserError, if the model's template refuses the messages; nothing has changed."""
+        nothing but the reply. Errors: UserError, if the model's template refuses the messages, or their images are too
+        large; nothing has changed."""
+        self._require_room(messages)
         refused: UserError | None = None
         with self._table.stops():
             room = self._table.limits.room(self.name, self._spent)
@@ -218,7 +221,7 @@ class Agent:
         if self.turns_here:
             self._cut = self.messages, self.turns_here
         self._before.append(self._voice)
-        self._voice, self._kept = self._voice.fresh(), _messages(messages)
+        self._voice, self._kept = self._voice.fresh(), chat_messages(messages)
         self.messages, self.calls, self._unheard, self.turns_here = [], [], [], 0
 
     async def _turn(self, messages: list[dict[str, Any]], num_tokens: int | None) -> None:
@@ -230,10 +233,15 @@ class Agent:
             raise ValueError(
                 f"a message to {self.name} has the role assistant; only the first turn may quote earlier replies"
             )
+        self._require_room(messages)
         said = await self._say(messages, self.tool_box.schemas, num_tokens=num_tokens, at_most=at_most)
         self.calls = list(said.message.get("tool_calls", ())) if self.tool_box else []
         if said.is_cut and not isinstance(self, Frozen):
             raise Limit(f"a reply of {self.name} was cut off after {said.num_tokens} tokens")
+
+    def _require_room(self, messages: list[dict[str, Any]]) -> None:
+        """Errors: UserError, if the conversation's images would be too large."""
+        require_room([*self.messages, *messages], f"the conversation of {self.name}")
 
     async def _say(
         self,
@@ -342,11 +350,3 @@ def replies(messages: list[dict[str, Any]], num_turns: int) -> list[str]:
     """What was said in each turn, without reasoning. Replies that the prompt quotes come first and do not count."""
     spoken = [message.get("content") or "" for message in messages if message["role"] == "assistant"]
     return spoken[len(spoken) - num_turns :]
-
-
-def _messages(message: Message | None) -> list[dict[str, Any]]:
-    if message is None:
-        return []
-    if isinstance(message, str):
-        return [{"role": "user", "content": message}]
-    return [message] if isinstance(message, dict) else list(message)

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from palestra.core.content import as_content
 from palestra.core.deadline import within
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.env.tools import BadCall, Tool
@@ -96,11 +97,9 @@ async def _call(client: "Client", server: str, name: str, arguments: dict[str, A
             raise InfrastructureError(f"the MCP server {server} did not answer {name}: {error.message}") from error
         raise BadCall(error.message) from error
     parts = [_part(block) for block in result.content]
-    is_text = all(part["type"] == "text" for part in parts)
-    content = "\n".join(part["text"] for part in parts) if is_text else parts
     if result.is_error:
-        raise BadCall(content if isinstance(content, str) else "the tool failed")
-    return content
+        raise BadCall("\n".join(part["text"] for part in parts if part["type"] == "text") or "the tool failed")
+    return as_content(parts)
 
 
 def _part(block: "ContentBlock") -> dict[str, Any]:
@@ -109,13 +108,20 @@ def _part(block: "ContentBlock") -> dict[str, Any]:
         case "text":
             return {"type": "text", "text": block.text}
         case "image":
-            return {"type": "image_url", "image_url": {"url": f"data:{block.mime_type};base64,{block.data}"}}
+            return _image(block.mime_type, block.data)
         case "resource":
+            kind, data = block.resource.mime_type or "", getattr(block.resource, "blob", "")
+            if kind.startswith("image/") and data:
+                return _image(kind, data)
             return {"type": "text", "text": getattr(block.resource, "text", "") or str(block.resource.uri)}
         case "resource_link":
             return {"type": "text", "text": str(block.uri)}
         case kind:
             return {"type": "text", "text": f"({kind})"}
+
+
+def _image(mime_type: str, data: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:{mime_type};base64,{data}"}}
 
 
 def _first(error: BaseException) -> BaseException:

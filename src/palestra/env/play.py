@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from palestra.core.errors import InfrastructureError
+from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.records import Ending, RolloutRecord, Seat, Task
 from palestra.env.agent import Agent, Door, Frozen, Table
-from palestra.env.endings import AgentError, Limit
+from palestra.env.endings import AgentError, Limit, Unplayable
 from palestra.env.environment import Environment, limits_of, sandboxes, seats, tools_of
 from palestra.env.rollout import Rollout
 from palestra.env.sandbox import MakeSandbox, Sandbox
@@ -40,7 +40,8 @@ async def play(
 
     Endings: ok; truncated, if a limit of turns or tokens ended `run`; failed, if it raised AgentError; all three are
     scored. Anything else that is raised, by `run` or by a reward, makes the rollout invalid: no reward, no samples.
-    Errors: none, save that a cancelled rollout is cancelled.
+    Errors: UserError naming the environment, if the policy cannot be given what it sends; a cancelled rollout is
+    cancelled.
     """
     started, given = time.perf_counter(), _as_given(task)
     agents, table = seat_agents(environment, make_voice, seed=seed, frozen=frozen, admit=admit)
@@ -48,6 +49,8 @@ async def play(
         ending, error = await _run(environment, task, agents, table, make_sandbox)
         record = await _scored(environment, task, agents, ending)
         require_sendable(record)
+    except Unplayable as unplayable:
+        raise UserError(_unplayable(source or type(environment).__name__, unplayable)) from unplayable
     except InvalidRollout as invalid:
         ending, error = Ending.INVALID, str(invalid).encode("utf-8", "backslashreplace").decode()
         record = _invalid(task, agents, given)
@@ -99,7 +102,8 @@ async def score(
 async def _run(
     environment: Environment, task: Task, agents: list[Agent], table: Table, make_sandbox: MakeSandbox | None
 ) -> tuple[Ending, str]:
-    """How `run` ended, and the limit's or the agent's words. Sandboxes last as long as it. Errors: InvalidRollout."""
+    """How `run` ended, and the limit's or the agent's words. Sandboxes last as long as it. Errors: InvalidRollout,
+    Unplayable."""
     raised: BaseException | None = None
     try:
         async with AsyncExitStack() as closing:
@@ -122,8 +126,20 @@ async def _opened(make_sandbox: MakeSandbox | None, task: Task) -> Sandbox:
     return await make_sandbox(task)
 
 
+def _unplayable(environment: str, why: Unplayable) -> str:
+    return (
+        f"environment {environment!r} cannot be played in tokens: {why}, measure it where images are seen "
+        "(palestra eval ... --base-url URL --model NAME), or give the seat that sees them a model of its own (`seats`)"
+    )
+
+
 def _ending(raised: BaseException | None, stopped: BaseException | None) -> tuple[Ending, str]:
-    """From what `run` raised, and the first limit or failure of a turn, which `run` may have caught."""
+    """From what `run` raised, and the first limit or failure of a turn, which `run` may have caught.
+
+    Errors: InvalidRollout, Unplayable.
+    """
+    if isinstance(stopped, Unplayable):
+        raise stopped
     if isinstance(stopped, InfrastructureError):
         raise InvalidRollout(str(stopped))
     if stopped is not None and not isinstance(stopped, Limit | AgentError):

@@ -9,6 +9,7 @@ import msgspec
 
 from palestra.core.records import Task
 from palestra.env.environment import Environment
+from palestra.env.images import require_small
 
 _encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Task)
 _content_encoder = msgspec.msgpack.Encoder(order="deterministic")
@@ -56,7 +57,7 @@ class TaskList:
 def as_sent(task: Task, position: int) -> Task:
     """The task as `run` and the rewards will see it after the wire, with its key.
 
-    Errors: TypeError naming the task's position, if it holds what cannot be sent.
+    Errors: TypeError naming the task's position, if it holds what cannot be sent; UserError, if an image is too large.
     """
     if not isinstance(task, Task):
         raise TypeError(f"task {position} is {task!r}, not a Task; yield Task(prompt=...)")
@@ -64,6 +65,10 @@ def as_sent(task: Task, position: int) -> Task:
         sent = _decoder.decode(_encoder.encode(task))
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
         raise TypeError(f"task {position} cannot be sent: {error}; give it JSON-like values with text keys") from error
+    if isinstance(sent.prompt, list):
+        require_small(sent.prompt, f"the prompt of task {position}")
+        for one in sent.prompt:
+            require_small(one.get("content") if isinstance(one, dict) else None, f"the prompt of task {position}")
     return sent if sent.key else msgspec.structs.replace(sent, key=content_key(sent))
 
 

@@ -10,9 +10,11 @@ from typing import Annotated, Any, get_type_hints
 import docstring_parser
 import msgspec
 
+from palestra.core.content import as_content, is_image, is_part
 from palestra.core.deadline import Unhurried
 from palestra.core.errors import PalestraError, UserError
 from palestra.env.endings import AgentError
+from palestra.env.images import require_small
 
 Message = dict[str, Any]
 
@@ -150,7 +152,7 @@ class ToolBox:
         name = call["function"]["name"]
         self.num_calls += 1
         try:
-            content = _content(await self._call(name, call["function"]["arguments"], timeout_s))
+            content = _content(name, await self._call(name, call["function"]["arguments"], timeout_s))
         except (PalestraError, AgentError):
             raise
         except (Exception, SystemExit) as error:  # whatever a tool raises, the model may try to do better
@@ -171,24 +173,36 @@ class ToolBox:
             raise
 
 
-def _content(given: Any) -> str | list[Message]:
-    """Text; parts of a message (text, images) as they are; anything else as JSON."""
+def _content(name: str, given: Any) -> str | list[Message]:
+    """Text; an image, and texts and images, as parts of a message; anything else as JSON.
+
+    Errors: UserError, if an image is too large, or stands where it would be text.
+    """
     if isinstance(given, str):
         return given
-    if _is_parts(given):
-        return given
+    if parts := _parts(given):
+        require_small(parts, f"the result of tool {name}")
+        return as_content(parts)
     try:
-        return msgspec.json.encode(given).decode()
+        text = msgspec.json.encode(given).decode()
     except (TypeError, ValueError):
         return str(given)
+    if '"image_url":{"url":"data:' in text:
+        raise UserError(
+            f"tool {name} gave an image inside of a {type(given).__name__}, where the model would read its bytes as "
+            "text; return the image itself, or a list of texts and images"
+        )
+    return text
 
 
-def _is_parts(given: Any) -> bool:
-    return isinstance(given, list) and bool(given) and all(map(_is_part, given))
-
-
-def _is_part(given: Any) -> bool:
-    return isinstance(given, dict) and given.get("type") in ("text", "image_url")
+def _parts(given: Any) -> list[Any]:
+    """An image; or a list of parts, in which texts may be plain where there is an image."""
+    if is_image(given):
+        return [given]
+    if not isinstance(given, list | tuple):
+        return []
+    has_image = any(map(is_image, given))
+    return list(given) if all(is_part(one) or (has_image and isinstance(one, str)) for one in given) else []
 
 
 def _short(value: Any, at_most: int = 200) -> str:

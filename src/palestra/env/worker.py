@@ -180,7 +180,8 @@ class Worker:
         self._proxy: Proxy | None = None
 
     async def run(self) -> None:
-        """Errors: an ExceptionGroup of what our own code raised; environment code cannot end a worker."""
+        """Errors: an ExceptionGroup of what our own code raised, or of the UserError that an environment sends what the
+        policy cannot be given; nothing else that environment code does can end a worker."""
         self._selector.ledger.switch("work")
         await self._say_ready()
         async with asyncio.TaskGroup() as jobs:

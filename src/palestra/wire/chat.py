@@ -10,6 +10,7 @@ import httpx
 import msgspec
 from msgspec import Struct, field
 
+from palestra.core.content import Part, as_parts, images_in, text_part
 from palestra.core.deadline import within
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.records import ChatReply, Sampling, is_sendable
@@ -26,6 +27,11 @@ _TOO_LONG = (
     "context window",
     "context size",
     "prompt is too long",
+)
+_SEES_NOTHING = (
+    "is not a multimodal model",
+    "at most 0 image",
+    "image_url is only supported by certain models",
 )
 _CUT = {"length", "max_tokens", "model_length"}
 _BROKEN = {"abort", "error", "content_filter", "insufficient_system_resource"}  # not the model's own end
@@ -69,11 +75,12 @@ class ChatClient:
     ) -> ChatReply:
         """The next message. Busy answers and broken connections are tried again, later each time.
 
-        Errors: UserError, if the endpoint refuses the key or knows no such model; TooLongError; InfrastructureError.
+        Errors: UserError, if the endpoint refuses the key, knows no such model, or shows it no images; TooLongError;
+        InfrastructureError.
         """
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [_as_sent(message) for message in messages],
+            "messages": _as_all_sent(messages),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
@@ -112,6 +119,8 @@ class ChatClient:
             raise UserError(f"{self.url} refused model {self.model!r} ({said}); check the model's name and the key")
         if any(words in said.lower() for words in _TOO_LONG):
             raise TooLongError(f"{self.url}: {said}")
+        if any(words in said.lower() for words in _SEES_NOTHING):
+            raise UserError(f"{self.url} shows no images to {self.model!r} ({said}); name a model that sees")
         if "unsupported parameter" in said.lower() or "unsupported_parameter" in said:
             raise UserError(f"{self.url} does not know a parameter of ours for {self.model!r} ({said})")
         raise InfrastructureError(f"{self.url} refused the request ({said})")
@@ -193,6 +202,44 @@ def _arguments(given: str | dict[str, Any]) -> Any:
     except (msgspec.DecodeError, RecursionError):
         return given
     return read if isinstance(read, dict) and is_sendable(read) else given
+
+
+def _as_all_sent(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the API wants them. What a tool gives is text there: its images follow the results of the turn, each behind
+    the mark that stands in its place, as a message of the user or at the head of one."""
+    sent: list[dict[str, Any]] = []
+    waiting: list[Part] = []
+    num_images = 0
+    for message in messages:
+        if waiting and message["role"] != "tool":
+            is_users = message["role"] == "user"
+            head = {**message, "content": [*waiting, *as_parts(message.get("content"))]} if is_users else _user(waiting)
+            sent += [head] if is_users else [head, _as_sent(message)]
+            waiting = []
+        elif message["role"] == "tool" and images_in(message.get("content")):
+            text, shown = _apart(message["content"], after=num_images)
+            waiting, num_images = [*waiting, *shown], num_images + len(shown) // 2
+            sent.append(_as_sent({**message, "content": text}))
+        else:
+            sent.append(_as_sent(message))
+    return [*sent, _user(waiting)] if waiting else sent
+
+
+def _user(parts: list[Part]) -> dict[str, Any]:
+    return {"role": "user", "content": parts}
+
+
+def _apart(parts: Sequence[Part], *, after: int) -> tuple[str, list[Part]]:
+    """A tool's result as text with marks in place of its images; mark and image, one after the other."""
+    lines, shown = list[str](), list[Part]()
+    for part in parts:
+        if images_in([part]):
+            after += 1
+            lines.append(f"[image {after}]")
+            shown += [text_part(lines[-1]), part]
+        else:
+            lines.append(part["text"])
+    return "\n".join(lines), shown
 
 
 def _as_sent(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """A server of the `mcp` package: `python tests/unit/env/mcp_server.py [PORT]`; by stdio, or by HTTP at /mcp."""
 
+import base64
 import os
 import sys
 
-from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver import Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("test")
@@ -39,6 +40,12 @@ def die() -> str:
 def secret() -> str:
     """What the environment has."""
     return os.environ.get("PALESTRA_TEST_SECRET", "nothing")
+
+
+@server.tool()
+def show(data: str) -> list:
+    """A picture, with words."""
+    return ["here it is", Image(data=base64.b64decode(data), format="png")]
 
 
 if __name__ == "__main__":

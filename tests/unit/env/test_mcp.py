@@ -1,6 +1,7 @@
 """MCP servers as tools, by stdio and HTTP, with servers of the protocol's own package."""
 
 import asyncio
+import base64
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ SERVER = Path(__file__).with_name("mcp_server.py")
 COMMAND = [sys.executable, str(SERVER)]
 
 
-async def said(tools, tool: str, /, **arguments) -> str:
+async def said(tools, tool: str, /, **arguments):
     (message,) = await ToolBox(tools).answer([as_tool_call(0, tool, arguments)], timeout_s=10)
     return message["content"]
 
@@ -109,3 +110,12 @@ async def test_a_server_at_an_address_serves_many_rollouts():
         records = await asyncio.gather(*(score(Sum(url=url), Task(prompt="2 + 3?"), [calls, "5"]) for _ in range(4)))
     assert [(record.ending, record.reward) for record in records] == [(Ending.OK, 1.0)] * 4
     assert {record.messages[2]["content"] for record in records} == {"5"}
+
+
+async def test_an_image_of_a_server_arrives_with_its_bytes():
+    data = base64.b64encode(b"\x89PNG" + bytes(range(256))).decode()
+    async with mcp(COMMAND) as tools:
+        assert await said(tools, "show", data=data) == [
+            {"type": "text", "text": "here it is"},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+        ]

@@ -17,6 +17,8 @@ from palestra.wire import batches
 
 ROWS = [{"prompt": f"{a}{b}", "completion": f"{b}{a}"} for a, b in itertools.product("abcdefgh", "uvwxyz")]
 
+SHOWN = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://there"}}]}]
+
 
 @pytest.fixture(scope="module")
 def tokenizer(qwen):
@@ -109,6 +111,10 @@ def test_a_source_without_a_usable_row_says_so(tmp_path, tokenizer, monkeypatch)
         ('{"text": "a"}', r"rows\.jsonl:2: needs `messages`, or `prompt` and `completion`; it has text"),
         ('{"messages": "a"}', r"rows\.jsonl:2: `messages` must be a list"),
         ('{"prompt": ["a"], "completion": "b"}', r"rows\.jsonl:2: `prompt` must be a list of messages"),
+        (
+            json.dumps({"messages": SHOWN}),
+            r"rows\.jsonl:2: .*messages\[0\] \(user\) holds an image \(at 'https://there'\)",
+        ),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, tokenizer, line, said):

@@ -145,3 +145,94 @@ async def test_a_key_is_read_from_the_environment_and_shown_nowhere(monkeypatch)
     assert "sk-1" not in str(raised.value)
     with pytest.raises(UserError, match="no OTHER_KEY"):
         client(ok(), key_env="OTHER_KEY")
+
+
+# --- images
+
+
+def shown(name: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{name}"}}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def result(number: int, content: str | list) -> dict:
+    return {"role": "tool", "tool_call_id": f"c{number}", "content": content}
+
+
+def turn(*numbers: int) -> dict:
+    calls = [{"id": f"c{n}", "type": "function", "function": {"name": "look", "arguments": "{}"}} for n in numbers]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+async def sent(*messages: dict) -> list[dict]:
+    asked: list[httpx.Request] = []
+    await client(ok(), asked=asked).ask(messages, (), Sampling(), seed=0)
+    return json.loads(asked[0].content)["messages"]
+
+
+async def test_an_image_of_the_user_is_sent_as_it_is():
+    message = {"role": "user", "content": [text("What is it?"), shown("AAAA")]}
+    assert await sent(message) == [message]
+
+
+async def test_images_of_tools_follow_all_results_of_the_turn_each_behind_its_mark():
+    """Between the results of one turn an API takes no other message."""
+    asked = [*ASKED, turn(1, 2, 3), result(1, [text("first"), shown("AAAA"), shown("BBBB")]), result(2, "no image")]
+    asked.append(result(3, [shown("CCCC")]))
+    assert await sent(*asked) == [
+        *ASKED,
+        turn(1, 2, 3),
+        result(1, "first\n[image 1]\n[image 2]"),
+        result(2, "no image"),
+        result(3, "[image 3]"),
+        {
+            "role": "user",
+            "content": [
+                *(text("[image 1]"), shown("AAAA")),
+                *(text("[image 2]"), shown("BBBB")),
+                *(text("[image 3]"), shown("CCCC")),
+            ],
+        },
+    ]
+
+
+async def test_what_was_sent_stays_as_it_was_when_the_conversation_goes_on():
+    """Else no endpoint would find its prefix again. Marks are counted over the whole conversation."""
+    first = [*ASKED, turn(1), result(1, [shown("AAAA")])]
+    second = [*first, {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "and this?"}]
+    third = [*second, turn(2), result(2, [shown("BBBB")])]
+    once, twice, thrice = await sent(*first), await sent(*second), await sent(*third)
+    assert twice[: len(once)] == once
+    assert thrice[: len(twice)] == twice
+    assert thrice[-2:] == [result(2, "[image 2]"), {"role": "user", "content": [text("[image 2]"), shown("BBBB")]}]
+
+
+@pytest.mark.parametrize(("content", "kept"), [("and?", [text("and?")]), ([shown("BBBB")], [shown("BBBB")]), ("", [])])
+async def test_what_the_user_says_right_after_is_in_the_same_message(content, kept):
+    """Two messages of the user in a row are refused by some templates."""
+    messages = await sent(*ASKED, turn(1), result(1, [shown("AAAA")]), {"role": "user", "content": content})
+    assert messages[-2:] == [
+        result(1, "[image 1]"),
+        {"role": "user", "content": [text("[image 1]"), shown("AAAA"), *kept]},
+    ]
+
+
+async def test_results_without_images_are_sent_as_they_are():
+    plain = [*ASKED, turn(1, 2), result(1, "one"), result(2, [text("two")]), {"role": "user", "content": "on"}]
+    assert await sent(*plain) == plain
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "/models/wise is not a multimodal model",
+        "At most 0 image(s) may be provided in one prompt.",
+        "Invalid content type. image_url is only supported by certain models.",
+    ],
+)
+async def test_a_model_that_sees_nothing_is_the_users_mistake(said):
+    with pytest.raises(UserError, match=r"http://there/v1 shows no images to 'wise' .*; name a model that sees"):
+        await client(refusal(400, said)).ask(ASKED, (), Sampling(), seed=0)

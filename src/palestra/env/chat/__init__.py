@@ -7,13 +7,14 @@ row with its mask.
 from palestra.env.chat.conversation import Conversation
 from palestra.env.chat.reply import AssistantMessage, ToolCall
 from palestra.env.chat.sft import SftRow, render_completion, render_sft
-from palestra.env.chat.template import Message, TemplateError
+from palestra.env.chat.template import ImageError, Message, TemplateError
 from palestra.env.chat.tokenizer import ChatTokenizer, load_tokenizer
 
 __all__ = [
     "AssistantMessage",
     "ChatTokenizer",
     "Conversation",
+    "ImageError",
     "Message",
     "SftRow",
     "TemplateError",

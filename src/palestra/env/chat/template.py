@@ -16,13 +16,19 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from palestra.core.content import described, images_in
 from palestra.core.errors import UserError
+from palestra.env.endings import Unplayable
 
 Message = dict[str, Any]
 
 
 class TemplateError(UserError):
     """A conversation that the model's chat template refuses or cannot express."""
+
+
+class ImageError(TemplateError, Unplayable):
+    """A conversation with an image, which no text of a template shows to the model."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,9 @@ class ChatTemplate:
         """The conversation as text; with `generation`, up to where the model starts to write.
 
         `now` is what the template's `strftime_now` shows: a conversation keeps one, so that midnight rewrites nothing.
-        Errors: TemplateError with the template's own words.
+        Errors: TemplateError with the template's own words; ImageError, if a message holds an image.
         """
+        self._refuse_images(messages)
         compiled = self._compiled(self._choose(tools))
         names = {**self.variables, "strftime_now": now.strftime}
         names |= {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation}
@@ -58,6 +65,15 @@ class ChatTemplate:
                 f"{self.where}: the chat template refuses {_outline(messages)}: {error or type(error).__name__}; "
                 "send the roles and fields that this model's template expects"
             ) from error
+
+    def _refuse_images(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages):
+            if found := images_in(message.get("content")):
+                by = f"{message.get('role')} {message['name']}" if message.get("name") else message.get("role")
+                raise ImageError(
+                    f"{self.where}: messages[{number}] ({by}) holds an image ({described(found[0])}), and the model is "
+                    "given tokens of text alone; send what it shows as text"
+                )
 
     @property
     def has_tool_use(self) -> bool:

@@ -115,7 +115,7 @@ def _read_part(part: Any) -> Message:
     if kind == "refusal":
         return text_part(part.get("refusal"))
     if kind == "image_url" and isinstance(part.get("image_url"), dict):
-        return image_part(part["image_url"].get("url"))
+        return image_part(part["image_url"].get("url"), part["image_url"].get("detail"))
     raise BadRequest(f"a part of a message is of type {kind!r}; text and image_url can be read")
 
 

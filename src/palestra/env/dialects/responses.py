@@ -134,7 +134,7 @@ def _read_part(part: Any) -> Message:
     if kind == "refusal":
         return text_part(part.get("refusal"))
     if kind == "input_image" and part.get("image_url"):
-        return image_part(part["image_url"])
+        return image_part(part["image_url"], part.get("detail"))
     raise BadRequest(f"a part of a message is of type {kind!r}; input_text, output_text and input_image can be read")
 
 

@@ -128,8 +128,10 @@ def text_part(text: Any) -> Message:
     return {"type": "text", "text": text_of(text, "the text of a part")}
 
 
-def image_part(url: Any) -> Message:
-    return {"type": "image_url", "image_url": {"url": text_of(url, "the address of an image")}}
+def image_part(url: Any, detail: Any = None) -> Message:
+    """`detail`: how closely it should be looked at, where the program says so."""
+    place = {"url": text_of(url, "the address of an image")}
+    return {"type": "image_url", "image_url": place if detail is None else {**place, "detail": detail}}
 
 
 def function_tool(name: Any, description: Any, parameters: Any) -> dict[str, Any]:
