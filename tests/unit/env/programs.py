@@ -3,13 +3,21 @@ what it sampled is what trains."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from palestra.core.records import Reply, RolloutRecord, Sampling, Span, Task
+import msgspec
+import pytest
+
+from palestra.config import RunConfig
+from palestra.core.records import Reply, RolloutRecord, Sample, Sampling, Span, Task
 from palestra.env import Agent, Environment
 from palestra.env.chat import ChatTokenizer, Conversation
 from palestra.env.play import play
 from palestra.env.proxy import Proxy
 from palestra.env.voice import PolicyVoice
+from palestra.orchestrate.batcher import make_batch, rules_of
+from palestra.orchestrate.state import Group
+from palestra.wire.batches import decode, encode
 
 MAX_MODEL_LEN = 4000
 
@@ -51,6 +59,7 @@ async def played(
     *,
     environment: type[Environment] = Environment,
     proxy: Proxy | None = None,
+    max_model_len: int = MAX_MODEL_LEN,
 ) -> RolloutRecord:
     """A rollout in which `program` speaks for the agent. By default its proxy ends with it."""
 
@@ -61,7 +70,7 @@ async def played(
     sampling = Sampling(max_tokens=500, stop_token_ids=engine.tokenizer.stop_ids)
 
     def voice(seat: str) -> PolicyVoice:
-        return PolicyVoice(Conversation(engine.tokenizer), engine, sampling, max_model_len=MAX_MODEL_LEN)
+        return PolicyVoice(Conversation(engine.tokenizer), engine, sampling, max_model_len=max_model_len)
 
     return await play(Program(), Task(prompt="?"), voice, admit=proxy and proxy.admit)
 
@@ -69,6 +78,44 @@ async def played(
 def require_exact(record: RolloutRecord, engine: Engine) -> None:
     """Every call is in exactly one sample, its prompt before it, its tokens, log-probabilities and version as sampled;
     and nothing else is trained."""
+    _require_recorded(record, engine)
+    _require_trained(record, engine)
+
+
+def require_exact_and_no_other(record: RolloutRecord, engine: Engine) -> None:
+    """The law, and its controls: a record that differs by one token, log-probability or weight breaks it."""
+    require_exact(record, engine)
+    require_exact(_altered(record, lambda sample, place: None), engine)
+    for alter in (_another_token, _another_logprob, _not_sampled, _another_prompt):
+        with pytest.raises(AssertionError):
+            require_exact(_altered(record, alter), engine)
+
+
+def _altered(record: RolloutRecord, alter: Callable[[Sample, int], None]) -> RolloutRecord:
+    """A copy, changed at the last token that was sampled."""
+    copy = msgspec.json.decode(msgspec.json.encode(record), type=RolloutRecord)
+    sample = copy.seats[0].samples[-1]
+    alter(sample, max(place for place, sampled in enumerate(sample.sampled) if sampled))
+    return copy
+
+
+def _another_token(sample: Sample, place: int) -> None:
+    sample.token_ids[place] ^= 1
+
+
+def _another_logprob(sample: Sample, place: int) -> None:
+    sample.logprobs[place] -= 0.5
+
+
+def _not_sampled(sample: Sample, place: int) -> None:
+    sample.sampled[place] = 0
+
+
+def _another_prompt(sample: Sample, place: int) -> None:
+    sample.token_ids[0] ^= 1
+
+
+def _require_recorded(record: RolloutRecord, engine: Engine) -> None:
     samples = [sample for seat in record.seats for sample in seat.samples]
     trained = {
         (logprob, place, number)
@@ -89,3 +136,18 @@ def require_exact(record: RolloutRecord, engine: Engine) -> None:
     assert len({span.turn for span in turns}) == len(turns) == len(engine.replies)
     for sample in samples:  # every reply has a version of its own here
         assert [(span.start, span.end) for span in sample.turns] == [(span.start, span.end) for span in sample.spans]
+
+
+def _require_trained(record: RolloutRecord, engine: Engine) -> None:
+    """Of a batch as a trainer reads it."""
+    settings = {"log": {"name": "exact"}, "model": {"path": "nowhere"}, "train": {"max_pack_tokens": 2**20}}
+    rules = rules_of(RunConfig.model_validate(settings))
+    group = Group(group_id=record.rollout_id, source="", task=record.task, size=1, records={record.rollout_id: record})
+    batch, _, _ = make_batch([group], {}, step=0, attempt=1, rules=rules)
+    batch = decode(encode(batch))
+    told = [sample.token_ids for seat in record.seats for sample in seat.samples]
+    assert [batch.token_ids[start:end].tolist() for start, end in pairwise(batch.offsets)] == told
+    trains = batch.rl_weight > 0
+    trained = zip(batch.engine_logprobs[trains].tolist(), batch.token_ids[trains].tolist(), strict=True)
+    said = [pair for reply in engine.replies for pair in zip(reply.logprobs, reply.token_ids, strict=True)]
+    assert sorted(trained) == sorted(said)

@@ -126,6 +126,24 @@ async def test_three_turns_with_tools_are_one_sample_of_exactly_what_was_sampled
     assert [message["role"] for message in record.messages].count("assistant") == record.num_turns == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_thoughts_are_signed_as_programs_repeat_unsigned_ones_as_text(qwen, stream):
+    blocks = []
+
+    async def program(agent: Agent) -> None:
+        asked: Any = {"model": "policy", "max_tokens": 400, "messages": ASK}
+        async with anthropic.AsyncAnthropic(base_url=agent.url, api_key=agent.key) as client:
+            if stream:
+                async with client.messages.stream(**asked) as events:
+                    blocks.extend((await events.get_final_message()).content)
+            else:
+                blocks.extend((await client.messages.create(**asked)).content)
+
+    await played(program, Engine(qwen, ["<think>Hm.</think>Yes."]))
+    thought, text = blocks
+    assert (thought.type, thought.thinking, bool(thought.signature), text.text) == ("thinking", "Hm.", True, "Yes.")
+
+
 async def test_a_response_that_names_the_one_before_needs_no_history(qwen):
     engine = Engine(qwen, SAID)
     record = await played(lambda agent: by_responses(agent, stream=False, after=True), engine)

@@ -24,6 +24,8 @@ from palestra.env.dialects.shape import (
 )
 
 _UNREAD = "__unread__"  # the only argument of a call whose arguments are no JSON object
+_SIGNATURE = "palestra"  # of thoughts: clients repeat unsigned ones as text, if at all
+_EMPTY = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 
 
@@ -156,7 +158,7 @@ def _head(asked: Asked, id: str) -> dict[str, Any]:
 
 def _blocks(answer: Answer) -> Iterator[Message]:
     if answer.reasoning:
-        yield {"type": "thinking", "thinking": answer.reasoning, "signature": ""}
+        yield {"type": "thinking", "thinking": answer.reasoning, "signature": _SIGNATURE}
     if answer.content:
         yield {"type": "text", "text": answer.content}
     for call in answer.calls:
@@ -166,7 +168,7 @@ def _blocks(answer: Answer) -> Iterator[Message]:
 
 
 def _empty(block: Message) -> Message:
-    return {**block, **{"text": {"text": ""}, "thinking": {"thinking": ""}, "tool_use": {"input": {}}}[block["type"]]}
+    return {**block, **_EMPTY[block["type"]]}
 
 
 def _deltas(block: Message) -> Iterator[Message]:
@@ -174,7 +176,7 @@ def _deltas(block: Message) -> Iterator[Message]:
         yield {"type": "text_delta", "text": block["text"]}
     elif block["type"] == "thinking":
         yield {"type": "thinking_delta", "thinking": block["thinking"]}
-        yield {"type": "signature_delta", "signature": ""}
+        yield {"type": "signature_delta", "signature": block["signature"]}
     else:
         yield {"type": "input_json_delta", "partial_json": as_text(block["input"])}
 
