@@ -186,7 +186,7 @@ def _add_serve(commands) -> None:
     proxy.add_argument("model", help="whose tokenizer and template are used: a directory, or a hub name")
     proxy.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="such as sampling.temperature=0.7")
     proxy.add_argument("--engine", default="http://127.0.0.1:8000", metavar="URL", help="default: port 8000 here")
-    proxy.add_argument("--port", type=int, default=8001)
+    proxy.add_argument("--port", type=int, default=8001, help="0: a free one, which is said (default: 8001)")
     proxy.add_argument(
         "--to", type=Path, default=Path("outputs/proxy.jsonl"), metavar="FILE", help="a line per session"
     )

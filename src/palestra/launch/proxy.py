@@ -12,13 +12,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from palestra.config import RunConfig
-from palestra.core.errors import UserError
+from palestra.core.errors import InfrastructureError, UserError
+from palestra.core.files import AppendFile
 from palestra.core.records import Ending, Reply, RolloutRecord, Sampling, Seat, Task
 from palestra.env.agent import Agent, Limits, Table
 from palestra.env.chat import ChatTokenizer, Conversation, load_tokenizer
@@ -28,6 +30,7 @@ from palestra.model.files import tokenizer_directory
 from palestra.orchestrate.sources import seed_for
 from palestra.wire.draft import Draft
 from palestra.wire.policy import EngineClient
+from palestra.wire.runlog import cut_torn_line
 
 
 @dataclass
@@ -49,13 +52,13 @@ class Recorder:
         client: EngineClient,
         tokenizer: ChatTokenizer,
         config: RunConfig,
-        to: Path,
+        to: AppendFile,
         forget: Callable[[str], None] = lambda key: None,
     ):
         """`forget` hears of keys whose sessions ended."""
         self._client, self._tokenizer, self._config, self._to = client, tokenizer, config, to
         self.forget = forget
-        self._visits: dict[str, Visit] = {}
+        self._visits: dict[int, Visit] = {}
         self._number, self._seed = 0, secrets.randbits(30)
 
     def meet(self, key: str, url: str) -> Session:
@@ -72,32 +75,42 @@ class Recorder:
             try:
                 return await self._client.stream(token_ids, sampling, seed=seed, silence_s=engine.call_s, draft=draft)
             finally:
-                if (visit := self._visits.get(key)) is not None:
-                    visit.asked_at = time.monotonic()
+                visit.asked_at = time.monotonic()
 
         voice = PolicyVoice(Conversation(self._tokenizer), call, asked, max_model_len=engine.max_model_len)
         agent = Agent("agent", voice, Table(Limits(), seed=number, is_rollout=False))
-        session = Session(agent, url, key=key, left=self.forget)
-        self._visits[key] = Visit(number, agent, session, time.time())
-        return session
+        visit = Visit(number, agent, Session(agent, url, key=key, left=self.forget), time.time())
+        self._visits[number] = visit
+        return visit.session
 
-    async def write_idle(self, idle_s: float, *, is_end: bool = False) -> None:
-        """Write and forget the sessions that asked nothing for so long; at the end all of them."""
+    async def write_idle(self, idle_s: float) -> None:
+        """Write and forget the sessions that asked nothing for so long."""
         now = time.monotonic()
-        idle = [key for key, v in self._visits.items() if not v.session.is_asked and now - v.asked_at >= idle_s]
-        for key in list(self._visits) if is_end else idle:
-            visit = self._visits[key]
-            await visit.session.close()
-            record = _record(visit)
+        for visit in list(self._visits.values()):
+            if not visit.session.is_asked and now - visit.asked_at >= idle_s:
+                try:
+                    await self._write(visit)
+                except InfrastructureError as error:
+                    print(f"session {visit.number} is tried again later: {error}", file=sys.stderr, flush=True)
+
+    async def write_all(self) -> None:
+        """Errors: InfrastructureError, if some cannot be written; all others are."""
+        failures: list[InfrastructureError] = []
+        for visit in list(self._visits.values()):
             try:
-                if record.seats[0].samples:
-                    with self._to.open("ab") as file:
-                        file.write(msgspec.json.encode(record) + b"\n")
-            except OSError as error:
-                print(f"session {visit.number} is not written yet: {error}", file=sys.stderr)
-                if not is_end:
-                    continue  # it is tried again
-            self._visits.pop(key)
+                await self._write(visit)
+            except InfrastructureError as error:
+                failures.append(error)
+        if failures:
+            raise InfrastructureError(f"{len(failures)} sessions are lost: {failures[0]}") from failures[0]
+
+    async def _write(self, visit: Visit) -> None:
+        """It ends; until it is written it is kept. Errors: InfrastructureError."""
+        await visit.session.close()
+        record = _record(visit)
+        if record.seats[0].samples:
+            self._to.append(msgspec.json.encode(record) + b"\n")
+        del self._visits[visit.number]
 
 
 def _record(visit: Visit) -> RolloutRecord:
@@ -123,27 +136,40 @@ def serve(engine_url: str, config: RunConfig, *, port: int, to: Path, idle_s: fl
 
 
 async def _serve(engine_url: str, config: RunConfig, *, port: int, to: Path, idle_s: float) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
     told_to_end, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, told_to_end.set)
-    async with EngineClient(engine_url, call_s=config.engine.call_s) as client:
-        if not await client.is_healthy():
-            raise UserError(f"no engine answers at {engine_url}; start one by `palestra serve engine MODEL`")
-        if await client.version() is None:  # an engine that nobody publishes to
-            await client.label(0)
-        client.serving = await client.version()
-        recorder = Recorder(client, load_tokenizer(tokenizer_directory(config.model_dir)), config, to)
-        proxy = Proxy(config.launch.host, port=port, meet=recorder.meet)
-        recorder.forget = proxy.forget
-        proxy.open()
-        print(f"http://{config.launch.host}:{port} answers; sessions go to {to}", file=sys.stderr, flush=True)
-        try:
-            while not told_to_end.is_set():
-                try:
-                    await asyncio.wait_for(told_to_end.wait(), timeout=min(idle_s, 60.0))
-                except TimeoutError:
-                    await recorder.write_idle(idle_s)
-        finally:
-            await proxy.close()
-            await recorder.write_idle(0.0, is_end=True)
+    with closing(_opened(to)) as file:
+        async with EngineClient(engine_url, call_s=config.engine.call_s) as client:
+            await _require_engine(client)
+            recorder = Recorder(client, load_tokenizer(tokenizer_directory(config.model_dir)), config, file)
+            proxy = Proxy(config.launch.host, port=port, meet=recorder.meet)
+            recorder.forget = proxy.forget
+            print(f"{proxy.open()} answers; sessions go to {to}", file=sys.stderr, flush=True)
+            try:
+                while not told_to_end.is_set():
+                    try:
+                        await asyncio.wait_for(told_to_end.wait(), timeout=min(idle_s, 60.0))
+                    except TimeoutError:
+                        await recorder.write_idle(idle_s)
+            finally:
+                await proxy.close()
+                await recorder.write_all()
+
+
+async def _require_engine(client: EngineClient) -> None:
+    """It answers, and its tokens have a version. Errors: UserError."""
+    if not await client.is_healthy():
+        raise UserError(f"no engine answers at {client.url}; start one by `palestra serve engine MODEL`")
+    if await client.version() is None:  # an engine that nobody publishes to
+        await client.label(0)
+    client.serving = await client.version()
+
+
+def _opened(to: Path) -> AppendFile:
+    """Errors: UserError."""
+    try:
+        cut_torn_line(to)
+        return AppendFile(to)
+    except OSError as error:
+        raise UserError(f"--to={to} cannot be written: {error.strerror}; name another file") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from palestra.config.load import load_tree
+from palestra.core.errors import UserError
 from palestra.infer.__main__ import engine_command
 from palestra.launch.model_path import require_model
 from palestra.launch.ports import require_free
@@ -19,6 +20,8 @@ def proxy(model: str, engine_url: str, overrides: list[str], *, port: int, to: P
     config = load_tree({"log": {"name": "proxy"}, "model": {"path": model}}, overrides).config
     require_model(config.model.path)
     require_free(config.launch.host, port, field="--port")
+    if idle_s <= 0:
+        raise UserError(f"--idle-s={idle_s:g} must be above 0; a session is written when it asked nothing for so long")
     serve(engine_url, config, port=port, to=to, idle_s=idle_s)
 
 
