@@ -20,6 +20,7 @@ from rich.table import Table
 from palestra import __version__
 from palestra.config import RunConfig, read_resolved
 from palestra.config.load import load_tree
+from palestra.config.schema import Engine
 from palestra.core.errors import UserError
 from palestra.core.files import write_atomically
 from palestra.core.records import Ending, RolloutRecord, Task
@@ -31,7 +32,7 @@ from palestra.env.tasklist import TaskList
 from palestra.launch import run, start
 from palestra.launch.live import duration
 from palestra.launch.machine import this_machine
-from palestra.launch.model_path import require_model
+from palestra.launch.model_path import max_positions, require_model
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import make_plan, require_fit
 from palestra.launch.run import require_pythons
@@ -129,13 +130,19 @@ def config_of(wish: Wish) -> RunConfig:
         "model": {"path": wish.model if wish.checkpoint is None else _absolute(wish.checkpoint)},
         "sampling": {"max_tokens": wish.max_tokens},
         "train": {"seed": wish.seed},
-        "engine": {"max_in_flight": wish.concurrency},
+        "engine": {"max_in_flight": wish.concurrency, **_context(wish.checkpoint)},
         "eval": {"sets": [{**_named(id), **common} for id in dict.fromkeys(wish.environments)]},
     }
     if wish.base_url is not None:
         endpoint = {"url": wish.base_url, "key_env": wish.key_env, "max_in_flight": wish.concurrency}
         tree["eval"]["endpoint"] = {key: value for key, value in endpoint.items() if value is not None}
     return load_tree(tree, wish.overrides).config
+
+
+def _context(checkpoint: Path | None) -> dict[str, int]:
+    """Of a model whose context is shorter than an engine's default."""
+    positions = None if checkpoint is None else max_positions(checkpoint)
+    return {} if positions is None else {"max_model_len": min(positions, Engine().max_model_len)}
 
 
 def _absolute(path: Path) -> str:

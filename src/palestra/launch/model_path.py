@@ -1,5 +1,6 @@
 """Whether a model can be loaded, told before any process starts."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -31,6 +32,16 @@ def require_model(path: str | None, *, field: str = "model.path") -> None:
             f"{field}={path} is neither a directory nor in the cache {_hub_cache()}, and HF_HUB_OFFLINE is set; "
             "unset it, or give a directory in Hugging Face layout"
         )
+
+
+def max_positions(directory: Path) -> int | None:
+    """The longest context of the model in a directory, if its configuration says one."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # a hub name; or `require_model` says what is wrong
+    found = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _require_files(directory: Path, field: str) -> None:
