@@ -137,16 +137,34 @@ class Sample(Struct, frozen=True, kw_only=True):
     turns: tuple[TurnSpan, ...] = ()
 
 
+class PieceCredit(Struct, frozen=True, array_like=True):
+    """`amount` was earned by what the first `num_tokens` tokens of a turn of the seat say."""
+
+    turn: int
+    num_tokens: int
+    amount: float
+
+
 class Seat(Struct, frozen=True, kw_only=True):
     """One agent of a rollout: its training samples and its own rewards.
 
-    `credits`: how much of these was earned by which turn; the rest is the whole rollout's.
+    `credits`: how much of these was earned by which turn; the rest is the whole rollout's. `piece_credits`: how much of
+    `credits` was earned before the turn's end.
     """
 
     name: str = "agent"
     samples: tuple[Sample, ...] = ()
     rewards: dict[str, float] = field(default_factory=dict)
     credits: dict[int, float] = field(default_factory=dict)
+    piece_credits: tuple[PieceCredit, ...] = ()
+
+    def cuts(self, turn: int) -> dict[int, float]:
+        """Of a turn: numbers of its first tokens, ascending, and how much more these earned than those before."""
+        found: dict[int, float] = {}
+        for piece in sorted(self.piece_credits, key=lambda piece: piece.num_tokens):
+            if piece.turn == turn:
+                found[piece.num_tokens] = found.get(piece.num_tokens, 0.0) + piece.amount
+        return found
 
 
 class RolloutRecord(Struct, frozen=True, kw_only=True):

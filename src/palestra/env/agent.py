@@ -9,7 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from palestra.core.errors import UserError
-from palestra.core.records import Sample
+from palestra.core.records import PieceCredit, Sample
 from palestra.env.endings import Limit
 from palestra.env.images import Message, chat_messages, require_room
 from palestra.env.tools import Tool, ToolBox
@@ -42,11 +42,11 @@ class Limits:
 
 @dataclass
 class Spent:
-    """By a seat, forks included. `last_turn` is the number of the turn that was played last."""
+    """By a seat, forks included. `last` is the turn that was played last: its number, and what was said in it."""
 
     turns: int = 0
     tokens: int = 0
-    last_turn: int | None = None
+    last: tuple[int, Said] | None = None
 
 
 class Door(Protocol):
@@ -125,6 +125,7 @@ class Agent:
         self._own_tokens = 0  # said by itself: of a fork, since it was one
         self._last_turn = -1  # its own
         self.credits: dict[int, dict[str, float]] = {}  # by turn of the seat
+        self.piece_credits: list[PieceCredit] = []  # of these
         self._spent = Spent()
         self.tool_box = ToolBox(tools)
         self._schemas: list[dict[str, Any]] | None = None  # of the tools that a program offers by itself
@@ -189,15 +190,21 @@ class Agent:
         with self._table.stops():
             return await self.tool_box.answer(calls, timeout_s=self._table.limits.tool_s)
 
-    def credit(self, name: str, amount: float) -> None:
+    def credit(self, name: str, amount: float, *, of: str | None = None) -> None:
         """Add to the reward `name` what the seat's last turn earned: later turns are neither praised nor blamed for it.
 
-        Rewards without a turn (`rewards`, the environment's methods) are for all turns alike.
+        With `of`, a piece of the turn's text that earned it, neither are the tokens behind that piece, where it stands
+        last. Rewards without a turn (`rewards`, the environment's methods) are for all turns alike.
+
+        Errors: ValueError, if nothing was said, or not `of`.
         """
-        if self._spent.last_turn is None:
+        if self._spent.last is None:
             raise ValueError(f"{self.name} has said nothing that could earn the reward {name!r}")
-        of_turn = self.credits.setdefault(self._spent.last_turn, {})
+        turn, said = self._spent.last
+        pieces = [] if of is None else [PieceCredit(turn, said.up_to(of), amount)]
+        of_turn = self.credits.setdefault(turn, {})
         of_turn[name] = of_turn.get(name, 0.0) + amount
+        self.piece_credits += pieces
 
     def stop(self) -> None:
         """For a tool that ends the matter: no turn follows its result."""
@@ -262,7 +269,7 @@ class Agent:
         self.num_tokens += said.num_tokens
         self._own_tokens += said.num_tokens
         self._spent.tokens += said.num_tokens
-        self._spent.last_turn = self._last_turn = turn
+        self._spent.last, self._last_turn = (turn, said), turn
         return said
 
     @property
@@ -322,7 +329,7 @@ class Agent:
         fork.messages, fork.num_turns, fork.rewards = list(self.messages), self.num_turns, self.rewards
         fork.turns_here, fork._kept = self.turns_here, list(self._kept)
         fork.num_tokens, fork.calls = self.num_tokens, list(self.calls)
-        fork.credits, fork._spent = self.credits, self._spent
+        fork.credits, fork.piece_credits, fork._spent = self.credits, self.piece_credits, self._spent
         fork._path = f"{self._path}.{len(self._forks)}"
         self._forks.append(fork)
         return fork

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from palestra.core.errors import InfrastructureError, UserError
-from palestra.core.records import Ending, RolloutRecord, Seat, Task
+from palestra.core.records import Ending, PieceCredit, RolloutRecord, Seat, Task
 from palestra.env.agent import Agent, Door, Frozen, Table
 from palestra.env.endings import AgentError, Limit, Unplayable
 from palestra.env.environment import Environment, limits_of, sandboxes, seats, tools_of
@@ -176,7 +176,13 @@ async def _scored(environment: Environment, task: Task, agents: list[Agent], end
     )
     earned = await earn(environment, task, rollout)
     seated = [
-        Seat(name=agent.name, samples=agent.samples, rewards=rewards, credits=_credits(agent))
+        Seat(
+            name=agent.name,
+            samples=agent.samples,
+            rewards=rewards,
+            credits=_credits(agent),
+            piece_credits=_piece_credits(agent),
+        )
         for agent, rewards in zip(training, own, strict=True)
     ]
     theirs = {f"{agent.name}.{name}": amount for agent in others for name, amount in _own(agent).items()}
@@ -205,6 +211,10 @@ def _own(agent: Agent) -> dict[str, float]:
 def _credits(agent: Agent) -> dict[int, float]:
     """By turn; they are numbers, as `_own` has seen."""
     return {turn: float(sum(of_turn.values())) for turn, of_turn in agent.credits.items()}
+
+
+def _piece_credits(agent: Agent) -> tuple[PieceCredit, ...]:
+    return tuple(msgspec.structs.replace(piece, amount=float(piece.amount)) for piece in agent.piece_credits)
 
 
 def _tool_metrics(agents: list[Agent]) -> dict[str, float]:

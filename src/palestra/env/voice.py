@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import msgspec
@@ -27,12 +28,27 @@ Script = Iterable[str | dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One reply. `message` is what the conversation keeps; `is_cut`: a token limit ended it before the policy did."""
+    """One reply. `message` is what the conversation keeps; `is_cut`: a token limit ended it before the policy did.
+
+    `find` gives the number of its first tokens that end with a piece of its text, None if that is not in it.
+    """
 
     message: dict[str, Any]
     num_tokens: int
     is_cut: bool = False
     num_prompt_tokens: int = 0
+    find: Callable[[str], int | None] | None = None
+
+    def up_to(self, piece: str) -> int:
+        """How many of its first tokens it takes to say `piece`, the last one, to its end; 0, where nobody knows tokens.
+
+        Errors: ValueError, if it does not say that.
+        """
+        in_text = 0 if piece and piece in self.message["content"] else None
+        found = in_text if self.find is None else self.find(piece)
+        if found is None:
+            raise ValueError(f"the reply does not say {piece!r}")
+        return found
 
 
 class Voice(Protocol):
@@ -96,7 +112,8 @@ class PolicyVoice:
             )
         message = self._conversation.add_reply(reply, turn=turn)
         is_cut = reply.finish_reason == "length" and len(reply.token_ids) != num_tokens
-        return Said(message, len(reply.token_ids), is_cut=is_cut, num_prompt_tokens=len(prompt_ids))
+        find = partial(self._conversation.tokenizer.tokens_up_to, reply.token_ids)
+        return Said(message, len(reply.token_ids), is_cut=is_cut, num_prompt_tokens=len(prompt_ids), find=find)
 
     def _fitting(self, prompt_tokens: int, num_tokens: int | None, at_most: int | None) -> Sampling:
         """Errors: Limit, if there is no room for a reply."""

@@ -14,7 +14,7 @@ from palestra.algo.advantages import advantages, group_baseline, group_scale
 from palestra.algo.packing import Packing, pack
 from palestra.algo.shaping import LengthShaping
 from palestra.config.schema import AdvantageScale, BaselineKind, RunConfig
-from palestra.core.records import RolloutRecord, Sample
+from palestra.core.records import RolloutRecord, Sample, Seat
 from palestra.orchestrate.buffer import Part, credited, is_fresh, returns
 from palestra.orchestrate.frozen import Logprobs
 from palestra.orchestrate.state import Average, Baseline, Group
@@ -172,7 +172,7 @@ def _rows(
             samples = [(seat, sample) for seat in record.seats for sample in seat.samples]
             for index, (seat, sample) in enumerate(samples):
                 said = [_said(logprobs, name, record.rollout_id, index, sample) for name in ("reference", "teacher")]
-                of_tokens = _of_tokens(sample, seat.name, advantage_of[record.rollout_id])
+                of_tokens = _of_tokens(sample, seat, advantage_of[record.rollout_id])
                 rows.append(_Row(record.rollout_id, sample, rules.of(group.source).temperature, of_tokens, *said))
     return rows, trained
 
@@ -182,12 +182,13 @@ def _said(logprobs: Logprobs, name: str, rollout_id: int, index: int, sample: Sa
     return np.full(len(sample.token_ids), np.nan, np.float32) if answers is None else answers[index]
 
 
-def _of_tokens(sample: Sample, seat: str, advantage_of: dict[Part, float]) -> NDArray[np.float32]:
-    """[T]: the seat's advantage, or that of the turn which said the token."""
-    of_tokens = np.full(len(sample.token_ids), advantage_of[Part(seat)], np.float32)
+def _of_tokens(sample: Sample, seat: Seat, advantage_of: dict[Part, float]) -> NDArray[np.float32]:
+    """[T]: the seat's advantage, or that of the turn, or the part of it, which said the token."""
+    of_tokens = np.full(len(sample.token_ids), advantage_of[Part(seat.name)], np.float32)
     for span in sample.turns:
-        if (of_turn := advantage_of.get(Part(seat, span.turn))) is not None:
-            of_tokens[span.start : span.end] = of_turn
+        for cuts, num_tokens in enumerate((0, *seat.cuts(span.turn))):
+            if (of_part := advantage_of.get(Part(seat.name, span.turn, cuts))) is not None:
+                of_tokens[span.start + num_tokens : span.end] = of_part
     return of_tokens
 
 
@@ -243,6 +244,12 @@ def _returns(
     return returns(records, own.length, by_turn=known)
 
 
+def _trained_with(group: Group, part: Part) -> Baseline | None:
+    """Of a group that trained before; where none of its members had as many cuts in the turn, behind all they had."""
+    cuts = (part._replace(cuts=cuts).key for cuts in range(part.cuts, -1, -1))
+    return next((group.baselines[key] for key in cuts if key in group.baselines), None)
+
+
 def _average(group: Group, part: Part, own: SourceRules, averages: Averages) -> Baseline | None:
     """The seat's own past, where that is what it is compared with, and there is one."""
     past = averages.get(f"{group.source} {part.key}") if own.baseline == "moving_average" else None
@@ -255,10 +262,10 @@ def _advantages(group: Group, rules: BatchRules, averages: Averages) -> dict[int
     found: dict[int, dict[Part, float]] = {}
     for part, of_rollout in _returns(group, own, averages).items():
         rewards_G = list(of_rollout.values())
-        if group.settled and part.key not in group.baselines:
+        kept = _trained_with(group, part) if group.settled else _average(group, part, own, averages)
+        if group.settled and kept is None:
             advantage_G = np.zeros(len(rewards_G))  # a turn that no other member had: nothing to compare it with
         else:
-            kept = group.baselines[part.key] if group.settled else _average(group, part, own, averages)
             advantage_G = advantages(
                 rewards_G,
                 baseline="leave_one_out" if own.baseline == "leave_one_out" else "mean",

@@ -27,14 +27,18 @@ def outcome(group: Group, *, drop_zero_signal: bool) -> str:
 
 
 class Part(NamedTuple):
-    """What has an advantage of its own: a seat, or one turn of a seat that was given credit by turn."""
+    """What has an advantage of its own: a seat; one turn of a seat that was given credit by turn; or what is left of
+    the turn behind its first `cuts` pieces that were given credit."""
 
     seat: str
     turn: int | None = None
+    cuts: int = 0
 
     @property
     def key(self) -> str:
-        return self.seat if self.turn is None else f"{self.seat}@{self.turn}"
+        if self.turn is None:
+            return self.seat
+        return f"{self.seat}@{self.turn}.{self.cuts}" if self.cuts else f"{self.seat}@{self.turn}"
 
 
 def credited(records: Iterable[RolloutRecord]) -> set[str]:
@@ -49,9 +53,10 @@ def returns(
 
     Of seats in `by_turn` (by default, those that any of the records credits by turn) each turn is a part too. Its
     return is without what earlier turns earned, which it did not bring about; it is compared with that of the same turn
-    in the others.
+    in the others. So are parts of a turn: behind as many pieces with credit in the others, or all that these have.
     """
     by_turn = credited(records) if by_turn is None else by_turn
+    most_cuts = _most_cuts(records)
     found: dict[Part, dict[int, float]] = {}
     for record in records:
         for seat in record.seats:
@@ -60,7 +65,19 @@ def returns(
             turns = {span.turn for sample in seat.samples for span in sample.turns} if seat.name in by_turn else set()
             for turn in turns:
                 before = sum(amount for earned, amount in seat.credits.items() if earned < turn)
-                found.setdefault(Part(seat.name, turn), {})[record.rollout_id] = total - before
+                of_cuts = list(seat.cuts(turn).values())
+                for cuts in range(most_cuts.get((seat.name, turn), 0) + 1):
+                    left = total - before - sum(of_cuts[:cuts])
+                    found.setdefault(Part(seat.name, turn, cuts), {})[record.rollout_id] = left
+    return found
+
+
+def _most_cuts(records: Iterable[RolloutRecord]) -> dict[tuple[str, int], int]:
+    """By seat and turn, over the records."""
+    found: dict[tuple[str, int], int] = {}
+    for seat in (seat for record in records for seat in record.seats):
+        for turn in {piece.turn for piece in seat.piece_credits}:
+            found[seat.name, turn] = max(found.get((seat.name, turn), 0), len(seat.cuts(turn)))
     return found
 
 

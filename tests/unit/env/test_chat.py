@@ -640,3 +640,29 @@ def test_a_turn_without_a_place_of_its_own_is_named(model: Callable[..., ChatTok
 def test_a_token_that_is_partly_the_surroundings_is_not_learnt(model: Callable[..., ChatTokenizer]) -> None:
     tokenizer = model("{% for m in messages %}{{ m.content + 'he' }}{% endfor %}")
     assert learnt(tokenizer, [*HI, {"role": "assistant", "content": "! t"}]) == ["!", "<|im_end|>"]
+
+
+# -- which tokens say a piece of a reply -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_tokens_up_to_a_piece_are_the_fewest_that_say_it(family: Callable[[str], ChatTokenizer], name: str):
+    tokenizer = family(name)
+    text = "so, é = 42 — then 🦀 is 42; a naïve end"
+    ids = [*tokenizer.encode(text), tokenizer.stop_ids[0]]
+    for start in range(0, len(text), 2):
+        for length in (1, 2, 7):
+            piece = text[start : start + length]
+            head = text[: text.rfind(piece) + len(piece)]
+            count = tokenizer.tokens_up_to(ids, piece)
+            assert count is not None
+            assert tokenizer.decode(ids[:count]).startswith(head)
+            assert not tokenizer.decode(ids[: count - 1]).startswith(head)
+    assert tokenizer.tokens_up_to(ids, "43") is None
+    assert tokenizer.tokens_up_to(ids, "") is None
+
+
+def test_special_tokens_inside_a_piece_are_not_part_of_its_text(family: Callable[[str], ChatTokenizer]):
+    tokenizer = family("smollm2")
+    one, other, end = tokenizer.encode("so"), tokenizer.encode(" is"), tokenizer.stop_ids[0]
+    assert tokenizer.tokens_up_to([end, *one, end, *other, end], "so is") == 2 + len(one) + len(other)

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from palestra.core.errors import InfrastructureError
-from palestra.core.records import Ending, Reply, RolloutRecord, Sampling, Task
+from palestra.core.records import Ending, PieceCredit, Reply, RolloutRecord, Sampling, Task
 from palestra.env import AgentError, Environment, Frozen, metric, reward, scoring
 from palestra.env.chat import Conversation, load_tokenizer
 from palestra.env.play import play, score
@@ -528,6 +528,38 @@ async def test_credit_is_of_the_turn_that_earned_it_and_tokens_say_their_turn(pl
     for sample in seat.samples:
         said = {place for span in sample.turns for place in range(span.start, span.end)}
         assert said == {place for place, sampled in enumerate(sample.sampled) if sampled}
+
+
+async def test_credit_of_a_piece_is_of_the_tokens_up_to_its_end(playing):
+    class Steps(Environment):
+        async def run(self, task, agent):
+            await agent("one, two, one, three")
+            agent.credit("found", 0.25, of="one")
+            agent.credit("found", 0.5, of="two")
+            agent.credit("found", 1.0)
+            fork = agent.fork()
+            await fork("four")
+            agent.credit("more", 2.0, of="ou")
+
+    record = await playing(Steps(), Task())
+    (seat,) = record.seats
+    assert (seat.rewards, seat.credits) == ({"found": 1.75, "more": 2.0}, {0: 1.75, 1: 2.0})
+    assert seat.piece_credits == (PieceCredit(0, 13, 0.25), PieceCredit(0, 8, 0.5), PieceCredit(1, 3, 2.0))
+    assert seat.cuts(0) == {8: 0.5, 13: 0.25}
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=RolloutRecord)
+    assert sent.seats[0].cuts(1) == {3: 2.0}
+
+
+async def test_credit_of_what_was_not_said_is_a_mistake_with_and_without_a_model(playing):
+    class Steps(Environment):
+        async def run(self, task, agent):
+            await agent("one")
+            agent.credit("found", 0.25, of="eno")
+
+    for record in (await playing(Steps(), Task()), await score(Steps(), Task(), ["one"])):
+        assert record.ending == Ending.INVALID
+        assert "the reply does not say 'eno'" in record.error
+    assert (await score(Steps(), Task(), ["enough"])).reward == 0.25
 
 
 async def test_who_has_said_nothing_earns_nothing(playing):

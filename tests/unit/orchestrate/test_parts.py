@@ -1,5 +1,6 @@
 """State, sources and batcher on their own."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 from palestra.algo.shaping import LengthShaping
 from palestra.config.schema import Source
 from palestra.core.errors import UserError
-from palestra.core.records import ChatReply, Ending, RolloutRecord, Sample, Seat, Span, Task, TurnSpan
+from palestra.core.records import ChatReply, Ending, PieceCredit, RolloutRecord, Sample, Seat, Span, Task, TurnSpan
 from palestra.orchestrate.batcher import BatchRules, SourceRules, baselines, make_batch, moved
 from palestra.orchestrate.buffer import length_added, outcome
 from palestra.orchestrate.journal import recover
@@ -26,7 +27,7 @@ from palestra.orchestrate.state import (
     SeatReply,
 )
 from palestra.orchestrate.trainer import Schedule, TrainerLink
-from palestra.wire.batches import decode, encode, equal
+from palestra.wire.batches import Batch, decode, encode, equal
 from palestra.wire.messages import Finish, Tasks, TrainBatch
 
 
@@ -75,17 +76,26 @@ def test_a_member_past_the_age_bound_is_left_out_but_counts_in_the_baseline():
     np.testing.assert_allclose(batch.advantage, 0.5)
 
 
-def told(rollout_id: int, reward: float, *, credits: dict[int, float], turns: int = 2) -> RolloutRecord:
-    """A turn is one token, after one of the environment's."""
-    size = 2 * turns
+def told(
+    rollout_id: int,
+    reward: float,
+    *,
+    credits: dict[int, float],
+    turns: int = 2,
+    tokens: int = 1,
+    pieces: Sequence[PieceCredit] = (),
+) -> RolloutRecord:
+    """A turn is so many tokens, after one of the environment's."""
+    whole = 1 + tokens
+    places = [(turn * whole + 1, (turn + 1) * whole) for turn in range(turns)]
     sample = Sample(
-        token_ids=list(range(size)),
-        logprobs=[0.0, -0.25] * turns,
-        sampled=[0, 1] * turns,
-        spans=tuple(Span(0, 2 * turn + 1, 2 * turn + 2) for turn in range(turns)),
-        turns=tuple(TurnSpan(turn, 2 * turn + 1, 2 * turn + 2) for turn in range(turns)),
+        token_ids=list(range(turns * whole)),
+        logprobs=([0.0] + [-0.25] * tokens) * turns,
+        sampled=([0] + [1] * tokens) * turns,
+        spans=tuple(Span(0, *place) for place in places),
+        turns=tuple(TurnSpan(turn, *place) for turn, place in enumerate(places)),
     )
-    seats = (Seat(samples=(sample,), credits=credits),)
+    seats = (Seat(samples=(sample,), credits=credits, piece_credits=tuple(pieces)),)
     return RolloutRecord(
         rollout_id=rollout_id, environment="e", task=Task(), ending=Ending.OK, reward=reward, seats=seats
     )
@@ -100,6 +110,65 @@ def test_a_turn_is_not_praised_for_what_was_earned_before_it():
     }
     # turn 0 is compared by the whole returns 1, 0.5, 0; turn 1 by what was earned from it on: 0 and 0.5
     assert by_rollout == {0: [0.5, -0.25], 1: [0.0, 0.25], 2: [-0.5]}
+
+
+def said_worth(batch: Batch) -> dict[int, list[float]]:
+    """By rollout, the advantages of its sampled tokens."""
+    parts = zip(batch.rollout.tolist(), batch.offsets[:-1], batch.offsets[1:], strict=True)
+    return {i: batch.advantage[start:end][batch.rl_weight[start:end] > 0].tolist() for i, start, end in parts}
+
+
+def test_tokens_behind_a_piece_are_not_praised_for_it():
+    found = told(0, 2.0, credits={0: 1.0}, turns=1, tokens=4, pieces=[PieceCredit(0, 2, 1.0)])
+    other = told(1, 0.5, credits={}, turns=1, tokens=4)
+    batch, _, _ = make_batch([group(0, [found, other])], {}, step=0, attempt=1, rules=RULES)
+    # the turn: 2 and 0.5; behind the piece 1 is left, and of the other, which has none, still 0.5
+    assert said_worth(batch) == {0: [0.75, 0.75, 0.25, 0.25], 1: [-0.75] * 4}
+    of_turn = told(0, 2.0, credits={0: 1.0}, turns=1, tokens=4)
+    batch, _, _ = make_batch([group(0, [of_turn, other])], {}, step=0, attempt=1, rules=RULES)
+    assert said_worth(batch) == {0: [0.75] * 4, 1: [-0.75] * 4}
+
+
+def test_a_piece_of_a_turn_is_of_the_turn_for_those_after_it():
+    members = [
+        told(0, 1.0, credits={0: 1.0}, tokens=3, pieces=[PieceCredit(0, 2, 0.25), PieceCredit(0, 1, 0.75)]),
+        told(1, 0.5, credits={1: 0.5}, tokens=3),
+    ]
+    batch, _, _ = make_batch([group(0, members)], {}, step=0, attempt=1, rules=RULES)
+    # in turn 0: 1, 0.25 and 0 against 0.5; in turn 1: 0 against 0.5
+    assert said_worth(batch) == {0: [0.25, -0.125, -0.25, -0.25, -0.25, -0.25], 1: [-0.25] * 3 + [0.25] * 3}
+
+
+def test_a_late_member_is_compared_behind_as_many_pieces_as_its_group_had():
+    one = group(
+        0,
+        [
+            told(0, 1.0, credits={0: 1.0}, turns=1, tokens=3, pieces=[PieceCredit(0, 1, 1.0)]),
+            told(1, 0.5, credits={}, turns=1, tokens=3),
+            told(
+                2, 1.0, credits={0: 0.75}, turns=1, tokens=3, pieces=[PieceCredit(0, 1, 0.5), PieceCredit(0, 2, 0.25)]
+            ),
+        ],
+    )
+    first = msgspec.structs.replace(one, records={i: one.records[i] for i in (0, 1)})
+    kept = baselines(first, RULES, {})
+    assert {key: of.mean for key, of in kept.items()} == {"agent": 0.75, "agent@0": 0.75, "agent@0.1": 0.25}
+    late = msgspec.structs.replace(one, settled={0, 1}, baselines=kept)
+    batch, _, _ = make_batch([late], {}, step=0, attempt=1, rules=RULES)
+    assert said_worth(batch) == {2: [0.25, 0.25, 0.0]}  # of 1, 0.5 and 0.25 that are left
+
+
+def test_an_average_behind_a_piece_is_one_of_its_own():
+    rules = replace(RULES, default=replace(OWN, baseline="moving_average"), average_decay=0.5)
+    one = [group(0, [told(0, 1.0, credits={0: 0.5}, turns=1, tokens=2, pieces=[PieceCredit(0, 1, 0.5)])])]
+    averages = {name: Average(0.25, 0.25) for name in ("e agent", "e agent@0", "e agent@0.1")}
+    batch, _, _ = make_batch(one, {}, step=0, attempt=1, rules=rules, averages=averages)
+    assert said_worth(batch) == {0: [0.75, 0.25]}
+    assert {name: of.mean for name, of in moved(averages, one, rules).items()} == {
+        "e agent": 0.625,
+        "e agent@0": 0.625,
+        "e agent@0.1": 0.375,
+    }
 
 
 def test_every_environment_of_a_mix_has_rules_of_its_own():
@@ -192,6 +261,9 @@ def test_credit_at_different_turns_is_signal_though_all_are_worth_the_same():
     members = [told(0, 1.0, credits={0: 1.0}), told(1, 1.0, credits={1: 1.0})]
     assert outcome(group(0, members), drop_zero_signal=True) == "ready"
     assert outcome(group(0, [told(i, 1.0, credits={0: 1.0}) for i in (0, 1)]), drop_zero_signal=True) == "zero_signal"
+    by_piece = [told(i, 1.0, credits={0: 1.0}, tokens=4, pieces=[PieceCredit(0, 1 + i, 1.0)]) for i in (0, 1)]
+    assert outcome(group(0, [*by_piece, told(2, 1.0, credits={0: 1.0})]), drop_zero_signal=True) == "ready"
+    assert outcome(group(0, by_piece), drop_zero_signal=True) == "zero_signal"
 
 
 def test_a_first_group_has_no_average_and_is_compared_with_itself():

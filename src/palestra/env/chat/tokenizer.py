@@ -4,6 +4,7 @@ Encoding, special tokens and template variables are those of transformers' `Auto
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -94,6 +95,19 @@ class ChatTokenizer:
         text = self.decode([i for i in ids if i not in self._hidden])
         inside = self.opens_thinking if inside_thinking is None else inside_thinking
         return parse_text(text, inside_thinking=inside, tags=self.thinking_tags, tools=tools)
+
+    def tokens_up_to(self, ids: Sequence[int], piece: str) -> int | None:
+        """How many of the first `ids` it takes to write `piece`, where it stands last, to its end; None if it is not
+        written. A token that says the end of it and more is one of them."""
+        places = [place for place, token_id in enumerate(ids) if token_id not in self._hidden]
+        shown = [ids[place] for place in places]
+        whole = self.decode(shown)
+        start = whole.rfind(piece)
+        if start < 0 or not piece:
+            return None
+        head = whole[: start + len(piece)]
+        count = bisect_left(range(len(shown)), True, key=lambda count: self.decode(shown[:count]).startswith(head))
+        return places[count - 1] + 1
 
     @cached_property
     def thinking_tags(self) -> tuple[str, str]:
