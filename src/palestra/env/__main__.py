@@ -12,7 +12,7 @@ from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import die_with_parent, life, started_at
 from palestra.core.spans import SpanLog
 from palestra.env.chat import load_tokenizer
-from palestra.env.sandbox import BACKENDS
+from palestra.env.sandbox import backend
 from palestra.env.worker import MakeVoice, Worker, chat_voice, policy_voice, set_stages
 from palestra.model.files import tokenizer_directory
 from palestra.wire.channel import BlockingCaller, Caller
@@ -52,7 +52,7 @@ async def _run(name: str, config: RunConfig, run: RunDir, attempt: Attempt, sele
         orchestrator=orchestrator,
         selector=selector,
         spans=spans,
-        make_sandbox=BACKENDS[config.env.sandbox] if config.env.sandbox else None,
+        make_sandbox=backend(config.env.sandbox),
     )
     try:
         await worker.run()

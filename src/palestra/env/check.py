@@ -21,6 +21,7 @@ from palestra.core.records import Ending, RolloutRecord, Task
 from palestra.env.environment import Environment, seats, tools_of
 from palestra.env.load import find_environment, make_environment
 from palestra.env.play import score
+from palestra.env.sandbox import backend
 from palestra.env.tasklist import TaskList
 from palestra.env.voice import Script
 
@@ -49,8 +50,10 @@ class Skip(Exception):
 class Check:
     """One environment with one set of arguments."""
 
-    def __init__(self, id: str, args: Mapping[str, Any], *, num_tasks: int):
+    def __init__(self, id: str, args: Mapping[str, Any], *, num_tasks: int, sandbox: str | None = None):
+        """Errors: UserError, if there is no such sandbox."""
         self.id, self.args, self.num_tasks = id, dict(args), num_tasks
+        self._make_sandbox = backend(sandbox)
 
     def make(self, *, split: str = "train", seed: int = 1) -> Environment:
         return make_environment(self.id, split=split, seed=seed, args=self.args)
@@ -67,10 +70,12 @@ class Check:
         yield await _case("tasks have keys of their own", lambda: _have_keys(tasks))
         yield await _case("tasks are the same in every process", lambda: self._is_deterministic(split))
         yield await _case("train and test share no task", lambda: self._is_split())
-        yield await _case("gold scores 1", lambda: _gold_scores_1(environment, tasks))
-        yield await _case("nothing scores less", lambda: _scores_less(environment, tasks, lambda _: iter(())))
+        yield await _case("gold scores 1", lambda: self._gold_scores_1(environment, tasks))
+        yield await _case("nothing scores less", lambda: self._scores_less(environment, tasks, lambda _: iter(())))
         for name, script in odd_scripts(environment).items():
-            yield await _case(f"{name} scores less", lambda script=script: _scores_less(environment, tasks, script))
+            yield await _case(
+                f"{name} scores less", lambda script=script: self._scores_less(environment, tasks, script)
+            )
 
     async def _is_deterministic(self, split: str) -> None:
         """In a process that hashes differently: an order taken from a set differs there."""
@@ -94,6 +99,29 @@ class Check:
             raise Skip(f"it has no {'test' if train else 'train'} tasks")
         if shared := {task.key for task in train} & {task.key for task in test}:
             raise Failure(f"{len(shared)} of {len(train)} are in both, such as {shared.pop()!r}")
+
+    async def _gold_scores_1(self, environment: Environment, tasks: Sequence[Task]) -> None:
+        known = [task for task in tasks if task.gold is not None]
+        if not known:
+            raise Skip("its tasks have no gold")
+        for task in known:
+            record = await self._scored(environment, task, gold_script(environment, task))
+            if abs(record.reward - 1) > _EXACT:
+                raise Failure(f"task {task.key!r}: gold {_short(task.gold)} scores {record.reward:g}: {record.rewards}")
+
+    async def _scores_less(
+        self, environment: Environment, tasks: Sequence[Task], script: Callable[[Task], Script]
+    ) -> None:
+        for task in tasks:
+            record = await self._scored(environment, task, script(task))
+            if record.reward >= 1:
+                raise Failure(f"task {task.key!r}: scores {record.reward:g}: {record.rewards}")
+
+    async def _scored(self, environment: Environment, task: Task, script: Script | dict[str, Script]) -> RolloutRecord:
+        record = await score(environment, task, script, make_sandbox=self._make_sandbox)
+        if record.ending == Ending.INVALID:
+            raise Failure(f"task {task.key!r}: {record.error}")
+        return record
 
 
 async def _case(name: str, hold: Callable[[], Any]) -> Case:
@@ -123,30 +151,6 @@ def _have_keys(tasks: Sequence[Task]) -> None:
     for one, other in itertools.combinations(range(len(tasks)), 2):
         if tasks[one].key == tasks[other].key and tasks[one] != tasks[other]:
             raise Failure(f"tasks {one} and {other} differ and have one key, {tasks[one].key!r}")
-
-
-async def _gold_scores_1(environment: Environment, tasks: Sequence[Task]) -> None:
-    known = [task for task in tasks if task.gold is not None]
-    if not known:
-        raise Skip("its tasks have no gold")
-    for task in known:
-        record = await score(environment, task, gold_script(environment, task))
-        _require_scored(record)
-        if abs(record.reward - 1) > _EXACT:
-            raise Failure(f"task {task.key!r}: gold {_short(task.gold)} scores {record.reward:g}: {record.rewards}")
-
-
-async def _scores_less(environment: Environment, tasks: Sequence[Task], script: Callable[[Task], Script]) -> None:
-    for task in tasks:
-        record = await score(environment, task, script(task))
-        _require_scored(record)
-        if record.reward >= 1:
-            raise Failure(f"task {task.key!r}: scores {record.reward:g}: {record.rewards}")
-
-
-def _require_scored(record: RolloutRecord) -> None:
-    if record.ending == Ending.INVALID:
-        raise Failure(f"task {record.task.key!r}: {record.error}")
 
 
 def gold_script(environment: Environment, task: Task) -> Script | dict[str, Script]:
@@ -203,11 +207,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-async def _run(id: str, args: dict[str, Any] | None, num_tasks: int, out: TextIO) -> None:
+async def _run(id: str, args: dict[str, Any] | None, num_tasks: int, sandbox: str | None, out: TextIO) -> None:
     variants = [args] if args is not None else [dict(args) for args in find_environment(id).checked_with]
     for variant in variants:
         name = f" ({json.dumps(variant)})" if len(variants) > 1 else ""
-        async for case in Check(id, variant, num_tasks=num_tasks).cases():
+        async for case in Check(id, variant, num_tasks=num_tasks, sandbox=sandbox).cases():
             print(json.dumps(msgspec.to_builtins(msgspec.structs.replace(case, name=case.name + name))), file=out)
 
 
@@ -218,6 +222,7 @@ def main() -> int:
     parser.add_argument("id")
     parser.add_argument("--args", type=json.loads)
     parser.add_argument("--num-tasks", type=int, default=20)
+    parser.add_argument("--sandbox", help="where programs of its rollouts run")
     parser.add_argument("--list", metavar="SPLIT", help="print the tasks, and check nothing")
     asked = parser.parse_args()
     out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -227,7 +232,7 @@ def main() -> int:
             check = Check(asked.id, asked.args or {}, num_tasks=asked.num_tasks)
             out.writelines(f"{_told(task)}\n" for task in check.tasks(split=asked.list))
         else:
-            asyncio.run(_run(asked.id, asked.args, asked.num_tasks, out))
+            asyncio.run(_run(asked.id, asked.args, asked.num_tasks, asked.sandbox, out))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

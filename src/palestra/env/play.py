@@ -122,7 +122,9 @@ async def _run(
 
 async def _opened(make_sandbox: MakeSandbox | None, task: Task) -> Sandbox:
     if make_sandbox is None:
-        raise InfrastructureError("there is no sandbox for the programs of this environment; say which by env.sandbox")
+        raise InfrastructureError(
+            "there is no sandbox for the programs of this environment; say which by env.sandbox, or --sandbox"
+        )
     return await make_sandbox(task)
 
 

@@ -15,7 +15,7 @@ from typing import IO, Protocol
 from msgspec import Struct
 
 from palestra.core.deadline import within
-from palestra.core.errors import DeadlineError, InfrastructureError
+from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.core.process import die_with_parent
 from palestra.core.records import Task
 
@@ -158,3 +158,10 @@ def _read(place: Path) -> bytes:
 
 BACKENDS: dict[str, MakeSandbox] = {"unsafe": Unsafe.make}
 """By `env.sandbox`."""
+
+
+def backend(name: str | None) -> MakeSandbox | None:
+    """Errors: UserError, if there is none of this name."""
+    if name is not None and name not in BACKENDS:
+        raise UserError(f"there is no sandbox {name!r}; there is: {', '.join(BACKENDS)}")
+    return None if name is None else BACKENDS[name]

@@ -80,8 +80,11 @@ class Stage:
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-def set_stages(config: RunConfig, *, python: Path | None = None) -> dict[str, Stage]:
-    """Entries of env.mix and eval.sets that belong to a Python (None: ours), by their labels. Errors: UserError."""
+def set_stages(config: RunConfig, *, python: Path | None = None, plays: bool = True) -> dict[str, Stage]:
+    """Entries of env.mix and eval.sets that belong to a Python (None: ours), by their labels. Errors: UserError.
+
+    `plays`: their rollouts are played, which takes a sandbox, where `run` has one.
+    """
     stages: dict[str, Stage] = {}
     for source in (*config.env.mix, *config.eval.sets):
         if source.python != python:
@@ -93,7 +96,7 @@ def set_stages(config: RunConfig, *, python: Path | None = None) -> dict[str, St
         make = partial(_environment_of_epoch, source, config.train.seed)
         environment = make(0)
         _require_seats(source, environment)
-        if sandboxes(type(environment)) and config.env.sandbox is None:
+        if plays and sandboxes(type(environment)) and config.env.sandbox is None:
             raise UserError(
                 f"{source.label} runs programs in a sandbox; say which by env.sandbox (unsafe: here, without any walls)"
             )

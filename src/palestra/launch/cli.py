@@ -150,11 +150,16 @@ def _add_wish(parser: argparse.ArgumentParser, *, split: str, also: str = "") ->
     parser.add_argument("--split", help=f"of the tasks (default: {split})")
     parser.add_argument("--args", type=json.loads, metavar="JSON", help="of the environments")
     parser.add_argument("--seat", action="append", metavar="NAME=URL,MODEL", help="who speaks for another seat, a user")
+    _add_sandbox(parser)
     parser.add_argument("--concurrency", type=int, help="rollouts at once (default: 32)")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evals/NAMES-MODEL-TIME")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with this one")
     _add_json(parser)
+
+
+def _add_sandbox(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sandbox", metavar="NAME", help="where programs of rollouts run; unsafe: here, without walls")
 
 
 def _add_env(commands) -> None:
@@ -168,6 +173,7 @@ def _add_env(commands) -> None:
     check.add_argument("names", nargs="*", metavar="NAME", help="an installed one, module:Class or FILE.py:Class")
     check.add_argument("--all", action="store_true", help="every installed one")
     check.add_argument("-n", "--num-tasks", type=int, default=20, help="tasks to look at (default: 20)")
+    _add_sandbox(check)
     check.add_argument("--deadline-s", type=float, default=600, help="for each environment (default: 600)")
     _add_json(check)
     _add_json(_add(inner, "list", _env_list, "the installed environments"))
@@ -348,6 +354,7 @@ _WISHED: dict[str, Any] = {
     "concurrency": 32,
     "seed": 0,
     "output": None,
+    "sandbox": None,
 }
 """Options of an evaluation, and what they are if they are not given."""
 
@@ -376,6 +383,7 @@ def _env_check(arguments: argparse.Namespace) -> int:
         arguments.names,
         all_installed=arguments.all,
         num_tasks=arguments.num_tasks,
+        sandbox=arguments.sandbox,
         deadline_s=arguments.deadline_s,
         as_json=arguments.json,
     )

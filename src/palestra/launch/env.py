@@ -14,6 +14,7 @@ from rich.table import Table
 
 from palestra.core.errors import UserError
 from palestra.env.load import installed, require_known
+from palestra.env.sandbox import backend
 
 TEMPLATES = Path(__file__).parent / "new_env"
 FILES = {  # of a new package, and the templates they are made of
@@ -45,16 +46,19 @@ class Report:
         return {"environment": self.environment, **counts, "cases": self.cases}
 
 
-def check(ids: Sequence[str], *, all_installed: bool, num_tasks: int, deadline_s: float, as_json: bool) -> int:
+def check(
+    ids: Sequence[str], *, all_installed: bool, num_tasks: int, sandbox: str | None, deadline_s: float, as_json: bool
+) -> int:
     """0 where every case holds, else 2. Errors: UserError, if there is nothing to check."""
     names = [*ids, *(installed() if all_installed else ())]
     if not names:
         raise UserError("nothing to check: name an environment, or give --all")
     for name in names:
         require_known(name)
+    backend(sandbox)
     reports = []
     for name in dict.fromkeys(names):
-        reports.append(examine(name, num_tasks=num_tasks, deadline_s=deadline_s))
+        reports.append(examine(name, num_tasks=num_tasks, sandbox=sandbox, deadline_s=deadline_s))
         if not as_json:
             _show(reports[-1])
     if as_json:
@@ -63,9 +67,10 @@ def check(ids: Sequence[str], *, all_installed: bool, num_tasks: int, deadline_s
     return 2 if any(report.count("failed") for report in reports) else 0
 
 
-def examine(id: str, *, num_tasks: int, deadline_s: float) -> Report:
+def examine(id: str, *, num_tasks: int, deadline_s: float, sandbox: str | None = None) -> Report:
     """In a process of its own: one that hangs, or takes the process with it, is a failed case."""
     command = [sys.executable, "-m", "palestra.env.check", id, "--num-tasks", str(num_tasks)]
+    command += [] if sandbox is None else ["--sandbox", sandbox]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s)
         out, why = ended.stdout, f"ended with {ended.returncode}: {ended.stderr.strip()[-800:]}"

@@ -28,6 +28,7 @@ from palestra.env.check import gold_script
 from palestra.env.environment import Environment
 from palestra.env.load import find_environment, installed, make_environment
 from palestra.env.play import score
+from palestra.env.sandbox import MakeSandbox, backend
 from palestra.env.tasklist import TaskList
 from palestra.launch import run, start
 from palestra.launch.live import duration
@@ -64,6 +65,7 @@ class Wish:
     concurrency: int
     seed: int
     output: Path | None
+    sandbox: str | None
     overrides: list[str]
 
 
@@ -131,6 +133,7 @@ def config_of(wish: Wish) -> RunConfig:
         "sampling": {"max_tokens": wish.max_tokens},
         "train": {"seed": wish.seed},
         "engine": {"max_in_flight": wish.concurrency, **_context(wish.checkpoint)},
+        "env": {"sandbox": wish.sandbox},
         "eval": {"sets": [{**_named(id), **common} for id in dict.fromkeys(wish.environments)]},
     }
     if wish.base_url is not None:
@@ -249,7 +252,7 @@ def write_gold(wish: Wish, to: Path, min_reward: float) -> None:
         make = partial(make_environment, id, split=wish.split, args=wish.args)
         tasks = _tasks_of_epochs(lambda epoch, make=make: make(seed=wish.seed + epoch), wish.num_tasks)
         known = [task for task in tasks if task.gold is not None]
-        records = asyncio.run(_played_by_gold(make(seed=wish.seed), known))
+        records = asyncio.run(_played_by_gold(make(seed=wish.seed), known, backend(wish.sandbox)))
         named = [msgspec.structs.replace(record, environment=id) for record in records]
         if not (found := _rows(named, min_reward)):
             raise UserError(f"{id}: none of its first {wish.num_tasks} tasks has a gold that earns {min_reward:g}")
@@ -269,8 +272,10 @@ def _tasks_of_epochs(make: Callable[[int], Environment], num_tasks: int) -> list
     return tasks
 
 
-async def _played_by_gold(environment: Environment, tasks: list[Task]) -> list[RolloutRecord]:
-    return [await score(environment, task, gold_script(environment, task)) for task in tasks]
+async def _played_by_gold(
+    environment: Environment, tasks: list[Task], make_sandbox: MakeSandbox | None
+) -> list[RolloutRecord]:
+    return [await score(environment, task, gold_script(environment, task), make_sandbox=make_sandbox) for task in tasks]
 
 
 def _write_rows(rows: list[dict[str, Any]], to: Path, min_reward: float) -> None:

@@ -18,6 +18,7 @@ from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.records import ChatReply, Ending, Reply, RolloutRecord, Sampling
 from palestra.env.chat import load_tokenizer
 from palestra.env.play import play
+from palestra.env.sandbox import backend
 from palestra.env.worker import MakeVoice, Stage, policy_voice, set_stages
 from palestra.orchestrate.endpoints import hash_of_chat
 from palestra.orchestrate.sources import seed_for
@@ -115,6 +116,7 @@ async def _difference(
         source=record.environment,
         seed=seed_for(config.train.seed, "play", record.rollout_id),
         frozen=stage.seats,
+        make_sandbox=backend(config.env.sandbox),
     )
     if answers.complaint:
         return f"prompt of rollout {record.rollout_id}: {answers.complaint}"

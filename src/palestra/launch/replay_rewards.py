@@ -54,7 +54,7 @@ async def _rescore_all(config: RunConfig, known: dict[str, dict[int, RolloutReco
             raise UserError(
                 f"{entry.label} is played by {entry.python}; run this by that Python: -m palestra.launch.cli"
             )
-    stages, found = set_stages(config), {}
+    stages, found = set_stages(config, plays=False), {}
     for entry in config.eval.sets:
         records, count = known.get(entry.label, {}), entry.rollouts_per_task
         tasks: dict[int, list[RolloutRecord]] = {}

@@ -3,7 +3,7 @@
 import os
 import time
 
-from palestra.env import Environment, Task, reward
+from palestra.env import Environment, Sandbox, Task, reward
 
 
 class Sound(Environment):
@@ -21,6 +21,20 @@ class Sound(Environment):
     @reward
     def said(self, task, rollout):
         return rollout.reply == task.answer
+
+
+class Programs(Environment):
+    """Write a line for the shell that prints the number. Sound, where it has a sandbox."""
+
+    max_turns = 1
+
+    def tasks(self):
+        for number in range(1, 40, 2) if self.split == "train" else range(0, 40, 2):
+            yield Task(prompt=f"print {number}", answer=f"{number}\n", gold=f"echo {number}")
+
+    async def run(self, task, agent, box: Sandbox):
+        ran = await box.run(await agent(task.prompt), timeout_s=10)
+        agent.rewards["right"] = float(ran.stdout == task.answer)
 
 
 class Undescribed(Sound):

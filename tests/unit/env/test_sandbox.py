@@ -127,5 +127,6 @@ async def test_without_a_sandbox_the_rollout_is_invalid_and_a_run_does_not_start
     tree = {"log": {"name": "x"}, "model": {"path": "m"}, "env": {"mix": [{"id": f"{__name__}:Coder"}]}}
     with pytest.raises(UserError, match=r"say which by env\.sandbox"):
         set_stages(RunConfig.model_validate(tree))
+    assert list(set_stages(RunConfig.model_validate(tree), plays=False)) == [f"{__name__}:Coder"]
     tree["env"]["sandbox"] = "unsafe"
     assert list(set_stages(RunConfig.model_validate(tree))) == [f"{__name__}:Coder"]

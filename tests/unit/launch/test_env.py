@@ -11,6 +11,8 @@ import pytest
 from palestra.config import load
 from palestra.core.errors import UserError
 from palestra.launch import env
+from palestra.launch.cli import _parse, _wish, main
+from palestra.launch.evaluation import config_of
 
 FAULTY = Path(__file__).parents[1] / "env" / "faulty.py"
 
@@ -86,3 +88,27 @@ def test_an_unknown_environment_is_named_before_anything_is_checked(tmp_path):
     assert checked.returncode == 2
     assert "did you mean 'reverse-text'" in checked.stderr
     assert check(tmp_path).returncode == 2
+
+
+def test_programs_of_an_environment_run_where_the_command_line_says(tmp_path):
+    words = (f"{FAULTY}:Programs", "-n", "2", "--json")
+    [refused] = json.loads(check(tmp_path, *words).stdout)
+    assert "say which by env.sandbox, or --sandbox" in refused["cases"][4]["detail"]
+    checked = check(tmp_path, *words, "--sandbox", "unsafe")
+    [report] = json.loads(checked.stdout)
+    assert (checked.returncode, report["failed"], report["skipped"]) == (0, 0, 0), report
+    unknown = check(tmp_path, *words, "--sandbox", "unsfe")
+    assert (unknown.returncode, "no sandbox 'unsfe'; there is: unsafe" in unknown.stderr) == (2, True)
+
+
+def test_known_answers_are_played_where_the_command_line_says(tmp_path):
+    gold = [f"{FAULTY}:Programs", "--gold", "-n", "3", "--to", str(tmp_path / "rows.jsonl")]
+    assert main(["generate", *gold]) == 2
+    assert main(["generate", *gold, "--sandbox", "unsafe"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["messages"][-1]["content"] for row in rows] == ["echo 1", "echo 3", "echo 5"]
+
+
+def test_an_evaluation_has_the_sandbox_that_the_command_line_names():
+    wish = _wish(_parse(["eval", "retail", "--base-url", "http://h/v1", "--model", "m", "--sandbox", "unsafe"]))
+    assert config_of(wish).env.sandbox == "unsafe"
