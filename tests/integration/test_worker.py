@@ -43,7 +43,7 @@ from tests.unit.env.tiny import answer, last_user_text, save_tokenizer
 DEADLINE_S = 60
 SAMPLING = Sampling(max_tokens=16)
 FAULTY = '''
-from palestra.env import Environment, Task, reward
+from palestra.env import Environment, Sandbox, Task, reward
 
 class Faulty(Environment):
     """Some of its prompts are orders to misbehave."""
@@ -54,9 +54,11 @@ class Faulty(Environment):
             raise RuntimeError("the data set is gone")
         yield from (Task(prompt=f"word {i}") for i in range(10))
 
-    async def run(self, task, agent):
+    async def run(self, task, agent, box: Sandbox):
         if task.prompt == "exit":
             raise SystemExit(3)
+        if task.prompt.startswith("/"):
+            await box.run(f"sleep 600 & echo $! $PWD > {task.prompt}; sleep 600", timeout_s=600)
         if task.prompt == "raise":
             raise KeyError("no such thing")
         await agent(task.prompt)
@@ -117,7 +119,7 @@ def prepare(directory: Path, mix: list[dict]) -> RunDir:
             "model": {"path": str(model)},
             "sampling": {"max_tokens": 16},
             "engine": {"max_model_len": 64},
-            "env": {"mix": mix},
+            "env": {"mix": mix, "sandbox": "unsafe"},
             "eval": {"sets": [{"id": "reverse-text", "name": "held-out"}]},
         }
     )
@@ -157,7 +159,7 @@ async def bench(directory: Path) -> AsyncIterator[Bench]:
     try:
         ready = await made.receive()
         assert (ready.index, ready.pid, ready.life) == (0, process.pid, 0)
-        assert ready.sources == [entry.get("name", entry["id"]) for entry in mix]
+        assert ready.sources == [*(entry.get("name", entry["id"]) for entry in mix), "held-out"]
         yield made
     finally:
         if process.returncode is None:
@@ -282,6 +284,33 @@ def _wait_gone(pid: int) -> None:
         return
     select.select([handle], [], [])
     os.close(handle)
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+async def test_what_programs_of_a_worker_started_ends_with_it_and_so_do_their_directories(tmp_path, is_killed):
+    note = tmp_path / "note"
+    os.mkfifo(note)
+    async with bench(tmp_path) as worker:
+        await worker.send(Play(rollout_id=1, source="faulty", task=Task(prompt=str(note)), sampling=SAMPLING, seed=0))
+        pid, directory = (await asyncio.wait_for(asyncio.to_thread(note.read_text), DEADLINE_S)).split()
+        assert Path(directory).is_dir()
+        handle = os.pidfd_open(int(pid))
+        if is_killed:
+            worker.process.kill()
+        else:
+            await worker.send(Stop())
+        await asyncio.wait_for(worker.process.wait(), DEADLINE_S)
+        ended, _, _ = await asyncio.to_thread(select.select, [handle], [], [], DEADLINE_S)
+        os.close(handle)
+        assert ended
+        await asyncio.to_thread(_wait_removed, Path(directory).parent)
+
+
+def _wait_removed(directory: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while directory.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 async def test_a_missing_environment_is_the_users_mistake(tmp_path):

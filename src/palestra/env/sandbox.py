@@ -1,6 +1,7 @@
 """Where code that a model wrote runs: what environments ask of it, and a backend without any walls."""
 
 import asyncio
+import atexit
 import os
 import resource
 import shutil
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
@@ -16,6 +18,7 @@ from msgspec import Struct
 
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
+from palestra.core.guard import Guard
 from palestra.core.process import die_with_parent
 from palestra.core.records import Task
 
@@ -61,7 +64,8 @@ MakeSandbox = Callable[[Task], Awaitable[Sandbox]]
 class Unsafe:
     """A directory of its own, and nothing that keeps a program in it: for code that one would run by hand.
 
-    Programs die with the worker that started them.
+    Programs, with all that they started and did not part from, end with the process that started them, and their
+    directories with them, however it ends.
     """
 
     def __init__(self, directory: Path):
@@ -73,7 +77,7 @@ class Unsafe:
         """Errors: InfrastructureError, for a task that wants an image."""
         if task.image is not None:
             raise InfrastructureError(f"the sandbox 'unsafe' has no images; task {task.key!r} wants {task.image!r}")
-        return cls(Path(tempfile.mkdtemp(prefix="palestra-unsafe-")))
+        return cls(Path(tempfile.mkdtemp(dir=_home()[1])))
 
     async def run(self, command: str | Sequence[str], *, stdin: str = "", timeout_s: float = 30.0) -> Ran:
         """Streams are files: a program that floods them, or leaves others behind that hold them, ends as any other."""
@@ -95,6 +99,7 @@ class Unsafe:
             except (OSError, ValueError, subprocess.SubprocessError) as error:  # what no program can be made of
                 return Ran(exit_code=127 if isinstance(error, FileNotFoundError) else 126, stdout="", stderr=str(error))
             self._running.add(process)
+            _home()[0].watch(process.pid)
             try:
                 code = await within(timeout_s, process.wait(), waiting_for=f"{words[0]} to end")
             except DeadlineError:
@@ -130,7 +135,17 @@ class Unsafe:
         except ProcessLookupError:
             pass
         self._running.discard(process)
+        _home()[0].ended(process.pid)
         await within(_GONE_S, process.wait(), waiting_for=f"process {process.pid} to be gone")
+
+
+@cache
+def _home() -> tuple[Guard, Path]:
+    """Of this process: who ends what its sandboxes leave behind, and the directory that they lie in."""
+    guard, directory = Guard(), Path(tempfile.mkdtemp(prefix="palestra-unsafe-"))
+    guard.remove(directory)
+    atexit.register(guard.close)
+    return guard, directory
 
 
 def _bound() -> None:

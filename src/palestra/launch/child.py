@@ -10,8 +10,8 @@ from pathlib import Path
 
 from palestra.core.clock import unix_now
 from palestra.core.errors import DeadlineError, InfrastructureError
+from palestra.core.guard import Guard, kill_group
 from palestra.core.process import LIFE
-from palestra.launch.guard import Guard, kill_group
 from palestra.launch.plan import Program
 from palestra.wire.messages import Failed
 

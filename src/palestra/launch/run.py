@@ -9,10 +9,10 @@ import msgspec
 from palestra.config import RunConfig
 from palestra.core.clock import unix_now
 from palestra.core.errors import InfrastructureError, PalestraError, UserError
+from palestra.core.guard import Guard
 from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import started_at
 from palestra.launch import start
-from palestra.launch.guard import Guard
 from palestra.launch.live import view_of
 from palestra.launch.machine import this_machine
 from palestra.launch.model_path import require_model

@@ -10,7 +10,7 @@ from palestra.config import RunConfig, read_resolved
 from palestra.config.load import flatten
 from palestra.core.errors import UserError
 from palestra.core.files import write_atomically
-from palestra.launch.guard import Guard
+from palestra.core.guard import Guard
 from palestra.launch.ports import free_ports, require_free
 from palestra.wire.rundir import Attempt, Manifest, RunDir, newest_checkpoint
 from palestra.wire.runlog import read_summary

@@ -24,8 +24,8 @@ from palestra.config.schema import Launch
 from palestra.core.clock import unix_now
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
+from palestra.core.guard import Guard
 from palestra.launch.child import Child, ended_how, start
-from palestra.launch.guard import Guard
 from palestra.launch.live import duration
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import Plan, Program, Role

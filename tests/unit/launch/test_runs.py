@@ -13,7 +13,6 @@ from palestra.core.metrics import Mean
 from palestra.launch import closing, ledger_view, replay, runs
 from palestra.launch.cli import main
 from palestra.launch.doctor import Finding, examine
-from palestra.launch.guard import keep
 from palestra.launch.machine import Gpu, Machine
 from palestra.launch.memory import GIB
 from palestra.launch.start import write_config
@@ -244,11 +243,3 @@ def test_doctor_names_a_fix_where_there_is_one():
 def test_doctor_tells_machines_too(capsys: pytest.CaptureFixture):
     main(["doctor", "--json"])
     assert {"what", "found", "fix"} == set(json.loads(capsys.readouterr().out)[0])
-
-
-def test_the_guard_removes_what_it_was_told_to(tmp_path: Path):
-    (tmp_path / "staging").mkdir()
-    (tmp_path / "staging" / "weights").touch()
-    gone = 4_194_305  # above the largest process id
-    keep([f"watch {gone}\n", f"remove {tmp_path / 'staging'}\n", f"watch {gone + 1}\n", f"ended {gone + 1}\n"])
-    assert not (tmp_path / "staging").exists()

@@ -1,4 +1,4 @@
-"""The guard: a process that outlives its supervisor by a moment, to end what a killed supervisor leaves behind.
+"""The guard: a process that outlives another by a moment, to end what that one leaves behind, killed or not.
 
 Consumes: lines on its standard input, `watch PGID`, `ended PGID`, `remove DIRECTORY`. Waits for: the end of that input,
 which the kernel brings about however the supervisor dies. Then it kills the process groups still watched, removes the
@@ -17,10 +17,10 @@ _CLEAN_UP_S = 60.0
 
 
 class Guard:
-    """The supervisor's side. Errors: OSError, if no process can be started."""
+    """The side of the process that it outlives. Errors: OSError, if no process can be started."""
 
     def __init__(self):
-        argv = (sys.executable, "-m", "palestra.launch.guard")
+        argv = (sys.executable, "-m", "palestra.core.guard")
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, start_new_session=True)
 
     def watch(self, group: int) -> None:
