@@ -438,6 +438,21 @@ def test_the_orchestrator_may_ask_for_a_restart_of_the_life_it_knows(scripted: S
     assert scripted.num_lives("env-0") == 2
 
 
+def test_restarts_that_are_planned_are_no_storm(scripted: Scripted):
+    entries = ("orchestrator:lead:listen", "env-0:member:work")
+    process = scripted.start(*entries, launch={"max_restarts": 1})
+    for life in range(3):
+        scripted.wait_for_life("env-0", life)
+        (scripted.run.path / "ask").write_text(f"env-0 {life} planned")
+        scripted.wait_for_restarts(life + 1)
+    for life in (3, 4):  # control
+        scripted.wait_for_life("env-0", life)
+        (scripted.run.path / "ask").write_text(f"env-0 {life}")
+    _, said = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1
+    assert "2 ends within 600 s, launch.max_restarts=1" in said
+
+
 def port_of(scripted: Scripted) -> int:
     return int(scripted.attempt.engines[0].rpartition(":")[2])
 

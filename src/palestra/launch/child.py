@@ -34,6 +34,7 @@ class Child:
     failure: Failed | None = None
     late: DeadlineError | None = None  # it was ended because it was not ready in time
     unwanted: str = ""  # it was ended because the orchestrator asked for it: why
+    is_planned: bool = False  # that end
 
     @property
     def name(self) -> str:

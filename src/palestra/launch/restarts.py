@@ -1,7 +1,8 @@
 """Whether a process that ended is started again, how soon, and what is told of it.
 
 What served once and died, however, is started again, and so is what was killed. A first start that fails is not: it
-would fail again. A storm is not: too many ends within a while, starts that fail in a row, the same error in a row.
+would fail again. A storm is not: too many ends within a while, starts that fail in a row, the same error in a row. An
+end that was planned says nothing against a process.
 """
 
 import time
@@ -32,6 +33,7 @@ class End:
     was_ready: bool
     lived_s: float
     was_killed: bool = False  # by SIGKILL: it had no choice
+    was_planned: bool = False
     said: str = ""
 
 
@@ -48,6 +50,9 @@ class Lives:
 
     def ended(self, end: End) -> str | None:
         """None, if it may be started again; else why not, in words, "" for a first start and where none is allowed."""
+        if end.was_planned:
+            self._short = 0
+            return None
         failed_at_first = self.number == 0 and not end.was_ready and not end.was_killed
         self._note(end)
         if failed_at_first or self._limits.max_restarts == 0:

@@ -272,6 +272,7 @@ class Supervisor:
             was_ready=child.ready.is_set(),
             lived_s=ended_at - child.started_at,
             was_killed=was_killed and child.late is None,
+            was_planned=child.is_planned,
             said="" if failure is None else failure.error,
         )
         if failure is not None and failure.is_final:
@@ -405,7 +406,7 @@ class Supervisor:
         if child.name in self._resting:
             self._resting[child.name].set()
         elif child.process.returncode is None:
-            child.unwanted = message.why
+            child.unwanted, child.is_planned = message.why, message.is_planned
             child.signal(signal.SIGKILL)
 
     def _wake_resting(self) -> None:

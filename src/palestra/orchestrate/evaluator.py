@@ -221,9 +221,10 @@ class Evaluator:
     async def _tell(self, stage: str, done: int, total: int, **numbers: float) -> None:
         await self._supervisor.send(Progress(process=NAME, stage=stage, step=done, steps=total, numbers=numbers))
 
-    def _ask_restart(self, process: str, why: str) -> None:
+    def _ask_restart(self, process: str, why: str, *, is_planned: bool = False) -> None:
         print(f"{process} is given up: {why}", file=sys.stderr)
-        message = Restart(process=process, why=why, life=self._lives.get(process, 0))
+        life = self._lives.get(process, 0)
+        message = Restart(process=process, why=why, life=life, is_planned=is_planned)
         self._tasks.create_task(self._supervisor.send(message))
 
     def _note_quarantine(self, event: TaskQuarantined) -> None:

@@ -260,9 +260,10 @@ class Loop:
     def _engine_names(self) -> set[str]:
         return {link.name for link in self.desk.fleet.links}
 
-    def _ask_restart(self, process: str, why: str) -> None:
+    def _ask_restart(self, process: str, why: str, *, is_planned: bool = False) -> None:
         print(f"{process} is given up: {why}", file=sys.stderr)
-        message = Restart(process=process, why=why, life=self._lives.get(process, 0))
+        life = self._lives.get(process, 0)
+        message = Restart(process=process, why=why, life=life, is_planned=is_planned)
         self.desk.tasks.create_task(self.desk.teller.send(message))
 
     def _note_quarantine(self, event: TaskQuarantined) -> None:

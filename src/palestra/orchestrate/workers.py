@@ -14,7 +14,7 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -43,6 +43,14 @@ from palestra.wire.messages import (
 Send = Callable[[str, ToWorker], Coroutine[Any, Any, None]]
 Answer = Callable[[Call], Awaitable[Reply | ChatReply]]
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+
+
+class AskRestart(Protocol):
+    """Of the supervisor. `is_planned`: what is started again did its work."""
+
+    def __call__(self, process: str, why: str, /, *, is_planned: bool = False) -> None: ...
+
+
 _LIFE_NUMBERS = 1 << 40  # of rollouts and questions in one life of the orchestrator
 
 
@@ -102,11 +110,11 @@ class WorkerPool:
         num_workers: int,
         deadlines: Deadlines,
         quarantine: Quarantine,
-        restart: Callable[[str, str], None],
+        restart: AskRestart,
         life: int,
         max_bytes: float = math.inf,
     ):
-        """`spawn` starts a task whose error ends the loop; `restart(name, why)` asks the supervisor.
+        """`spawn` starts a task whose error ends the loop.
 
         A worker that holds more than `max_bytes` is started again.
         """
@@ -116,6 +124,7 @@ class WorkerPool:
         self._running: dict[str, int] = {}  # rollouts of each worker that is there
         self._lives: dict[str, int] = {}  # the newest of each worker
         self._sources: dict[str, frozenset[str]] = {}  # that each worker plays
+        self._fruitful: set[str] = set()  # workers that ended a rollout in this life
         self._num_workers = num_workers
         self._all_ready, self._one_ready = asyncio.Event(), asyncio.Event()
         self._playing: dict[int, _Playing] = {}
@@ -158,6 +167,7 @@ class WorkerPool:
     def _worker_ready(self, worker: str, life: int, sources: Sequence[str]) -> None:
         """It has nothing to do: what it was asked before is gone."""
         self._lose(worker)
+        self._fruitful.discard(worker)
         self._running[worker], self._lives[worker], self._sources[worker] = 0, life, frozenset(sources)
         self._one_ready.set()
         if len(self._running) == self._num_workers:
@@ -175,11 +185,12 @@ class WorkerPool:
                 self._lost(number)
 
     def watch_memory(self, worker: str, said: LedgerClosed) -> None:
-        """Environments leak: one that holds too much takes nothing with it but its process."""
+        """Environments leak: one that holds too much takes nothing with it but its process. One that holds too much
+        before it has ended a rollout would never end any."""
         if said.resident_bytes > self._max_bytes and worker in self._running and not said.is_last:
             held, most = said.resident_bytes / 2**30, self._max_bytes / 2**30
             why = f"it holds {held:.1f} GiB of memory, more than env.max_worker_gib={most:g}"
-            self._restart(worker, why)
+            self._restart(worker, why, is_planned=worker in self._fruitful)
             self._lose(worker)
 
     def _at_work(self, worker: str) -> set[str]:
@@ -312,6 +323,7 @@ class WorkerPool:
 
     def _finish(self, number: int, record: RolloutRecord) -> None:
         playing = self._end(number)
+        self._fruitful.add(playing.worker)
         _settle(playing.ended, msgspec.structs.replace(record, rollout_id=playing.order.rollout_id))
 
     def _end(self, number: int) -> _Playing:

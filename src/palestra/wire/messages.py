@@ -259,11 +259,15 @@ class Failed(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Restart(Struct, frozen=True, kw_only=True, tag=True):
-    """`process` is not to be trusted any more: end this `life` of it, if it still runs, and start it again."""
+    """`process` is not to be trusted any more: end this `life` of it, if it still runs, and start it again.
+
+    `is_planned`: it did its work, and that it ends counts for no storm.
+    """
 
     process: str
     why: str
     life: int = 0
+    is_planned: bool = False
 
 
 ToSupervisor = Progress | Notice | Ready | Done | Failed | Restart

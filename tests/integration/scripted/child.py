@@ -70,9 +70,10 @@ def listen() -> None:
         except DeadlineError:
             pass
         if (ask := run.path / "ask").exists():
-            process, its_life = ask.read_text().split()
+            process, its_life, *planned = ask.read_text().split()
             ask.unlink()
-            supervisor.send(Restart(process=process, why="it is planted", life=int(its_life)))
+            why, is_planned = "it is planted", planned == ["planned"]
+            supervisor.send(Restart(process=process, why=why, life=int(its_life), is_planned=is_planned))
     supervisor.send(Done(process=name))
     supervisor.close()
 

@@ -12,8 +12,18 @@ class Clock:
         return self.now
 
 
-def end(*, ready: bool = True, lived_s: float = 5.0, killed: bool = False, said: str = "") -> End:
-    return End(why="exit code 1", ended_at=0.0, was_ready=ready, lived_s=lived_s, was_killed=killed, said=said)
+def end(
+    *, ready: bool = True, lived_s: float = 5.0, killed: bool = False, planned: bool = False, said: str = ""
+) -> End:
+    return End(
+        why="exit code 1",
+        ended_at=0.0,
+        was_ready=ready,
+        lived_s=lived_s,
+        was_killed=killed,
+        was_planned=planned,
+        said=said,
+    )
 
 
 @pytest.fixture
@@ -51,6 +61,16 @@ def test_more_ends_than_allowed_within_the_window_are_a_storm(clock: Clock):
     lives = lives_of(clock)
     assert [ends(lives, clock, end(), after_s=20) for _ in range(4)] == [None] * 4
     assert ends(lives, clock, end(), after_s=20) == "5 ends within 100 s, launch.max_restarts=4"
+
+
+def test_ends_that_are_planned_are_no_storm_and_are_allowed_where_no_restart_is(clock: Clock):
+    lives = lives_of(clock, max_restarts=1)
+    assert [ends(lives, clock, end(killed=True, planned=True)) for _ in range(40)] == [None] * 40
+    assert lives.back_off_s == 0.5
+    assert ends(lives, clock, end()) is None
+    assert ends(lives, clock, end(killed=True, planned=True)) is None
+    assert ends(lives, clock, end()) == "2 ends within 100 s, launch.max_restarts=1"
+    assert ends(lives_of(clock, max_restarts=0), clock, end(killed=True, planned=True)) is None
 
 
 def test_the_same_number_of_ends_over_a_longer_time_is_none(clock: Clock):

@@ -41,6 +41,7 @@ class Bench:
     ):
         self.sent: list[tuple[str, object]] = []
         self.restarts: list[tuple[str, str]] = []
+        self.planned: list[bool] = []  # of these
         self.quarantined: dict[str, str] = {}
         self.tasks: set[asyncio.Task] = set()
         self.pool = WorkerPool(
@@ -49,7 +50,7 @@ class Bench:
             num_workers=len(workers),
             deadlines=Deadlines(ready_s=ready_s, stall_s=stall_s, answer_s=answer_s),
             quarantine=Quarantine(self.quarantined, self._record),
-            restart=lambda name, why: self.restarts.append((name, why)),
+            restart=self._restart,
             life=life,
             max_bytes=max_bytes,
         )
@@ -63,6 +64,10 @@ class Bench:
         task = asyncio.create_task(coroutine)
         self.tasks.add(task)
         return task
+
+    def _restart(self, name: str, why: str, /, *, is_planned: bool = False) -> None:
+        self.restarts.append((name, why))
+        self.planned.append(is_planned)
 
     def _record(self, event: TaskQuarantined) -> None:
         self.quarantined[event.task] = event.reason
@@ -316,6 +321,7 @@ async def test_a_worker_that_holds_too_much_is_started_again_and_loses_no_rollou
     bench.pool.watch_memory("env-0", LedgerClosed(entry=entry, resident_bytes=2**30))
     assert bench.restarts == []
     bench.pool.watch_memory("env-0", LedgerClosed(entry=entry, resident_bytes=2**30 + 1))
+    assert bench.planned == [False]  # it has ended no rollout
     [(worker, why)] = bench.restarts
     assert worker == "env-0"
     assert "max_worker_gib=1" in why
@@ -323,3 +329,21 @@ async def test_a_worker_that_holds_too_much_is_started_again_and_loses_no_rollou
     await asyncio.sleep(0.02)
     assert [worker for worker, message in bench.sent if isinstance(message, Play)] == ["env-0", "env-0"]
     playing.cancel()
+
+
+async def test_a_worker_that_leaks_while_it_works_ends_by_plan_and_no_task_is_suspected():
+    bench, entry = Bench(0, max_bytes=1), LedgerEntry(process="env-0", started_at=0.0, wall_s=1.0, parts_s={})
+    leaking = bench.play("leaks", 1)
+    for life in range(5):
+        other = bench.play("other", 2)
+        await bench.settle()
+        [play] = [play for _, play in bench.last(Play, 2) if play.task.key == "other"]
+        bench.end("env-0", play)
+        await other
+        bench.pool.watch_memory("env-0", LedgerClosed(entry=entry, resident_bytes=2))
+        bench.die(0, life)
+        bench.ready(0, life + 1)
+    assert bench.planned == [True] * 5
+    assert bench.quarantined == {}
+    assert not bench.pool.quarantine.is_suspect("s", Task(prompt="leaks", key="leaks"))
+    leaking.cancel()
