@@ -10,6 +10,7 @@ A rollout in flight that became too old to train is stopped.
 import asyncio
 import sys
 from collections import deque
+from contextlib import nullcontext
 
 import msgspec
 
@@ -242,7 +243,8 @@ class Dispatcher:
         prompt_hash, pulse = hash_of_chat(call.seat, call.messages, call.tools), self._pulses.get(rollout_id)
         reply = self._desk.state.seat_reply_to(rollout_id, call.call, prompt_hash)
         if reply is None:
-            reply = await self._desk.seats.ask(group.source, call, seed=seed)
+            at_work = nullcontext if pulse is None else pulse.at_work
+            reply = await self._desk.seats.ask(group.source, call, seed=seed, at_work=at_work)
             if rollout_id not in group.records:
                 said = SeatReply(call=call.call, prompt_hash=prompt_hash, reply=reply)
                 self._desk.journal.record(SeatReplied(rollout_id=rollout_id, reply=said))

@@ -1,7 +1,8 @@
 """Endpoints that speak for seats of environments in place of the policy, or that are measured themselves."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from palestra.orchestrate.sources import seed_for
 from palestra.wire.chat import ChatClient, TooLongError
 from palestra.wire.messages import Call
 
+AtWork = Callable[[], AbstractContextManager[None]]
 _TURNS = 100  # calls that may be answered before one's own, in seconds of a call
 
 
@@ -25,11 +27,15 @@ class ChatEndpoint:
         self._client = ChatClient(endpoint.url, model, key_env=endpoint.key_env, call_s=endpoint.call_s)
         self._slots, self._turn_s = asyncio.Semaphore(endpoint.max_in_flight), _TURNS * endpoint.call_s
 
-    async def ask(self, call: Call, *, seed: int) -> ChatReply:
-        """Errors: UserError, if every call would be refused; InfrastructureError."""
+    async def ask(self, call: Call, *, seed: int, at_work: AtWork = nullcontext) -> ChatReply:
+        """`at_work` lasts while it is asked, behind the wait for a turn.
+
+        Errors: UserError, if every call would be refused; InfrastructureError.
+        """
         await within(self._turn_s, self._slots.acquire(), waiting_for=f"a turn at {self._client.url}")
         try:
-            return await self._client.ask(call.messages, call.tools, call.sampling, seed=seed)
+            with at_work():
+                return await self._client.ask(call.messages, call.tools, call.sampling, seed=seed)
         finally:
             self._slots.release()
 
@@ -56,13 +62,13 @@ class SeatEndpoints:
                     self._endpoints[place] = ChatEndpoint(model, model.model)
                 self._of_seat[source.label, seat] = self._endpoints[place]
 
-    async def ask(self, source: str, call: Call, *, seed: int) -> ChatReply:
+    async def ask(self, source: str, call: Call, *, seed: int, at_work: AtWork = nullcontext) -> ChatReply:
         """The next words of `call.seat`. Errors: as of `ChatEndpoint`. What is too long for it is not the policy's
         fault."""
         if (endpoint := self._of_seat.get((source, call.seat))) is None:
             raise UserError(f"{source} has no model for the seat {call.seat}; give one in its `seats`")
         try:
-            return await endpoint.ask(call, seed=seed)
+            return await endpoint.ask(call, seed=seed, at_work=at_work)
         except TooLongError as error:
             raise InfrastructureError(f"the seat {call.seat} of {source}: {error}") from error
 

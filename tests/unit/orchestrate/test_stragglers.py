@@ -5,14 +5,17 @@ import asyncio
 import dataclasses
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from palestra.core.records import Ending, Reply, Span
+from palestra.config.schema import Endpoint
+from palestra.core.records import ChatReply, Ending, Reply, Sampling, Span
 from palestra.orchestrate import dispatch, gateway
 from palestra.orchestrate.batcher import baselines, make_batch
 from palestra.orchestrate.buffer import last_chances, may_part, take, too_old_in_flight
+from palestra.orchestrate.endpoints import ChatEndpoint
 from palestra.orchestrate.journal import recover
 from palestra.orchestrate.pulse import Pulse
 from palestra.orchestrate.sources import seed_for
@@ -29,6 +32,7 @@ from palestra.orchestrate.state import (
     RolloutCut,
     RolloutEnded,
 )
+from palestra.wire.messages import Call
 from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, reward_by_seed
 from tests.unit.orchestrate.test_parts import RULES as PLAIN
 from tests.unit.orchestrate.test_parts import record
@@ -176,6 +180,57 @@ async def test_a_pulse_is_quiet_after_so_long_without_a_beat_and_beats_again():
         assert not pulse.is_quiet
     await asyncio.sleep(0.6)
     assert len(told) == 1, "a stopped pulse says nothing"
+
+
+async def test_silence_counts_from_the_end_of_a_work_that_cannot_beat():
+    told: list[float] = []
+    loop = asyncio.get_running_loop()
+    with Pulse(0.2, lambda: told.append(loop.time())) as pulse:
+        with pulse.at_work(), pulse.at_work():
+            await asyncio.sleep(0.5)
+        assert not told
+        ended = loop.time()
+        await asyncio.sleep(0.4)
+        assert [at >= ended + 0.2 - 0.005 for at in told] == [True]
+        with pulse.at_work():
+            assert not pulse.is_quiet
+            pulse.__exit__()
+    await asyncio.sleep(0.4)
+    assert len(told) == 1, "a stopped pulse says nothing"
+
+
+async def test_a_rollout_is_not_stuck_while_the_endpoint_of_a_seat_works_but_while_others_are_before_it():
+    told: list[float] = []
+    call = Call(rollout_id=0, call=0, token_ids=[], sampling=Sampling(), messages=[{"role": "user"}], seat="user")
+    endpoint = ChatEndpoint(Endpoint(url="http://nowhere/v1", max_in_flight=1), "m")
+    endpoint._client.ask = slow_answer  # type: ignore[method-assign]
+    dispatcher = object.__new__(dispatch.Dispatcher)
+    dispatcher._desk = SimpleNamespace(  # type: ignore[assignment]
+        state=LoopState(), seats=SeatsOf(endpoint), journal=SimpleNamespace(record=lambda event: None)
+    )
+    with Pulse(0.15, lambda: told.append(0.0)) as pulse:
+        dispatcher._pulses = {0: pulse}
+        await dispatcher._answer_seat(opened(0).groups[0], 0, call, seed=0)
+        assert not told
+        before = asyncio.ensure_future(endpoint.ask(call, seed=0))
+        await asyncio.sleep(0)
+        await dispatcher._answer_seat(opened(0).groups[0], 0, call, seed=0)
+        await before
+    assert len(told) == 1
+    await endpoint.close()
+
+
+async def slow_answer(messages, tools, sampling, *, seed):
+    await asyncio.sleep(0.4)
+    return ChatReply(message={"role": "assistant", "content": "hm"}, finish_reason="stop", num_tokens=1)
+
+
+@dataclasses.dataclass
+class SeatsOf:
+    endpoint: ChatEndpoint
+
+    async def ask(self, source: str, call: Call, *, seed: int, **how) -> ChatReply:
+        return await self.endpoint.ask(call, seed=seed, **how)
 
 
 # --- in the loop
