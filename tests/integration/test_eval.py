@@ -109,7 +109,7 @@ def test_a_busy_endpoint_is_asked_again_and_a_wrong_key_ends_it_in_words(tmp_pat
         options = ("reverse-text", *at(endpoint), "-n", 4, "--key-env", "BACKWARDS_KEY")
         missing = evaluate(*options, "--output", tmp_path / "missing")
         assert missing.returncode == 2
-        assert "no BACKWARDS_KEY" in missing.stderr
+        assert "eval.endpoint.key_env=BACKWARDS_KEY" in missing.stderr
         wrong = evaluate(*options, "--output", tmp_path / "wrong", BACKWARDS_KEY="guess")
         assert wrong.returncode == 2, wrong.stderr
         assert "check the model's name and the key" in wrong.stderr

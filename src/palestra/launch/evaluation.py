@@ -36,7 +36,7 @@ from palestra.launch.machine import this_machine
 from palestra.launch.model_path import max_positions, require_model
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import make_plan, require_fit
-from palestra.launch.run import require_pythons
+from palestra.launch.run import require_keys, require_pythons
 from palestra.orchestrate.scores import Estimate, difference
 from palestra.wire.results import read_results
 from palestra.wire.rundir import RunDir
@@ -105,6 +105,7 @@ def _require_parts(config: RunConfig, *, model_field: str) -> None:
         if entry.python is None:
             find_environment(entry.id)
     require_pythons(config)
+    require_keys(config)
 
 
 def config_of(wish: Wish) -> RunConfig:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from collections.abc import Iterator
 
 import msgspec
 
@@ -31,6 +32,7 @@ def plan_of(config: RunConfig) -> Plan:
     for name, frozen in config.algo.frozen.items():
         require_model(frozen.path, field=f"algo.{name}.path")
     require_pythons(config)
+    require_keys(config)
     machine = this_machine()
     plan = make_plan(config, machine, is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
     require_fit(plan, machine)
@@ -45,6 +47,27 @@ def require_pythons(config: RunConfig) -> None:
                 f"{source.label}: python={source.python} is no program; give bin/python of a virtual environment with "
                 "palestra and the environment in it"
             )
+
+
+def require_keys(config: RunConfig) -> None:
+    """Of endpoints, those of seats, and whatever else `args` of an environment name by `key_env`, such as a judge.
+
+    Errors: UserError, naming the field whose variable the environment lacks.
+    """
+    for field, name in _key_fields(config.model_dump(mode="json"), ""):
+        if not os.environ.get(name, "").strip():
+            raise UserError(f"{field}={name}: the environment has no such variable, or an empty one; export {name}")
+
+
+def _key_fields(tree: object, place: str) -> Iterator[tuple[str, str]]:
+    """Dotted names of all fields called `key_env` that have a value, and these values."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in inner:
+        field = f"{place}.{name}" if place else str(name)
+        if name == "key_env" and isinstance(value, str):
+            yield field, value
+        else:
+            yield from _key_fields(value, field)
 
 
 def run(config: RunConfig, plan: Plan, *, resume: bool) -> RunDir:

@@ -162,3 +162,40 @@ def test_every_kind_of_end_has_its_code(capsys: pytest.CaptureFixture, error: Ba
     assert words in said.err
     assert said.out == ""
     assert ("Traceback" in said.err) == isinstance(error, ZeroDivisionError)
+
+
+SEATS = """
+[env.mix.seats.user]
+url = "http://127.0.0.1:1/v1"
+model = "m"
+key_env = "PLANTED_USER_KEY"
+[[eval.sets]]
+id = "doc-search"
+args = { judge = { url = "http://127.0.0.1:1/v1", model = "m", key_env = "PLANTED_JUDGE_KEY" } }
+"""
+
+
+def test_a_key_that_is_missing_is_named_with_its_field_before_anything_starts(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    recipe.write_text(RECIPE + SEATS)
+    for options in ([], ["--dry-run"]):
+        assert main(["run", str(recipe), *options]) == 2
+        assert "env.mix.0.seats.user.key_env=PLANTED_USER_KEY: the environment has no such" in capsys.readouterr().err
+    monkeypatch.setenv("PLANTED_USER_KEY", "secret")
+    monkeypatch.setenv("PLANTED_JUDGE_KEY", " ")
+    assert main(["run", str(recipe), "--dry-run"]) == 2
+    assert "eval.sets.0.args.judge.key_env=PLANTED_JUDGE_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("PLANTED_JUDGE_KEY", "secret")
+    assert main(["run", str(recipe), "--dry-run"]) == 0
+    assert not Path("outputs").exists()
+
+
+def test_a_key_of_what_is_measured_is_missed_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "reverse-text", "--base-url", "http://127.0.0.1:1/v1", "--model", "m", "--key-env", "PLANTED_KEY"]
+    assert main(words) == 2
+    assert "eval.endpoint.key_env=PLANTED_KEY: the environment has no such variable" in capsys.readouterr().err
+    assert not Path("outputs").exists()
