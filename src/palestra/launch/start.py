@@ -1,10 +1,12 @@
 """Before the first process: may this run start here, from where, and at which addresses."""
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from palestra.config import RunConfig, read_resolved
 from palestra.config.load import flatten
@@ -43,6 +45,7 @@ _HARMLESS = (
     "eval.endpoint.max_in_flight",
 )
 _HARMLESS_SECTIONS = ("launch",)
+_HARMLESS_OF_SEATS = re.compile(r"(env\.mix|eval\.sets)\.\d+\.seats\..+\.(url|key_env|call_s|max_in_flight)")
 _MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 
 
@@ -138,7 +141,7 @@ def _staging_directory(config: RunConfig, run: RunDir, needed_bytes: int) -> Pat
 
 
 def _require_same(stored: RunConfig, wanted: RunConfig, run: RunDir) -> None:
-    before, after = dict(flatten(stored)), dict(flatten(wanted))
+    before, after = _flat(stored), _flat(wanted)
     differing = [key for key in {**before, **after} if before.get(key) != after.get(key) and not _may_change(key)]
     if wanted.train.steps >= stored.train.steps and "train.steps" in differing:
         differing.remove("train.steps")
@@ -150,8 +153,18 @@ def _require_same(stored: RunConfig, wanted: RunConfig, run: RunDir) -> None:
         )
 
 
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted keys and values, those of the models of seats too."""
+    found: dict[str, Any] = {}
+    for key, value in flatten(config):
+        models = value.items() if key.endswith(".seats") else ()
+        found |= dict(row for seat, model in models for row in flatten(model, f"{key}.{seat}.")) or {key: value}
+    return found
+
+
 def _may_change(key: str) -> bool:
-    return key in _HARMLESS or key.split(".")[0] in _HARMLESS_SECTIONS
+    is_harmless = key in _HARMLESS or key.split(".")[0] in _HARMLESS_SECTIONS
+    return is_harmless or _HARMLESS_OF_SEATS.fullmatch(key) is not None
 
 
 def _text(value: object) -> str:

@@ -117,6 +117,26 @@ def test_what_changes_no_training_may_change(tmp_path: Path, run: RunDir, sectio
     assert begin(config(tmp_path, **sections), resume=True) == Origin(2, None)
 
 
+def seated(**changed: Any) -> dict[str, Any]:
+    user = {"url": "http://one/v1", "model": "m", "key_env": "ONE_KEY", "call_s": 5, "max_in_flight": 1} | changed
+    return {"env": {"mix": [{"id": "e", "seats": {"user": user}}]}}
+
+
+def test_where_a_seat_is_asked_may_change_and_who_speaks_for_it_may_not(tmp_path: Path, run: RunDir):
+    write_config(run, config(tmp_path, **seated()))
+    moved = {"url": "https://two/v1", "key_env": None, "call_s": 60, "max_in_flight": 8}
+    assert begin(config(tmp_path, **seated(**moved)), resume=True) == Origin(2, None)
+    for sections, key in (
+        (seated(model="other"), 'env.mix.0.seats.user.model: "m" in the run, "other" now'),
+        (seated(temperature=0.5), "env.mix.0.seats.user.temperature: 1.0 in the run, 0.5 now"),
+        ({}, 'env.mix.0.seats.user.model: "m" in the run, nothing now'),
+    ):
+        with pytest.raises(UserError, match="started with another config") as refusal:
+            begin(config(tmp_path, **sections), resume=True)
+        assert key in str(refusal.value)
+        assert "url" not in str(refusal.value)
+
+
 def test_a_finished_run_names_train_steps(tmp_path: Path, run: RunDir):
     save(run, 100)
     run.summary.write_text("{}")
