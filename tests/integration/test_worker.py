@@ -1,10 +1,12 @@
 """A real environment worker process against a scripted orchestrator."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -14,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from palestra.config import RunConfig
+from palestra.config import RunConfig, read_resolved
 from palestra.core.records import Ending, RolloutRecord, Sampling, Task
 from palestra.env.chat import ChatTokenizer, load_tokenizer
+from palestra.launch.machine import Machine
+from palestra.launch.plan import make_plan
 from palestra.wire.channel import Listener
 from palestra.wire.messages import (
     Call,
@@ -80,6 +84,7 @@ class Bench:
     listener: Listener[FromWorker, ToWorker]
     process: asyncio.subprocess.Process
     tokenizer: ChatTokenizer
+    name: str = "env-0"
 
     async def receive(self) -> FromWorker:
         async with asyncio.timeout(DEADLINE_S):
@@ -92,7 +97,7 @@ class Bench:
         return message
 
     async def send(self, message: ToWorker) -> None:
-        await self.listener.send("env-0", message)
+        await self.listener.send(self.name, message)
 
     async def reply(self, call: Call, text: str) -> None:
         reply = answer(self.tokenizer, text, call.sampling, version=3)
@@ -138,9 +143,12 @@ def prepare(directory: Path, mix: list[dict]) -> RunDir:
     return run
 
 
-async def start(run: RunDir) -> asyncio.subprocess.Process:
-    argv = (sys.executable, "-m", "palestra.env", str(run.config))
-    return await asyncio.create_subprocess_exec(*argv, env={**os.environ, "PALESTRA_INDEX": "0"})
+async def start(run: RunDir, index: int = 0) -> asyncio.subprocess.Process:
+    """As the plan says."""
+    plan = make_plan(read_resolved(run.config), Machine(cpus=2, memory_bytes=2**34))
+    [program] = [program for program in plan.programs if program.name == f"env-{index}"]
+    argv = (*program.argv[:-1], str(run.config))
+    return await asyncio.create_subprocess_exec(*argv, env={**os.environ, **dict(program.env)})
 
 
 @asynccontextmanager
@@ -304,6 +312,59 @@ async def test_what_programs_of_a_worker_started_ends_with_it_and_so_do_their_di
         os.close(handle)
         assert ended
         await asyncio.to_thread(_wait_removed, Path(directory).parent)
+
+
+ELSEWHERE = '''
+import sys
+from pathlib import Path
+
+import only_there
+from palestra.env import Environment, Task
+
+class Elsewhere(Environment):
+    """What the other Python says is right."""
+
+    def tasks(self):
+        yield Task(prompt="say it")
+
+    async def run(self, task, agent):
+        agent.rewards["right"] = float(await agent(Path(sys.prefix).name) == only_there.WORD)
+'''
+
+
+def make_python(directory: Path) -> Path:
+    """Of an environment with what is installed here, and a module that is not."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True, timeout=DEADLINE_S)
+    [packages] = directory.glob("lib/python*/site-packages")
+    (packages / "only_there.py").write_text('WORD = "there"\n')
+    (packages / "here.pth").write_text("\n".join(place for place in sys.path if place))
+    return directory / "bin" / "python"
+
+
+async def test_an_entry_with_a_python_of_its_own_is_played_with_what_only_that_has(tmp_path):
+    assert importlib.util.find_spec("only_there") is None
+    python = make_python(tmp_path / "other")
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    entry = {"id": f"{tmp_path / 'elsewhere.py'}:Elsewhere", "name": "elsewhere", "python": str(python)}
+    run = prepare(tmp_path, [{"id": "reverse-text"}, entry])
+    listener: Listener[FromWorker, ToWorker] = Listener(run.read_attempt().orchestrator, attempt=2, receives=FromWorker)
+    ours, theirs = [await start(run, index) for index in (0, 1)]
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            said = dict([await listener.receive() for _ in range(2)])
+        assert {name: ready.sources for name, ready in said.items()} == {
+            "env-0": ["reverse-text", "held-out"],
+            "env-1": ["elsewhere"],
+        }
+        worker = Bench(listener, theirs, load_tokenizer(tmp_path / "tokenizer"), name="env-1")
+        record = await worker.play(Task(prompt="say it"), "there", source="elsewhere")
+        assert (record.ending, record.reward, record.num_sampled_tokens) == (Ending.OK, 1.0, 6), record.error
+        assert record.messages[0]["content"] == "other"
+    finally:
+        for process in (ours, theirs):
+            process.kill()
+            await process.wait()
+        listener.close()
 
 
 def _wait_removed(directory: Path) -> None:
