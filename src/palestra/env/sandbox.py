@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import mmap
 import os
 import resource
 import shutil
@@ -10,7 +11,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
@@ -24,6 +25,7 @@ from palestra.core.records import Task
 
 MOST_OUTPUT = 2**20  # bytes that are kept of each stream
 _GONE_S = 10.0
+_NUMBER_BYTES = 8  # of a process
 _LARGEST_FILE = 256 * 2**20  # bytes
 
 
@@ -82,6 +84,7 @@ class Unsafe:
     async def run(self, command: str | Sequence[str], *, stdin: str = "", timeout_s: float = 30.0) -> Ran:
         """Streams are files: a program that floods them, or leaves others behind that hold them, ends as any other."""
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
+        guard, number = _home()[0], mmap.mmap(-1, _NUMBER_BYTES)
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             given.write(stdin.encode("utf-8", "replace"))
             given.seek(0)
@@ -94,12 +97,15 @@ class Unsafe:
                     stdout=out,
                     stderr=err,
                     start_new_session=True,
-                    preexec_fn=_bound,
+                    preexec_fn=partial(_begin, guard, number),
                 )
-            except (OSError, ValueError, subprocess.SubprocessError) as error:  # what no program can be made of
-                return Ran(exit_code=127 if isinstance(error, FileNotFoundError) else 126, stdout="", stderr=str(error))
+            except BaseException as error:
+                guard.ended(int.from_bytes(number[:], "little"))
+                if isinstance(error, OSError | ValueError | subprocess.SubprocessError):  # no program can be made of it
+                    code = 127 if isinstance(error, FileNotFoundError) else 126
+                    return Ran(exit_code=code, stdout="", stderr=str(error))
+                raise
             self._running.add(process)
-            _home()[0].watch(process.pid)
             try:
                 code = await within(timeout_s, process.wait(), waiting_for=f"{words[0]} to end")
             except DeadlineError:
@@ -148,8 +154,12 @@ def _home() -> tuple[Guard, Path]:
     return guard, directory
 
 
-def _bound() -> None:
-    """In the new process: it dies with the thread that started it, and no file of its grows beyond bounds."""
+def _begin(guard: Guard, number: mmap.mmap) -> None:
+    """In the new process: it dies with the thread that started it, and no file of its grows beyond bounds. Before it is
+    a program it is watched, and its number is told to whoever started it, who may be gone, or hear of a failure alone.
+    """
+    number[:] = os.getpid().to_bytes(_NUMBER_BYTES, "little")
+    guard.watch(os.getpid())
     resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_FILE, _LARGEST_FILE))
     die_with_parent(os.getppid())
 

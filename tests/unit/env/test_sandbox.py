@@ -4,6 +4,7 @@ import asyncio
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ from palestra.config import RunConfig
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.records import Ending, Task
 from palestra.env import Environment, Sandbox, reward
+from palestra.env import sandbox as sandbox_module
 from palestra.env.play import play, score
 from palestra.env.sandbox import MOST_OUTPUT, Ran, Unsafe
 from palestra.env.voice import ScriptVoice
@@ -56,6 +58,33 @@ async def test_a_flood_ends_at_a_bound_and_a_child_that_parted_holds_nothing_up(
     assert (len(flood.stdout), flood.exit_code) == (MOST_OUTPUT, 128 + signal.SIGXFSZ)
     assert (await sandbox.run("setsid sleep 30 & sleep 30", timeout_s=0.5)).is_too_slow
     assert time.monotonic() - began < 10
+
+
+def _note(told: Path, line: str) -> None:
+    with told.open("a") as file:
+        file.write(f"{line}\n")
+
+
+async def test_every_program_is_watched_before_it_begins_until_it_has_ended(monkeypatch, tmp_path):
+    told = tmp_path / "told"
+    guard = SimpleNamespace(
+        watch=lambda group: _note(told, f"watch {group}"),
+        ended=lambda group: _note(told, f"ended {group}"),
+    )
+    monkeypatch.setattr(sandbox_module, "_home", lambda: (guard, tmp_path))
+    box = await Unsafe.make(Task())
+    seen = await box.run(f"cat {told}; echo $$")
+    watched, itself = seen.stdout.splitlines()
+    assert watched == f"watch {itself}"
+    for command in (["nowhere"], [""], "exit 1", "a\0b"):
+        await box.run(command)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(box.run("sleep 60"), 0.2)
+    lines = told.read_text().splitlines()
+    watched = {line.removeprefix("watch ") for line in lines if line.startswith("watch")}
+    assert len(watched) > 3
+    assert watched | {"0"} == {line.removeprefix("ended ") for line in lines if line.startswith("ended")} | {"0"}
+    await box.close()
 
 
 @pytest.mark.parametrize(
