@@ -248,6 +248,8 @@ def write_gold(wish: Wish, to: Path, min_reward: float) -> None:
     """
     if not wish.environments:
         raise UserError("name at least one environment; `palestra env list` shows what is installed")
+    if wish.overrides:
+        raise UserError(f"--gold asks no model: {wish.overrides[0]} would change nothing; leave it out")
     rows: list[dict[str, Any]] = []
     for id in dict.fromkeys(wish.environments):
         make = partial(make_environment, id, split=wish.split, args=wish.args)

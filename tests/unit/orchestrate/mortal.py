@@ -29,13 +29,21 @@ class Server(ScriptedEngine):
         super().__init__(url, **options)
         self.history: list[int] = []
         self.fails_at: int | None = None
-        self.is_updating = False
+        self.is_updating, self.num_deaths = False, 0
         self.is_alive = asyncio.Event()
         self.is_alive.set()
 
     def die(self) -> None:
         self.is_alive.clear()
         self.loaded, self.is_updating = -1, False
+        self.num_deaths += 1
+
+    async def _take(self, seconds: float) -> None:
+        """A request dies with the life of the engine that it was sent to."""
+        before = self.num_deaths
+        await super()._take(seconds)
+        if self.num_deaths > before:
+            raise UnreachableError(f"{self.url} died")
 
     def _require_alive(self) -> None:
         if not self.is_alive.is_set():

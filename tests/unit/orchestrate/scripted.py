@@ -75,7 +75,7 @@ class ScriptedEngine:
 
     async def generate(self, token_ids, sampling: Sampling, *, seed, deadline_s, num_replies=1, cache_salt=None):
         self.num_requests += 1
-        await asyncio.sleep(max(self._delay_s(seed + i) for i in range(num_replies)))
+        await self._take(max(self._delay_s(seed + i) for i in range(num_replies)))
         return [self._reply(seed + i) for i in range(num_replies)]
 
     async def stream(self, token_ids, sampling, *, seed, silence_s, draft: Draft, cache_salt=None, stream_tokens=16):
@@ -84,9 +84,12 @@ class ScriptedEngine:
         reply = self._reply(seed)
         half = len(reply.token_ids) // 2
         draft.add(reply.token_ids[:half], reply.logprobs[:half])
-        await asyncio.sleep(self._delay_s(seed))
+        await self._take(self._delay_s(seed))
         draft.add(reply.token_ids[half:], reply.logprobs[half:])
         return reply
+
+    async def _take(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
     def _reply(self, seed: int) -> Reply:
         self.calls.append((seed, self.loaded))

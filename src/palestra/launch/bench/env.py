@@ -4,6 +4,7 @@ Costs are differences between a longer and a shorter evaluation, so that startin
 
 rollouts: single-turn, 1,000 in flight; then the same requests by the bare client   -> cpu_ms_per_rollout, ratio
 burn:     a reward that burns 50 ms of CPU in a process aside                       -> p99 of workers' event-loop lag
+crowd:    10,000 rollouts in flight at once in one worker, which wait and then speak -> p99 of the same lag
 few:      32 single-turn rollouts, from the first one's start to the last one's end -> wall_s_32_single_turn
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 from palestra.config import RunConfig, load
 from palestra.core.errors import UserError
-from palestra.env import Environment, Rollout, Task, aside, reward
+from palestra.env import Agent, Environment, Rollout, Task, aside, reward
 from palestra.env.chat import Conversation, load_tokenizer
 from palestra.launch import run as running
 from palestra.launch.bench.bare import Ask, BareClient
@@ -42,6 +43,7 @@ RECIPE = Path(__file__).with_name("env.toml")
 IN_FLIGHT = 1000
 FEWER, MORE = 1000, 5000  # rollouts of the two evaluations
 BURNING, BURN_S = 200, 0.05
+CROWD, CROWD_S = 10_000, 30.0  # rollouts, and how long each waits
 _START_S = 60.0
 
 
@@ -76,6 +78,16 @@ def burn(seconds: float) -> float:
     return 1.0
 
 
+class Waiting(Single):
+    """Each rollout waits for something else than the model, as for a sandbox, before its turn."""
+
+    wait_s: float = CROWD_S
+
+    async def run(self, task: Task, agent: Agent) -> None:
+        await asyncio.sleep(self.wait_s)
+        await agent(task.prompt)
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """One evaluation that is done. CPU seconds are of the orchestrator and the workers."""
@@ -86,8 +98,17 @@ class Evaluated:
     @property
     def wall_s(self) -> float:
         """From the first rollout's start to the last one's end."""
+        return max(ended for _, ended in self._spans()) - min(began for began, _ in self._spans())
+
+    @property
+    def peak(self) -> int:
+        """The most rollouts that were in flight at once."""
+        changes = sorted([(at, change) for span in self._spans() for at, change in zip(span, (1, -1), strict=True)])
+        return max(itertools.accumulate(change for _, change in changes))
+
+    def _spans(self) -> list[tuple[float, float]]:
         records = [record for of_set in read_results(self.run).values() for record in of_set.values()]
-        return max(record.ended_at for record in records) - min(record.ended_at - record.wall_s for record in records)
+        return [(record.ended_at - record.wall_s, record.ended_at) for record in records]
 
     @property
     def lag_p99_ms(self) -> float:
@@ -109,6 +130,7 @@ def _measure(base: RunConfig, outputs: Path) -> dict[str, Any]:
     fewer = _evaluate(base, outputs, "fewer", Single, num_tasks=FEWER)
     more = _evaluate(base, outputs, "more", Single, num_tasks=MORE)
     burning = _evaluate(base, outputs, "burn", Burning, num_tasks=BURNING)
+    crowd = _evaluate(base, outputs, "crowd", Waiting, num_tasks=CROWD, max_in_flight=CROWD, args={"wait_s": CROWD_S})
     few = _evaluate(base, outputs, "few", Single, num_tasks=32)
     say("palestra bench: the same requests by the bare client")
     bare_s = asyncio.run(_bare(more.run, base))
@@ -119,18 +141,29 @@ def _measure(base: RunConfig, outputs: Path) -> dict[str, Any]:
         "ratio_to_bare_client": ours_s / bare_s,
         "rollouts_per_s": MORE / more.wall_s,
         "p99_loop_lag_ms": burning.lag_p99_ms,
+        "crowd_in_flight": crowd.peak,
+        "crowd_p99_loop_lag_ms": crowd.lag_p99_ms,
         "wall_s_32_single_turn": few.wall_s,
         "machine": machine,
     }
 
 
 def _evaluate(
-    base: RunConfig, outputs: Path, name: str, environment: type[Environment], *, num_tasks: int
+    base: RunConfig,
+    outputs: Path,
+    name: str,
+    environment: type[Environment],
+    *,
+    num_tasks: int,
+    max_in_flight: int = IN_FLIGHT,
+    args: dict[str, Any] | None = None,
 ) -> Evaluated:
     say(f"palestra bench: {name}, {num_tasks} rollouts")
     tree = base.model_dump(mode="json")
     tree["log"] |= {"name": name, "outputs": str(outputs)}
-    one = {"id": f"{__name__}:{environment.__name__}", "name": "measured", "num_tasks": num_tasks, "temperature": 1.0}
+    tree["engine"]["max_in_flight"] = max_in_flight
+    id = f"{__name__}:{environment.__name__}"
+    one = {"id": id, "name": "measured", "num_tasks": num_tasks, "temperature": 1.0, "args": args or {}}
     config = RunConfig.model_validate(tree | {"eval": {"sets": [one]}})
     run = RunDir(config.run_dir)
     shutil.rmtree(run.path, ignore_errors=True)  # it is measured from its start

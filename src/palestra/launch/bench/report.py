@@ -40,6 +40,8 @@ AIMS = {
     "cpu_by_others": at_most(0.05),
     "cpu_ms_per_rollout": at_most(2),
     "wall_s_32_single_turn": at_most(0.25),
+    "crowd_in_flight": at_least(10_000),
+    "crowd_p99_loop_lag_ms": at_most(10),
 }
 _ORDER = (
     "generate_over_train",
