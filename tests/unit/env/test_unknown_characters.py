@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from palestra.config.schema import Build
 from palestra.core.errors import UserError
 from palestra.env.chat import load_tokenizer, render_completion
 
 
 @pytest.fixture
 def abc(tmp_path: Path):
-    from palestra.model.build import _write_tokenizer
+    from palestra.model.build import write_tokenizer
 
-    _write_tokenizer("abc", tmp_path)
+    write_tokenizer(Build(architecture="Qwen3ForCausalLM", alphabet="abc"), tmp_path)
     return load_tokenizer(tmp_path)
 
 

