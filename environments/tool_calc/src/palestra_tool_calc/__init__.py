@@ -2,6 +2,7 @@
 
 from random import Random
 from typing import Literal
+from zlib import crc32
 
 from palestra.env import Environment, Task, reward
 
@@ -20,15 +21,15 @@ class ToolCalc(Environment):
     tools = (calculate,)
 
     def tasks(self):
-        chance, held_out = Random(f"{self.split} {self.seed}"), self.split != "train"
+        chance = Random(f"{self.split} {self.seed}")
         while True:
-            value = number = 2 * chance.randint(0, (self.largest - 1) // 2) + held_out  # odd beginnings are held out
-            text, calls = str(number), []
+            text, calls = str(value := chance.randint(0, self.largest)), []
             for _ in range(self.operations):
                 operator, number = chance.choice("+-*"), chance.randint(1, self.largest)
                 calls.append({"calls": [("calculate", {"a": value, "operator": operator, "b": number})]})
                 text, value = f"({text} {operator} {number})", self.calculate(value, operator, number)
-            yield Task(prompt=text, answer=str(value), gold=[*calls, str(value)])
+            if (crc32(text.encode()) % 10 == 0) == (self.split != "train"):  # a tenth is held out
+                yield Task(prompt=text, answer=str(value), gold=[*calls, str(value)])
 
     @reward
     def right(self, task, rollout):
