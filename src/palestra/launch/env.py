@@ -1,6 +1,8 @@
 """`palestra env new | check | list`: environments as packages."""
 
+import builtins
 import json
+import keyword
 import re
 import subprocess
 import sys
@@ -141,7 +143,7 @@ def new(id: str, directory: Path | None, *, install: bool) -> None:
     names = {
         "id": id,
         "module": "_".join(["palestra", *words]),
-        "name": "".join(word.capitalize() for word in words),
+        "name": _class_name(words),
         "recipe": str(root / "recipe.toml"),
     }
     for place, template in FILES.items():
@@ -152,6 +154,15 @@ def new(id: str, directory: Path | None, *, install: bool) -> None:
     if install:
         _install(root)
     Console(highlight=False, soft_wrap=True).print(_next_steps(id, root, is_installed=install), markup=False)
+
+
+def _class_name(words: Sequence[str]) -> str:
+    """One that neither Python nor the imports of the template have a meaning for."""
+    name = "".join(word.capitalize() for word in words)
+    template = (TEMPLATES / FILES["src/$module/__init__.py"]).read_text(encoding="utf-8")
+    imported = re.findall(r"\w+", " ".join(re.findall(r"^(?:from|import) .*", template, re.MULTILINE)))
+    is_taken = keyword.iskeyword(name) or hasattr(builtins, name) or name in imported
+    return f"{name}Environment" if is_taken else name
 
 
 def _install(root: Path) -> None:

@@ -1,15 +1,19 @@
 """`palestra env`: a new package works as it is; a report tells machines and people the same."""
 
+import asyncio
 import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from palestra.config import load
 from palestra.core.errors import UserError
+from palestra.env.load import make_environment
+from palestra.env.play import score
 from palestra.launch import env
 from palestra.launch.cli import _parse, _wish, main
 from palestra.launch.evaluation import config_of
@@ -75,6 +79,21 @@ def test_a_name_that_cannot_be_is_refused(tmp_path, name, words):
     with pytest.raises(UserError, match=words):
         env.new(name, tmp_path / "new", install=False)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["task", "random", "iterator", "environment", "rollout", "reward", "xml", "none", "true", "exception"]
+)
+def test_a_name_that_means_something_already_makes_a_package_that_works(tmp_path, name):
+    env.new(name, tmp_path / "new", install=False)
+    [file] = (tmp_path / "new" / "src").glob("*/__init__.py")
+    project = tomllib.loads((tmp_path / "new" / "pyproject.toml").read_text())
+    place = project["project"]["entry-points"]["palestra.environments"][name]
+    environment = make_environment(f"{file}:{place.rpartition(':')[2]}", split="train", seed=0, args={})
+    task = next(iter(environment.tasks()))
+    assert task.gold is not None
+    assert asyncio.run(score(environment, task, [str(task.gold)])).reward == 1.0
+    compile((tmp_path / "new" / "tests" / "test_environment.py").read_text(), "test_environment.py", "exec")
 
 
 def test_nothing_is_overwritten(tmp_path):
