@@ -90,6 +90,8 @@ class Session:
         if self._is_closed:
             raise Gone(f"the rollout of this key has ended; {self._agent.name} says nothing more")
         messages = self._whole(asked)
+        if not messages:
+            raise BadRequest("the messages are empty; say something in one of them")
         if messages[-1]["role"] == "assistant":
             raise BadRequest("the last message is the assistant's; what the policy says is not begun by others")
         talk, rest = self._talk_of(messages, asked.tools)

@@ -375,6 +375,8 @@ async def test_a_wrong_key_a_wrong_body_and_a_wrong_path_are_refused_in_words(qw
             seen["json"] = await client.post("/v1/chat/completions", headers=good, content=b"{")
             seen["path"] = await client.post("/v1/embeddings", headers=good, json=body)
             seen["stop"] = await client.post("/v1/chat/completions", headers=good, json=body | {"stop": ["x"]})
+            empty = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": []}]}
+            seen["empty"] = await client.post("/v1/messages", headers=good, json=empty)
             seen["models"] = await client.get("/v1/models", headers=good)
 
     record = await played(program, Engine(qwen, []))
@@ -384,8 +386,10 @@ async def test_a_wrong_key_a_wrong_body_and_a_wrong_path_are_refused_in_words(qw
         "json": 400,
         "path": 404,
         "stop": 400,
+        "empty": 400,
         "models": 200,
     }
+    assert "the messages are empty" in seen["empty"].json()["error"]["message"]
     assert "stop=" in seen["stop"].json()["error"]["message"]
 
 
