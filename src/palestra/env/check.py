@@ -10,8 +10,9 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TextIO
+from typing import IO, Any, Literal, NamedTuple, TextIO
 
 import msgspec
 from msgspec import Struct
@@ -81,12 +82,12 @@ class Check:
         """In a process that hashes differently: an order taken from a set differs there."""
         command = [sys.executable, "-m", "palestra.env.check", self.id, "--args", json.dumps(self.args)]
         command += ["--num-tasks", str(self.num_tasks), "--list", split]
-        listed = subprocess.run(
-            command, capture_output=True, text=True, timeout=_LISTING_S, env={**os.environ, "PYTHONHASHSEED": "12345"}
-        )
-        if listed.returncode:
-            raise Failure(f"listing them in another process failed: {listed.stderr.strip()[-500:]}")
-        here, there = [_told(task) for task in self.tasks(split=split)], listed.stdout.split("\n")[:-1]
+        listed = ran(command, deadline_s=_LISTING_S, PYTHONHASHSEED="12345")
+        if listed.code is None:
+            raise Failure(f"listing them in another process took more than {_LISTING_S:g} s")
+        if listed.code:
+            raise Failure(f"listing them in another process failed: {listed.err.strip()[-500:]}")
+        here, there = [_told(task) for task in self.tasks(split=split)], listed.out.split("\n")[:-1]
         if len(here) != len(there):
             raise Failure(f"there are {len(here)} here and {len(there)} in another process")
         for position, (one, other) in enumerate(zip(here, there, strict=True)):
@@ -196,6 +197,32 @@ def _repeated(say: Callable[[random.Random], Any], task: Task) -> Iterator[Any]:
 
 
 # --- the process
+
+
+class Ran(NamedTuple):
+    """What a process said. `code`: None, if it did not end in time."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+def ran(command: Sequence[str], *, deadline_s: float, **environ: str) -> Ran:
+    """It writes to files: with pipes, a program that it leaves in the background would be waited for too."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            ended = subprocess.run(
+                command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, timeout=deadline_s, env=os.environ | environ
+            )
+            code = ended.returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        return Ran(code, _written(out), _written(err))
+
+
+def _written(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", "replace")
 
 
 def _told(task: Task) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from palestra.core.errors import UserError
+from palestra.env.check import ran
 from palestra.env.load import installed, require_known
 from palestra.env.sandbox import backend
 
@@ -73,15 +74,11 @@ def examine(id: str, *, num_tasks: int, deadline_s: float, sandbox: str | None =
     """In a process of its own: one that hangs, or takes the process with it, is a failed case."""
     command = [sys.executable, "-m", "palestra.env.check", id, "--num-tasks", str(num_tasks)]
     command += [] if sandbox is None else ["--sandbox", sandbox]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=deadline_s)
-        out, why = ended.stdout, f"ended with {ended.returncode}: {ended.stderr.strip()[-800:]}"
-        is_whole = ended.returncode == 0
-    except subprocess.TimeoutExpired as late:
-        out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        is_whole, why = False, f"took more than {deadline_s:g} s"
-    cases = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    if not is_whole:
+    ended = ran(command, deadline_s=deadline_s)
+    cases = [json.loads(line) for line in ended.out.splitlines() if line.startswith("{")]
+    if ended.code != 0:
+        late, error = f"took more than {deadline_s:g} s", f"ended with {ended.code}: {ended.err.strip()[-800:]}"
+        why = late if ended.code is None else error
         after = f"after {cases[-1]['name']!r}" if cases else "at its start"
         cases.append({"name": "it ends", "ending": "failed", "detail": f"{after} the check {why}"})
     return Report(id, cases)

@@ -1,6 +1,7 @@
 """Environments that break one law each, for the checks to see; and one that breaks none."""
 
 import os
+import subprocess
 import time
 
 from palestra.env import Environment, Sandbox, Task, reward
@@ -35,6 +36,14 @@ class Programs(Environment):
     async def run(self, task, agent, box: Sandbox):
         ran = await box.run(await agent(task.prompt), timeout_s=10)
         agent.rewards["right"] = float(ran.stdout == task.answer)
+
+
+class Servant(Sound):
+    """Say the number. Sound; a program that it needs stays behind, and holds what it was given."""
+
+    def tasks(self):
+        subprocess.Popen(["sleep", "30"])
+        yield from super().tasks()
 
 
 class Undescribed(Sound):

@@ -53,3 +53,8 @@ def test_one_that_hangs_or_dies_is_a_failed_case(name, words):
     assert report.cases[-1]["name"] == "it ends"
     assert "random bytes" in report.cases[-1]["detail"]
     assert words in report.cases[-1]["detail"]
+
+
+def test_a_program_that_it_leaves_behind_is_not_waited_for():
+    report = examine(f"{FAULTY}:Servant", num_tasks=2, deadline_s=25)
+    assert (report.count("passed"), report.count("failed")) == (14, 0), report.cases
