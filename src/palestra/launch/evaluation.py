@@ -254,11 +254,13 @@ def write_gold(wish: Wish, to: Path, min_reward: float) -> None:
     for id in dict.fromkeys(wish.environments):
         make = partial(make_environment, id, split=wish.split, args=wish.args)
         tasks = _tasks_of_epochs(lambda epoch, make=make: make(seed=wish.seed + epoch), wish.num_tasks)
-        known = [task for task in tasks if task.gold is not None]
+        if not (known := [task for task in tasks if task.gold is not None]):
+            raise UserError(f"{id}: none of its {len(tasks)} tasks of the split {wish.split!r} has a gold to play")
         records = asyncio.run(_played_by_gold(make(seed=wish.seed), known, backend(wish.sandbox)))
         named = [msgspec.structs.replace(record, environment=id) for record in records]
         if not (found := _rows(named, min_reward)):
-            raise UserError(f"{id}: none of its first {wish.num_tasks} tasks has a gold that earns {min_reward:g}")
+            why = next((f"; {one.error.splitlines()[0]}" for one in records if one.ending == Ending.INVALID), "")
+            raise UserError(f"{id}: none of its first {len(tasks)} tasks has a gold that earns {min_reward:g}{why}")
         if len(found) < len(tasks):
             print(f"{id}: {len(tasks) - len(found)} of {len(tasks)} tasks have none that does", file=sys.stderr)
         rows += found

@@ -128,6 +128,21 @@ def test_known_answers_are_played_where_the_command_line_says(tmp_path):
     assert [row["messages"][-1]["content"] for row in rows] == ["echo 1", "echo 3", "echo 5"]
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Programs", "gold that earns 1; run raised InfrastructureError: there is no sandbox"),
+        ("WrongGold", "none of its first 3 tasks has a gold that earns 1\n"),
+        ("NoGold", "none of its 3 tasks of the split 'train' has a gold to play\n"),
+    ],
+)
+def test_why_no_known_answer_earned_anything_is_told(tmp_path, capsys, name, words):
+    gold = [f"{FAULTY}:{name}", "--gold", "-n", "3", "--to", str(tmp_path / "rows.jsonl")]
+    assert main(["generate", *gold]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
 def test_an_evaluation_has_the_sandbox_that_the_command_line_names():
     wish = _wish(_parse(["eval", "retail", "--base-url", "http://h/v1", "--model", "m", "--sandbox", "unsafe"]))
     assert config_of(wish).env.sandbox == "unsafe"
