@@ -129,6 +129,11 @@ def link_or_copy(source: str, target: str) -> None:
 def require_run(path: Path | str) -> RunDir:
     """Errors: UserError, if there is no run in `path`."""
     run = RunDir(path)
+    if not run.config.exists() and run.results.exists():
+        raise UserError(
+            f"{path} is an imported evaluation: it cannot be played or scored again, because its environment is not "
+            "ours; `palestra eval compare` compares it with others"
+        )
     if not run.config.exists():
         raise UserError(f"{path} is not a run directory: it has no config.json; `palestra runs ls` lists the runs")
     return run

@@ -7,6 +7,7 @@ import pytest
 
 from palestra.core.errors import UserError
 from palestra.core.records import Ending
+from palestra.launch.cli import main
 from palestra.launch.imports import import_all
 from palestra.wire.results import read_results
 from palestra.wire.runlog import read_summary
@@ -79,6 +80,12 @@ def test_what_cannot_be_read_is_named(tmp_path, content, words):
     (there / "results.jsonl").write_text(content + "\n")
     with pytest.raises(UserError, match=words):
         import_all([there], tmp_path / "ours")
+
+
+def test_an_imported_evaluation_cannot_be_scored_again_and_says_why(tmp_path, capsys):
+    import_all([evaluation(tmp_path / "a", [row(0, 1.0)], env="e")], tmp_path / "ours")
+    assert main(["replay", str(tmp_path / "ours"), "--rewards"]) == 2
+    assert "cannot be played or scored again, because its environment is not ours" in capsys.readouterr().err
 
 
 def test_a_directory_without_results_and_one_that_is_there_are_refused(tmp_path):
