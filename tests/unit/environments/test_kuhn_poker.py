@@ -33,16 +33,16 @@ async def test_the_pot_goes_to_whom_it_belongs(cards, moves, wins):
 
 
 @pytest.mark.parametrize("word", ["", "raise", "BET!", "\x00", "fold", "b" * 10_000])
-async def test_what_is_no_move_loses_the_pot(word):
+async def test_what_is_no_move_costs_more_than_a_fold(word):
     task = Task(key="t", info={"cards": ["K", "J"]})
     record = await score(KuhnPoker(), task, {"first": [word], "second": ["check"]})
-    assert [seat.rewards["won"] for seat in record.seats] == [-0.5, 0.5]
+    assert [seat.rewards["won"] for seat in record.seats] == [-1.0, 1.0]
 
 
-async def test_a_seat_that_says_nothing_loses_what_it_staked_and_the_rollout_is_scored():
+async def test_a_seat_that_says_nothing_loses_and_the_rollout_is_scored():
     record = await score(KuhnPoker(), Task(key="t", info={"cards": ["J", "K"]}), {"first": ["bet"], "second": []})
     assert record.ending == Ending.TRUNCATED
-    assert [seat.rewards["won"] for seat in record.seats] == [0.5, -0.5]
+    assert [seat.rewards["won"] for seat in record.seats] == [1.0, -1.0]
 
 
 def test_the_authors_code_is_short():

@@ -11,7 +11,7 @@ OPENING, FACING = ("check", "bet"), ("fold", "call")
 class KuhnPoker(Environment):
     """Each player pays one chip, gets one card of three, and may bet one more; the higher card takes the pot.
 
-    A seat earns the share of the pot that can be won which it won: -1 to 1. What is no legal move loses the pot.
+    A seat earns the share of the two chips that can be won which it won: -1 to 1. What is no legal move costs two.
     """
 
     system = "You play Kuhn poker with the cards J < Q < K. Answer with one word, the move."
@@ -27,10 +27,12 @@ class KuhnPoker(Environment):
         players = dict(zip((first, second), task.info["cards"], strict=True))
         for mover, other in ((first, second), (second, first), (first, second)):
             moves = FACING if facing else OPENING
-            self.settle(other, mover, stakes)  # stands if the reply is cut off
+            self.settle(other, mover, {mover: 2})  # stands if the reply is cut off
             told = f"Your card: {players[mover]}. So far: {', '.join(said) or 'nothing'}. {' or '.join(moves)}?"
             move = (await mover(told)).strip().lower()
             said.append(move)
+            if move not in moves:
+                stakes[mover] = 2
             if move not in moves or move == "fold":
                 return self.settle(other, mover, stakes)
             stakes[mover] += move in ("bet", "call")
