@@ -17,7 +17,7 @@ SOURCES = sorted(ROOT.glob("src/**/*.py"))
 
 DEADLINES = {"deadline_s", "timeout", "silence_s"}  # arguments that bound a call
 BOUNDING = {"within", "_within", "wait_for"}  # functions that bound what they are given
-SCOPES = {"timeout", "timeout_at"}  # of asyncio
+SCOPES = {"timeout", "timeout_at", "Unhurried"}  # of asyncio, and ours
 SHARED_NAMES = {"wait", "receive", "get", "join", "acquire", "read", "communicate"}  # with what is not ours
 NEVER_WAIT = {"sleep", "send", "_send", "progress", "close", "aclose"}  # sleeps end; channels take and ends are closed
 BLOCKING = {"communicate", "waitpid", "accept", "recv", "recv_multipart", "urlopen", "flock", "poll", "select"}

@@ -17,8 +17,8 @@ from typing import IO, Protocol
 
 from msgspec import Struct
 
-from palestra.core.deadline import within
-from palestra.core.errors import DeadlineError, InfrastructureError, UserError
+from palestra.core.deadline import Unhurried, within
+from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.guard import Guard
 from palestra.core.process import die_with_parent
 from palestra.core.records import Task
@@ -82,7 +82,10 @@ class Unsafe:
         return cls(Path(tempfile.mkdtemp(dir=_home()[1])))
 
     async def run(self, command: str | Sequence[str], *, stdin: str = "", timeout_s: float = 30.0) -> Ran:
-        """Streams are files: a program that floods them, or leaves others behind that hold them, ends as any other."""
+        """Streams are files: a program that floods them, or leaves others behind that hold them, ends as any other.
+
+        `timeout_s` counts no time in which the event loop was blocked: whoever ended meanwhile was not too slow.
+        """
         words = ["/bin/sh", "-c", command] if isinstance(command, str) else list(command)
         guard, number = _home()[0], mmap.mmap(-1, _NUMBER_BYTES)
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -106,13 +109,17 @@ class Unsafe:
                     return Ran(exit_code=code, stdout="", stderr=str(error))
                 raise
             self._running.add(process)
+            is_late = False
             try:
-                code = await within(timeout_s, process.wait(), waiting_for=f"{words[0]} to end")
-            except DeadlineError:
-                return Ran(exit_code=None, stdout=_told(out), stderr=f"{_told(err)}\nkilled after {timeout_s:g} s")
+                async with Unhurried(timeout_s):
+                    await process.wait()
+            except TimeoutError:
+                is_late = True
             finally:
                 await self._end(process)
-            return Ran(exit_code=code, stdout=_told(out), stderr=_told(err))
+            if is_late and process.returncode == -signal.SIGKILL:  # else it had ended, and nobody had seen it
+                return Ran(exit_code=None, stdout=_told(out), stderr=f"{_told(err)}\nkilled after {timeout_s:g} s")
+            return Ran(exit_code=process.returncode, stdout=_told(out), stderr=_told(err))
 
     async def write(self, path: str, content: str | bytes) -> None:
         """Errors: OSError, for a path that a file stands in the way of."""

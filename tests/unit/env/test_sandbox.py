@@ -47,6 +47,29 @@ async def test_what_takes_too_long_is_killed_with_all_that_it_started(sandbox):
     assert "sleep" not in (await sandbox.run("ps -o args= -g $PPID 2>/dev/null; true")).stdout
 
 
+async def test_time_in_which_other_code_blocked_the_event_loop_is_not_the_programs(sandbox):
+    """The planted fault: a limit by the clock on the wall calls a program of 0.2 s too slow that was given 0.5."""
+    running = asyncio.ensure_future(sandbox.run("sleep 0.2; echo hi", timeout_s=0.5))
+    while not sandbox._running:  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.01)
+    time.sleep(0.9)  # noqa: ASYNC251 - another rollout's scorer
+    assert await running == Ran(exit_code=0, stdout="hi\n", stderr="")
+
+
+async def test_who_ended_unseen_just_before_its_time_ran_out_is_not_too_slow(sandbox, monkeypatch):
+    process_wait, blocked = asyncio.subprocess.Process.wait, []
+
+    async def blocking(process):
+        if not blocked:
+            blocked.append(True)
+            time.sleep(0.4)  # noqa: ASYNC251
+            await asyncio.Event().wait()  # the loop has not yet heard of the end when the time is over
+        return await process_wait(process)
+
+    monkeypatch.setattr(asyncio.subprocess.Process, "wait", blocking)
+    assert await sandbox.run("echo hi; exit 3", timeout_s=0.1) == Ran(exit_code=3, stdout="hi\n", stderr="")
+
+
 async def test_a_flood_is_read_to_its_end_and_kept_in_part(sandbox):
     ran = await sandbox.run("head -c 3000000 /dev/zero | tr '\\0' x; echo end >&2")
     assert (ran.exit_code, len(ran.stdout), ran.stderr) == (0, MOST_OUTPUT, "end\n")
