@@ -42,7 +42,7 @@ class Limits:
 
 @dataclass
 class Spent:
-    """By a seat, forks included. `last` is the turn that was played last: its number, and what was said in it."""
+    """By a seat, forks included. `last` is the turn of it that was played last."""
 
     turns: int = 0
     tokens: int = 0
@@ -123,7 +123,7 @@ class Agent:
         self.calls: list[dict[str, Any]] = []
         self.num_turns = self.num_tokens = 0
         self._own_tokens = 0  # said by itself: of a fork, since it was one
-        self._last_turn = -1  # its own
+        self._last: tuple[int, Said] | None = None  # turn of this conversation: its number, and what was said in it
         self.credits: dict[int, dict[str, float]] = {}  # by turn of the seat
         self.piece_credits: list[PieceCredit] = []  # of these
         self._spent = Spent()
@@ -191,16 +191,18 @@ class Agent:
             return await self.tool_box.answer(calls, timeout_s=self._table.limits.tool_s)
 
     def credit(self, name: str, amount: float, *, of: str | None = None) -> None:
-        """Add to the reward `name` what the seat's last turn earned: later turns are neither praised nor blamed for it.
+        """Add to the reward `name` what this agent's last turn earned: later turns are neither praised nor blamed for
+        it. Forks have last turns of their own; of an agent for which programs speak it is that which was played last.
 
         With `of`, a piece of the turn's text that earned it, neither are the tokens behind that piece, where it stands
         last. Rewards without a turn (`rewards`, the environment's methods) are for all turns alike.
 
         Errors: ValueError, if nothing was said, or not `of`.
         """
-        if self._spent.last is None:
+        last = self._last or self._spent.last
+        if last is None:
             raise ValueError(f"{self.name} has said nothing that could earn the reward {name!r}")
-        turn, said = self._spent.last
+        turn, said = last
         pieces = [] if of is None else [PieceCredit(turn, said.up_to(of), amount)]
         of_turn = self.credits.setdefault(turn, {})
         of_turn[name] = of_turn.get(name, 0.0) + amount
@@ -269,7 +271,7 @@ class Agent:
         self.num_tokens += said.num_tokens
         self._own_tokens += said.num_tokens
         self._spent.tokens += said.num_tokens
-        self._spent.last, self._last_turn = (turn, said), turn
+        self._last = self._spent.last = turn, said
         return said
 
     @property
@@ -283,7 +285,7 @@ class Agent:
         these the one that was gone on with last."""
         if self.messages:
             return self
-        return max(self._forks, key=lambda fork: (fork.num_turns, fork._last_turn), default=self)
+        return max(self._forks, key=lambda fork: (fork.num_turns, fork._last[0] if fork._last else -1), default=self)
 
     @property
     def last_words(self) -> tuple[list[dict[str, Any]], int]:
@@ -330,7 +332,7 @@ class Agent:
         fork.turns_here, fork._kept = self.turns_here, list(self._kept)
         fork.num_tokens, fork.calls = self.num_tokens, list(self.calls)
         fork.credits, fork.piece_credits, fork._spent = self.credits, self.piece_credits, self._spent
-        fork._path = f"{self._path}.{len(self._forks)}"
+        fork._last, fork._path = self._last, f"{self._path}.{len(self._forks)}"
         self._forks.append(fork)
         return fork
 

@@ -530,6 +530,24 @@ async def test_credit_is_of_the_turn_that_earned_it_and_tokens_say_their_turn(pl
         assert said == {place for place, sampled in enumerate(sample.sampled) if sampled}
 
 
+async def test_forks_that_speak_at_the_same_time_earn_each_for_what_it_said_itself(playing):
+    """The planted fault: a last turn that forks share is that of whichever spoke last."""
+
+    class Parallel(Environment):
+        async def run(self, task, agent):
+            await agent("start")
+            agent.fork().credit("inherited", 3.0)
+            one, other = agent.fork(), agent.fork()
+            await asyncio.gather(one("first"), other("second"))
+            one.credit("good", 1.0, of="first")
+            other.credit("good", 2.0, of="second")
+            agent.credit("good", 0.5, of="start")
+
+    record = await playing(Parallel(), Task())
+    assert (record.ending, record.error) == (Ending.OK, "")
+    assert record.seats[0].credits == {0: 3.5, 1: 1.0, 2: 2.0}
+
+
 async def test_credit_of_a_piece_is_of_the_tokens_up_to_its_end(playing):
     class Steps(Environment):
         async def run(self, task, agent):
@@ -539,7 +557,7 @@ async def test_credit_of_a_piece_is_of_the_tokens_up_to_its_end(playing):
             agent.credit("found", 1.0)
             fork = agent.fork()
             await fork("four")
-            agent.credit("more", 2.0, of="ou")
+            fork.credit("more", 2.0, of="ou")
 
     record = await playing(Steps(), Task())
     (seat,) = record.seats
