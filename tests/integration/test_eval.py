@@ -93,7 +93,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_unkilled_one_and_nothing_is_
         with (out / "results.jsonl").open("ab") as file:
             file.write(b'{"rollout_id": 3, "half of a')
         before = len(endpoint.asked)
-        resumed = evaluate("--resume", out)
+        resumed = evaluate(*words, *at(endpoint), "--concurrency", 64, "--resume", out)
         assert resumed.returncode == 0, resumed.stderr
         asked_again = len(endpoint.asked) - before
     assert told(out) == told(tmp_path / "whole")
@@ -280,11 +280,6 @@ def test_an_interrupted_evaluation_of_a_file_goes_on_from_another_directory_and_
     file.write_text(ECHO.replace("backwards", "back"))
     refused = evaluate("--resume", out, cwd=elsewhere)
     assert (refused.returncode, "go back to that version" in refused.stderr) == (2, True), refused.stderr
-
-
-def test_options_beside_resume_are_refused(tmp_path):
-    refused = evaluate("--resume", tmp_path, "--temperature", 0.5)
-    assert (refused.returncode, "leave --temperature out" in refused.stderr) == (2, True), refused.stderr
 
 
 def test_known_answers_become_supervised_rows_without_a_model(tmp_path):

@@ -16,6 +16,7 @@ from palestra import __version__
 from palestra.launch.outcome import MISTAKE, Interrupted, exit_code
 
 _OVERRIDE = "section.field=value"
+_RESUME = "go on with this one; what is named beside it must be what DIR holds, save --concurrency"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,7 +155,7 @@ def _add_wish(parser: argparse.ArgumentParser, *, split: str, also: str = "") ->
     parser.add_argument("--concurrency", type=int, help="rollouts at once (default: 32)")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/evals/NAMES-MODEL-TIME")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with this one")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help=_RESUME)
     _add_json(parser)
 
 
@@ -314,17 +315,14 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _measure(arguments: argparse.Namespace):
     """The directory with the results."""
-    from palestra.core.errors import UserError
     from palestra.launch import evaluation
 
     wish = _wish(arguments)
     if arguments.resume is None:
         return evaluation.evaluate(wish, as_json=arguments.json)
-    given = [name for name in _WISHED if getattr(arguments, name) is not None]
-    if wish.environments or given:
-        what = "the environments" if wish.environments else f"--{given[0].replace('_', '-')}"
-        raise UserError(f"--resume DIR goes on with what DIR says; leave {what} out, or change {_OVERRIDE}")
-    return evaluation.resume(arguments.resume, wish.overrides, as_json=arguments.json)
+    given = [_FIELDS.get(name, name) for name in _WISHED if getattr(arguments, name) is not None]
+    given += ["environments"] if wish.environments else []
+    return evaluation.resume(arguments.resume, wish, given, as_json=arguments.json)
 
 
 def _wish(arguments: argparse.Namespace):
@@ -332,8 +330,8 @@ def _wish(arguments: argparse.Namespace):
 
     given = {name: value for name in _WISHED if (value := getattr(arguments, name)) is not None}
     wished = _WISHED | {"split": arguments.default_split} | given
-    wished["rollouts_per_task"] = wished.pop("rollouts")
-    wished["seats"] = dict(map(_seat, wished.pop("seat")))
+    wished = {_FIELDS.get(name, name): value for name, value in wished.items()}
+    wished["seats"] = dict(map(_seat, wished["seats"]))
     environments = [word for word in arguments.words if "=" not in word]
     overrides = [*(word for word in arguments.words if "=" in word), *arguments.overrides]
     return Wish(environments=environments, overrides=overrides, **wished)
@@ -357,6 +355,8 @@ _WISHED: dict[str, Any] = {
     "sandbox": None,
 }
 """Options of an evaluation, and what they are if they are not given."""
+_FIELDS = {"rollouts": "rollouts_per_task", "seat": "seats"}
+"""Of a `Wish`, where an option is called otherwise."""
 
 
 def _seat(word: str) -> tuple[str, dict[str, str]]:

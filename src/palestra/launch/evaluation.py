@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -79,9 +79,11 @@ def evaluate(wish: Wish, *, as_json: bool) -> RunDir:
     return run_dir
 
 
-def resume(directory: Path, overrides: list[str], *, as_json: bool) -> RunDir:
-    """Go on behind the rollouts that results.jsonl has. Errors: UserError, if there is no evaluation, or `overrides`
-    would make it another one."""
+def resume(directory: Path, wish: Wish, given: Collection[str], *, as_json: bool) -> RunDir:
+    """Go on behind the rollouts that results.jsonl has. `given` are the fields of `wish` that the command line names.
+
+    Errors: UserError, if there is no evaluation, or what is asked would make it another one.
+    """
     run_dir = RunDir(directory)
     if not run_dir.config.exists():
         raise UserError(f"{directory} has no evaluation to resume; give the directory that `palestra eval` wrote to")
@@ -90,11 +92,65 @@ def resume(directory: Path, overrides: list[str], *, as_json: bool) -> RunDir:
         raise UserError(f"{directory} is a training run; go on with it by `palestra run RECIPE --resume`")
     tree = config.model_dump(mode="json")
     tree["log"] |= {"name": run_dir.path.resolve().name, "outputs": str(run_dir.path.resolve().parent)}
-    config = load_tree(tree, overrides).config
+    config = load_tree(tree, []).config
+    _require_held(config, wish, given)
+    config = load_tree(tree, [*_at_once(config, wish, given), *wish.overrides]).config
     _require_parts(config, model_field="model.path")
     _carry_out(config, resume=True)
     show(run_dir, as_json=as_json)
     return run_dir
+
+
+def _require_held(config: RunConfig, wish: Wish, given: Collection[str]) -> None:
+    """Errors: UserError, if a field of `wish` is given that is another one in the evaluation."""
+    held, asked = _held(config), _asked(wish)
+    for field in (field for field in asked if field in given):
+        if differing := [value for value in held[field] if value != asked[field]]:
+            raise UserError(
+                f"--resume goes on with what {config.run_dir} holds: {field.replace('_', ' ')} {_told(differing[0])}, "
+                f"and {_told(asked[field])} is asked; leave it out, or begin a new evaluation"
+            )
+
+
+def _held(config: RunConfig) -> dict[str, list[Any]]:
+    """By the field of a `Wish`; where each set has its own, those of all."""
+    sets, endpoint = config.eval.sets, config.eval.endpoint
+    of_sets = ("num_tasks", "rollouts_per_task", "temperature", "split", "args")
+    places = [{name: (seat.url, seat.model) for name, seat in entry.seats.items()} for entry in sets]
+    return {
+        "environments": [sorted(entry.id for entry in sets)],
+        "model": [None if endpoint is None else config.model.path],
+        "base_url": [endpoint and endpoint.url],
+        "key_env": [endpoint and endpoint.key_env],
+        "checkpoint": [config.model.path if endpoint is None else None],
+        **{field: [getattr(entry, field) for entry in sets] for field in of_sets},
+        "seats": places,
+        "max_tokens": [config.sampling.max_tokens],
+        "seed": [config.train.seed],
+        "output": [str(config.run_dir.resolve())],
+        "sandbox": [config.env.sandbox],
+    }
+
+
+def _asked(wish: Wish) -> dict[str, Any]:
+    """As `_held` has it; without what changes no result."""
+    asked = {field: value for field, value in vars(wish).items() if field not in ("concurrency", "overrides")}
+    return asked | {
+        "environments": sorted({_named(id)["id"] for id in wish.environments}),
+        "checkpoint": wish.checkpoint and _absolute(wish.checkpoint),
+        "seats": {name: (seat["url"], seat["model"]) for name, seat in wish.seats.items()},
+        "output": wish.output and str(wish.output.resolve()),
+    }
+
+
+def _at_once(config: RunConfig, wish: Wish, given: Collection[str]) -> list[str]:
+    """The overrides that `--concurrency` means."""
+    places = ["engine", *(["eval.endpoint"] if config.eval.endpoint else [])]
+    return [f"{place}.max_in_flight={wish.concurrency}" for place in places if "concurrency" in given]
+
+
+def _told(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else json.dumps(value)
 
 
 def _require_parts(config: RunConfig, *, model_field: str) -> None:
@@ -184,7 +240,7 @@ def _carry_out(config: RunConfig, *, resume: bool) -> None:
     try:
         run.carry_out(config, plan, origin)
     except Interrupted:
-        raise Interrupted(f"go on with the same command, and --resume {run_dir.path} in place of its options") from None
+        raise Interrupted(f"go on with the same command and --resume {run_dir.path}") from None
 
 
 def _require_same_versions(run_dir: RunDir, now: dict[str, Any]) -> None:

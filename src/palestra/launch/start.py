@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ _HARMLESS = (
     "eval.endpoint.call_s",
     "eval.endpoint.max_in_flight",
 )
+_HARMLESS_IN_EVALUATIONS = ("engine.max_in_flight",)
 _HARMLESS_SECTIONS = ("launch",)
 _HARMLESS_OF_SEATS = re.compile(r"(env\.mix|eval\.sets)\.\d+\.seats\..+\.(url|key_env|call_s|max_in_flight)")
 _MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
@@ -142,7 +144,8 @@ def _staging_directory(config: RunConfig, run: RunDir, needed_bytes: int) -> Pat
 
 def _require_same(stored: RunConfig, wanted: RunConfig, run: RunDir) -> None:
     before, after = _flat(stored), _flat(wanted)
-    differing = [key for key in {**before, **after} if before.get(key) != after.get(key) and not _may_change(key)]
+    free = _HARMLESS + (_HARMLESS_IN_EVALUATIONS if stored.is_eval else ())
+    differing = [key for key in {**before, **after} if before.get(key) != after.get(key) and not _may_change(key, free)]
     if wanted.train.steps >= stored.train.steps and "train.steps" in differing:
         differing.remove("train.steps")
     if differing:
@@ -162,8 +165,8 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _may_change(key: str) -> bool:
-    is_harmless = key in _HARMLESS or key.split(".")[0] in _HARMLESS_SECTIONS
+def _may_change(key: str, free: Collection[str]) -> bool:
+    is_harmless = key in free or key.split(".")[0] in _HARMLESS_SECTIONS
     return is_harmless or _HARMLESS_OF_SEATS.fullmatch(key) is not None
 
 

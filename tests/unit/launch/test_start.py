@@ -97,6 +97,7 @@ def test_a_torn_manifest_is_named(tmp_path: Path, run: RunDir):
         ({"env": {"mix": [{"id": "other"}]}}, "env.mix.0.id"),
         ({"env": {"mix": [{"id": "e"}, {"id": "f"}]}}, "env.mix.1.id: nothing in the run"),
         ({"model": {"path": "y"}}, "model.path"),
+        ({"engine": {"max_in_flight": 8}}, "engine.max_in_flight: 256 in the run, 8 now"),
     ],
 )
 def test_another_config_is_refused_and_the_keys_named(tmp_path: Path, run: RunDir, sections: dict, key: str):
