@@ -47,8 +47,7 @@ async def play(
     agents, table = seat_agents(environment, make_voice, seed=seed, frozen=frozen, admit=admit)
     try:
         ending, error = await _run(environment, task, agents, table, make_sandbox)
-        record = await _scored(environment, task, agents, ending)
-        require_sendable(record)
+        record = await _scored_sendably(environment, task, agents, ending)
     except Unplayable as unplayable:
         raise UserError(_unplayable(source or type(environment).__name__, unplayable)) from unplayable
     except InvalidRollout as invalid:
@@ -161,6 +160,18 @@ def _is_limit(raised: BaseException) -> bool:
     return isinstance(raised, Limit)
 
 
+async def _scored_sendably(environment: Environment, task: Task, agents: list[Agent], ending: Ending) -> RolloutRecord:
+    """Errors: InvalidRollout, also where `run` put things of its own in the place of what agents are made of."""
+    try:
+        record = await _scored(environment, task, agents, ending)
+        require_sendable(record)
+    except (InvalidRollout, UserError):
+        raise
+    except Exception as error:
+        raise InvalidRollout(describe("what run left", error)) from error
+    return record
+
+
 async def _scored(environment: Environment, task: Task, agents: list[Agent], ending: Ending) -> RolloutRecord:
     """Where one seat trains its own rewards are part of the rollout's; several seats keep theirs.
 
@@ -236,11 +247,11 @@ def _as_given(task: Task) -> bytes:
 
 
 def _invalid(task: Task, agents: list[Agent], given: bytes) -> RolloutRecord:
-    """With what was said, if that can be sent."""
-    record = _conversation(task, agents, Ending.INVALID)
+    """With what was said, if that is there and can be sent."""
     try:
+        record = _conversation(task, agents, Ending.INVALID)
         require_sendable(record)
-    except InvalidRollout:
+    except Exception:  # the rollout has its reason already
         return _conversation(_decode_task(given), [], Ending.INVALID)
     return record
 

@@ -444,6 +444,22 @@ async def test_what_cannot_be_sent_makes_the_rollout_invalid_and_nothing_else(pl
     assert (await playing(Careless(), Task(prompt="fine"))).ending is Ending.OK
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rewards", 1.0), ("rewards", None), ("tool_box", None), ("messages", None), ("credits", 3), ("credits", {0: 1})],
+)
+async def test_an_agent_whose_parts_run_replaced_makes_its_rollout_invalid_and_ends_nothing(playing, name, value):
+    class Replacing(Environment):
+        async def run(self, task, agent):
+            await agent("hello")
+            setattr(agent, name, value)
+
+    record = await playing(Replacing(), Task(prompt="x", key="k"))
+    assert (record.ending, record.reward, record.seats) == (Ending.INVALID, 0.0, ())
+    assert "what run left raised" in record.error or "messages" in record.error
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=RolloutRecord).task.key == "k"
+
+
 async def test_a_fork_has_a_chance_of_its_own_and_the_same_again(playing):
     drawn: list[float] = []
 
