@@ -21,6 +21,12 @@ class _Reader:
     position: int
     rest: Iterator[Task]
 
+    def take(self, offset: int, count: int) -> list[Task]:
+        start = self.position + sum(1 for _ in itertools.islice(self.rest, offset - self.position))
+        tasks = [as_sent(task, start + i) for i, task in enumerate(itertools.islice(self.rest, count))]
+        self.position = start + len(tasks)
+        return tasks
+
 
 class TaskList:
     """Reads an environment's tasks, each epoch with an instance of its own. Not for two threads at once."""
@@ -37,10 +43,11 @@ class TaskList:
         Errors: whatever the environment's `tasks` raises; TypeError for a task that cannot be sent.
         """
         reader = self._reader(epoch, offset)
-        skipped = sum(1 for _ in itertools.islice(reader.rest, offset - reader.position))
-        start = reader.position + skipped
-        tasks = [as_sent(task, start + i) for i, task in enumerate(itertools.islice(reader.rest, count))]
-        reader.position = start + len(tasks)
+        try:
+            tasks = reader.take(offset, count)
+        except BaseException:  # nobody knows how far it got
+            self._readers = [kept for kept in self._readers if kept is not reader]
+            raise
         return tasks, len(tasks) < count
 
     def _reader(self, epoch: int, offset: int) -> _Reader:

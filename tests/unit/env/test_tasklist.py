@@ -64,6 +64,23 @@ def test_endless_tasks_are_taken_bit_by_bit():
     assert prompts(tasks.take(0, 1000, 2)) == ["0/1000", "0/1001"]
 
 
+def test_after_a_task_that_cannot_be_sent_the_others_keep_their_places():
+    """The planted fault: a reader that moved and does not say so gives tasks further on."""
+
+    class Holed(Numbers):
+        def tasks(self):
+            for i, task in enumerate(super().tasks()):
+                yield Task(answer=object()) if i == 2 else task
+
+    tasks = TaskList(lambda epoch: Holed(seed=epoch))
+    with pytest.raises(TypeError, match="task 2 "):
+        tasks.take(0, 0, 4)
+    assert prompts(tasks.take(0, 3, 2)) == ["0/3", "0/4"]
+    assert prompts(tasks.take(0, 0, 2)) == ["0/0", "0/1"]
+    with pytest.raises(TypeError, match="task 2 "):
+        tasks.take(0, 2, 1)
+
+
 def test_tasks_are_what_the_other_side_will_see():
     [task], _ = listed().take(0, 3, 1)
     assert task.info == {"pair": [3, 3]}  # no tuples on the wire
