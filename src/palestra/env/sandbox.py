@@ -122,7 +122,7 @@ class Unsafe:
             return Ran(exit_code=process.returncode, stdout=_told(out), stderr=_told(err))
 
     async def write(self, path: str, content: str | bytes) -> None:
-        """Errors: OSError, for a path that a file stands in the way of."""
+        """Errors: OSError, for a path that a file stands in the way of, or something that is no regular file."""
         data = content.encode("utf-8", "replace") if isinstance(content, str) else content
         await asyncio.to_thread(_write, self._inside(path), data)
 
@@ -178,14 +178,21 @@ def _told(stream: IO[bytes]) -> str:
 
 def _write(place: Path, data: bytes) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists():
+        _require_regular(place)
     place.write_bytes(data)
 
 
 def _read(place: Path) -> bytes:
-    if not stat.S_ISREG(place.stat().st_mode):
-        raise FileNotFoundError(f"{place.name} is no regular file")
+    _require_regular(place)
     with place.open("rb") as file:
         return file.read(MOST_OUTPUT)
+
+
+def _require_regular(place: Path) -> None:
+    """Errors: FileNotFoundError, of anything else, such as a pipe, which would hold up a thread for ever."""
+    if not stat.S_ISREG(place.stat().st_mode):
+        raise FileNotFoundError(f"{place.name} is no regular file")
 
 
 BACKENDS: dict[str, MakeSandbox] = {"unsafe": Unsafe.make}

@@ -119,6 +119,16 @@ async def test_what_no_program_can_be_made_of_is_an_answer(sandbox, command, cod
     assert (await sandbox.run(command)).exit_code in (code, 127)
 
 
+async def test_only_regular_files_are_written(sandbox):
+    await sandbox.run("mkfifo pipe; mkdir place; ln -s /dev/null null; echo before > file; ln -s nowhere dangling")
+    for name in ("pipe", "place", "null"):
+        with pytest.raises(OSError, match="no regular file"):
+            await asyncio.wait_for(sandbox.write(name, "x"), 5)
+    for name in ("file", "dangling"):
+        await sandbox.write(name, "after")
+        assert await sandbox.read(name) == b"after"
+
+
 async def test_only_regular_files_are_read_and_only_in_part(sandbox):
     await sandbox.run("mkfifo pipe; mkdir place; ln -s /dev/zero zeros; head -c 3000000 /dev/zero > large")
     for name in ("pipe", "place", "zeros"):
