@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+from collections import defaultdict
 
 import httpx
 import msgspec
@@ -10,6 +12,7 @@ import pytest
 from palestra.core.errors import InfrastructureError
 from palestra.core.records import Ending, Task
 from palestra.env import Environment, Judge, reward
+from palestra.env import judge as judging
 from palestra.env.judge import BudgetError, filled
 from palestra.env.play import score
 from palestra.wire.chat import ChatClient
@@ -51,7 +54,39 @@ async def test_the_whole_question_is_asked_and_the_answer_is_a_value():
     assert (body["model"], body["temperature"]) == ("wise", 0.0)
 
 
-@pytest.mark.parametrize(
+async def _is_never_asked(fields: dict[str, str], words: str) -> None:
+    asked: list[dict] = []
+    why = ""
+    try:
+        await judge('{"right": true}', asked=asked)(TEMPLATE, Verdict, **fields)
+    except ValueError as error:
+        why = str(error)
+    assert re.search(words, why)
+    assert asked == []
+
+
+class Graded(Environment):
+    @reward
+    async def right(self, task, rollout):
+        verdict = await judge('{"right": true}')(TEMPLATE, Verdict, question=task.prompt, answer=rollout.reply)
+        return verdict.right
+
+
+async def _an_empty_question_makes_the_rollout_invalid() -> None:
+    graded = await score(Graded(), Task(prompt="2 + 2?"), ["4"])
+    assert (graded.ending, graded.reward) == (Ending.OK, 1.0)
+    empty = await score(Graded(), Task(prompt="2 + 2?"), [""])
+    assert (empty.ending, empty.reward, empty.seats) == (Ending.INVALID, 0.0, ())
+    assert "an empty answer" in empty.error
+
+
+@pytest.fixture
+def careless(monkeypatch) -> None:
+    """The planted fault: what is missing is asked as nothing."""
+    monkeypatch.setattr(judging, "filled", lambda template, fields: template.format_map(defaultdict(str, fields)))
+
+
+NOT_WHOLE = pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"question": "", "answer": "4"}, "an empty question"),
@@ -60,27 +95,26 @@ async def test_the_whole_question_is_asked_and_the_answer_is_a_value():
         ({"question": "2 + 2?", "answer": "4", "hint": "even"}, r"no \{hint\}"),
     ],
 )
+
+
+@NOT_WHOLE
 async def test_a_question_that_is_not_whole_is_never_asked(fields, words):
-    """The planted fault: `str.format` alone asks it, and grades nothing."""
-    asked: list[dict] = []
-    with pytest.raises(ValueError, match=words):
-        await judge('{"right": true}', asked=asked)(TEMPLATE, Verdict, **fields)
-    assert asked == []
-    assert "Question: \n" in TEMPLATE.format(question="", answer="4")
+    await _is_never_asked(fields, words)
+
+
+@NOT_WHOLE
+async def test_negative_control_a_question_that_is_not_whole_and_asked_is_caught(careless, fields, words):
+    with pytest.raises(AssertionError):
+        await _is_never_asked(fields, words)
 
 
 async def test_a_judge_that_was_sent_an_empty_question_makes_the_rollout_invalid():
-    class Graded(Environment):
-        @reward
-        async def right(self, task, rollout):
-            verdict = await judge('{"right": true}')(TEMPLATE, Verdict, question=task.prompt, answer=rollout.reply)
-            return verdict.right
+    await _an_empty_question_makes_the_rollout_invalid()
 
-    graded = await score(Graded(), Task(prompt="2 + 2?"), ["4"])
-    assert (graded.ending, graded.reward) == (Ending.OK, 1.0)
-    empty = await score(Graded(), Task(prompt="2 + 2?"), [""])
-    assert (empty.ending, empty.reward, empty.seats) == (Ending.INVALID, 0.0, ())
-    assert "an empty answer" in empty.error
+
+async def test_negative_control_a_judge_that_grades_an_empty_question_is_caught(careless):
+    with pytest.raises(AssertionError):
+        await _an_empty_question_makes_the_rollout_invalid()
 
 
 async def test_an_answer_that_does_not_fit_is_asked_for_again_with_the_reason():

@@ -9,7 +9,8 @@ import pytest
 from palestra.core.errors import InfrastructureError
 from palestra.core.records import Ending, PieceCredit, Reply, RolloutRecord, Sampling, Task
 from palestra.env import AgentError, Environment, Frozen, metric, reward, scoring
-from palestra.env.chat import Conversation, load_tokenizer
+from palestra.env.chat import Conversation, load_tokenizer, reply
+from palestra.env.chat.reply import split_thinking
 from palestra.env.play import play, score
 from palestra.env.scoring import InvalidRollout, score_group
 from palestra.env.voice import PolicyVoice
@@ -107,12 +108,26 @@ async def test_a_reply_of_a_given_length_is_whole_and_the_next_one_is_as_ever(pl
     assert asked[1].stop_token_ids == tokenizer.stop_ids
 
 
-async def test_an_unfinished_thought_is_no_answer(playing):
+async def _an_unfinished_thought_is_no_answer(playing):
     record = await playing(Echo(), Task(prompt="x"), lambda prompt: "<think>maybe x", max_tokens=7)
     assert (record.ending, record.metrics) == (Ending.TRUNCATED, {"length": 0.0})
     record = await playing(Echo(), Task(prompt="x"), lambda prompt: "<think>maybe</think>x")
     assert (record.ending, record.reward) == (Ending.OK, 1.0)
     assert record.messages[-1] == {"role": "assistant", "content": "x", "reasoning_content": "maybe"}
+
+
+async def test_an_unfinished_thought_is_no_answer(playing):
+    await _an_unfinished_thought_is_no_answer(playing)
+
+
+async def test_negative_control_an_unfinished_thought_taken_for_an_answer_is_caught(playing, monkeypatch):
+    def lenient(text, **how):
+        answer, thought, is_finished = split_thinking(text, **how)
+        return answer if is_finished else thought, thought, True
+
+    monkeypatch.setattr(reply, "split_thinking", lenient)
+    with pytest.raises(AssertionError):
+        await _an_unfinished_thought_is_no_answer(playing)
 
 
 async def test_max_tokens_is_cut_to_what_the_context_holds(playing, tokenizer):
