@@ -119,9 +119,21 @@ async def test_what_a_verifier_wrongly_takes_for_right_earns_less(name):
             assert (await score(ReasoningGym(generators=name, size=10), task, [f"<answer>{cheat}</answer>"])).reward < 1
 
 
-def test_the_refused_generators_are_there():
+USABLE = sorted(DATASETS.keys() - UNUSABLE.keys())
+
+
+def test_there_are_a_hundred_generators_beside_those_that_are_refused():
     assert UNUSABLE.keys() <= DATASETS.keys()
-    assert len(DATASETS) - len(UNUSABLE) >= 100
+    assert len(USABLE) >= 100
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of arc_agi
+@pytest.mark.parametrize("name", USABLE)
+async def test_every_generator_gives_tasks_and_takes_its_own_answer(name):
+    [task] = some_tasks(ReasoningGym, 1, generators=name, size=1)
+    record = await score(ReasoningGym(generators=name, size=1), task, [task.gold])
+    assert (record.ending, record.reward) == (Ending.OK, 1.0), record.error
 
 
 RUNNING = sorted((EVALUATED | ARITHMETIC | FORMULAS) - UNUSABLE.keys())
