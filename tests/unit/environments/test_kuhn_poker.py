@@ -61,6 +61,26 @@ async def test_a_player_that_moves_by_chance_plays_by_the_rules_and_sits_in_eith
     assert cards.total() == 100
 
 
+class Bold(Chance):
+    """Bets, and calls every bet."""
+
+    async def __call__(self, told):
+        await super().__call__(told)
+        return "call" if told.endswith("fold or call?") else "bet"
+
+
+async def test_against_chance_a_king_that_is_bet_earns_the_most_and_what_is_no_move_loses_the_most():
+    task, earned = Task(key="t", info={"cards": ["K", "J"]}), set()
+    for seed in range(100):
+        agent = Bold(Random(seed))
+        await AgainstChance().run(task, agent)
+        if agent.messages[0]["content"].startswith("Your card: K"):
+            earned.add(agent.rewards["won"])
+    assert earned == {0.5, 1.0}
+    bad = await score(AgainstChance(), task, ["I pass."])
+    assert (bad.ending, bad.reward, bad.rewards) == (Ending.OK, -1.0, {"won": -1.0})
+
+
 async def test_demonstrations_are_conversations_of_the_game_with_every_move_by_chance():
     rows = await demonstrations(300)
     said = Counter(m["content"] for row in rows for m in row["messages"] if m["role"] == "assistant")
