@@ -36,7 +36,7 @@ async def play(
     """One attempt at `task`. `make_voice` is called with the name of each seat, in the order of `run`'s parameters.
 
     `admit` lets programs in that speak for an agent. Seats in `frozen`, and those that the environment declares so, are
-    no part of the record: what they were given as rewards are metrics.
+    no part of the record: what they were given as rewards are metrics. So are those of several seats that train.
 
     Endings: ok; truncated, if a limit of turns or tokens ended `run`; failed, if it raised AgentError; all three are
     scored. Anything else that is raised, by `run` or by a reward, makes the rollout invalid: no reward, no samples.
@@ -173,12 +173,13 @@ async def _scored_sendably(environment: Environment, task: Task, agents: list[Ag
 
 
 async def _scored(environment: Environment, task: Task, agents: list[Agent], ending: Ending) -> RolloutRecord:
-    """Where one seat trains its own rewards are part of the rollout's; several seats keep theirs.
+    """Where one seat trains its own rewards are part of the rollout's; several seats keep theirs, and they are metrics.
 
     Errors: InvalidRollout.
     """
     training = _training(agents)
-    own, others = [_own(agent) for agent in training], [agent for agent in agents if isinstance(agent, Frozen)]
+    own = [_own(agent) for agent in training]
+    aside = agents if len(training) > 1 else [agent for agent in agents if isinstance(agent, Frozen)]
     record = _conversation(task, agents, ending)
     rollout = Rollout(
         messages=record.messages,
@@ -198,7 +199,7 @@ async def _scored(environment: Environment, task: Task, agents: list[Agent], end
         )
         for agent, rewards in zip(training, own, strict=True)
     ]
-    theirs = {f"{agent.name}.{name}": amount for agent in others for name, amount in _own(agent).items()}
+    theirs = {f"{agent.name}.{name}": amount for agent in aside for name, amount in _own(agent).items()}
     return msgspec.structs.replace(
         record,
         reward=earned.total,

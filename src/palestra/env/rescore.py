@@ -16,7 +16,7 @@ async def rescore(environment: Environment, records: Sequence[RolloutRecord]) ->
     """All rollouts of one task, with the rewards and metrics that the environment's methods give now.
 
     What `run` gave stands. A reward that raises makes its rollout invalid, or all, if it is the group's.
-    Metrics of the tools stay, and what `run` gave to frozen seats; those that no method gives any more are gone.
+    Metrics of the tools stay, and what `run` gave to seats (`SEAT.NAME`); those that no method gives any more are gone.
     """
     scored = [await _rescored(environment, record) for record in records]
     if not has_group_rewards(type(environment)):

@@ -373,6 +373,8 @@ def show(run_dir: RunDir, *, as_json: bool) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(table_of(summary["sets"]))
     for name, found in summary["sets"].items():
+        if seats := ", ".join(f"{of} {mean:.3f}" for of, mean in found["metrics"].items() if "." in of):
+            console.print(f"{name}: {seats}", markup=False)
         for cause, count in found["errors"].items():
             console.print(f"{name}: {count} invalid: {cause}", markup=False)
     console.print(f"{duration(summary['wall_s'])}; rollouts: {run_dir.results}")

@@ -14,6 +14,11 @@ def seat_reward(record: RolloutRecord, seat: Seat) -> float:
     return record.reward + (sum(seat.rewards.values()) if len(record.seats) > 1 else 0.0)
 
 
+def seat_rewards(record: RolloutRecord) -> dict[str, float]:
+    """By seat, where several train: in self-play they differ, and the rollout's own reward says nothing."""
+    return {seat.name: seat_reward(record, seat) for seat in record.seats} if len(record.seats) > 1 else {}
+
+
 def outcome(group: Group, *, drop_zero_signal: bool) -> str:
     """`ready`, or why a group whose members all ended never trains: `too_old`, `all_invalid`, `zero_signal`.
 

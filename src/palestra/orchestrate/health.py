@@ -97,10 +97,17 @@ def _entropy_lost(rows: Rows) -> float | None:
     before, now = _before(rows, _ENTROPY), _now(rows, _ENTROPY)
     if not before or not now or median(before) <= 0:
         return None
-    rewards = _before(rows, _REWARD), _now(rows, _REWARD)
-    if all(rewards) and fmean(rewards[1]) - fmean(rewards[0]) > _RISE:
-        return 0.0
-    return 1 - median(now) / median(before)
+    return 0.0 if any(_rose(rows, name) for name in _rewards(rows)) else 1 - median(now) / median(before)
+
+
+def _rewards(rows: Rows) -> list[str]:
+    """The rollouts', and of seats where several train: in self-play that of the rollout is always the same."""
+    return [_REWARD, *dict.fromkeys(name for row in rows for name in row if name.startswith(f"{_REWARD}/"))]
+
+
+def _rose(rows: Rows, name: str) -> bool:
+    before, now = _before(rows, name), _now(rows, name)
+    return bool(before and now) and fmean(now) - fmean(before) > _RISE
 
 
 def _entropy_words(rows: Rows) -> str:
@@ -217,10 +224,11 @@ def _zero_signal(rows: Rows) -> float | None:
 
 
 def _zero_signal_words(rows: Rows) -> str:
-    reward = _now(rows, _REWARD)
+    found = {name.removeprefix(_REWARD).strip("/"): _now(rows, name) for name in _rewards(rows)}
+    means = ", ".join(f"{seat} {fmean(reward):.2f}".strip() for seat, reward in found.items() if reward)
     return (
         f"in {fmean(_now(rows, _ZERO)):.0%} of the groups all rewards are equal"
-        + (f" (mean reward {fmean(reward):.2f})" if reward else "")
+        + (f" (mean reward {means})" if means else "")
         + ": most sampling teaches nothing; take tasks that are harder or easier, a larger algo.group_size, or stop"
     )
 

@@ -7,10 +7,11 @@ import asyncio
 import time
 
 from palestra.config.schema import EvalSet
-from palestra.core.metrics import Last
+from palestra.core.metrics import Last, merge
 from palestra.core.records import ChatReply, Reply, RolloutRecord, Sampling, Task
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.evaluate import Means, evaluate
+from palestra.orchestrate.report import of_seats
 from palestra.orchestrate.state import EvalEnded
 from palestra.orchestrate.workers import PlayOrder
 from palestra.wire.messages import Call
@@ -89,8 +90,9 @@ class Evaluations:
             when=when,
         )
         desk.journal.record(ended)
-        reward = {f"eval/{entry.label}/reward": Last(result.reward)}
-        desk.teller.log.metrics(version, reward, phase=f"eval-{when}")
+        name = f"eval/{entry.label}/reward"
+        rewards = merge(of_seats(name, record) for record in result.valid) | {name: Last(result.reward)}
+        desk.teller.log.metrics(version, rewards, phase=f"eval-{when}")
 
     async def _play(self, source: str, task: Task, sampling: Sampling, seed: int) -> RolloutRecord:
         session = -1 - seed  # no rollout's

@@ -9,6 +9,7 @@ from palestra.core.clock import unix_now
 from palestra.core.ledger import LedgerEntry, total
 from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, Sum, merge
 from palestra.core.records import Ending, RolloutRecord
+from palestra.orchestrate.buffer import seat_rewards
 from palestra.orchestrate.curriculum import pool_metrics, pool_summary
 from palestra.orchestrate.state import EvalEnded, Group, LoopState
 
@@ -23,7 +24,7 @@ def finished_metrics(record: RolloutRecord) -> Metrics:
         "rollout/turns": Mean(record.num_turns),
     }
     if record.ending != Ending.INVALID:
-        metrics |= {"reward/finished": Mean(record.reward)}
+        metrics |= {"reward/finished": Mean(record.reward), **of_seats("reward/finished", record)}
         metrics |= {f"reward/{record.environment}/{name}": Mean(value) for name, value in record.rewards.items()}
         metrics |= {f"metric/{record.environment}/{name}": Mean(value) for name, value in record.metrics.items()}
     return metrics
@@ -34,6 +35,7 @@ def trained_metrics(records: Iterable[RolloutRecord], step: int) -> Metrics:
     return merge(
         {
             "reward/trained": Mean(record.reward),
+            **of_seats("reward/trained", record),
             "age/mean": Mean(step - record.versions[0]),
             "age/max": Max(step - record.versions[0]),
             "rollout/trained_tokens": Mean(record.num_sampled_tokens),
@@ -41,6 +43,11 @@ def trained_metrics(records: Iterable[RolloutRecord], step: int) -> Metrics:
         }
         for record in records
     )
+
+
+def of_seats(name: str, record: RolloutRecord) -> Metrics:
+    """What each of several seats that train was worth, below the name of the rollout's reward."""
+    return {f"{name}/{seat}": Mean(reward) for seat, reward in seat_rewards(record).items()}
 
 
 class Tails:

@@ -12,6 +12,7 @@ from palestra.env import AgentError, Environment, Frozen, metric, reward, scorin
 from palestra.env.chat import Conversation, load_tokenizer, reply
 from palestra.env.chat.reply import split_thinking
 from palestra.env.play import play, score
+from palestra.env.rescore import rescore
 from palestra.env.scoring import InvalidRollout, score_group
 from palestra.env.voice import PolicyVoice
 from tests.unit.env.tiny import last_user_text, policy, save_tokenizer
@@ -344,6 +345,9 @@ async def test_seats_have_conversations_and_rewards_of_their_own(playing):
         ("con", {"win": 0.0}, 1),
     ]
     assert (record.reward, record.rewards) == (0.25, {"civil": 0.25})  # seats keep theirs
+    assert record.metrics == {"pro.win": 1.0, "con.win": 0.0}
+    [again] = await rescore(Debate(), [record])
+    assert (again.reward, again.rewards, again.metrics) == (record.reward, record.rewards, record.metrics)
     assert [message["content"] for message in record.messages] == ["for", "topic", "topic"]
 
 

@@ -102,6 +102,27 @@ def test_entropy_may_fall_while_the_reward_rises():
     assert warnings(rows) == []
 
 
+def test_in_self_play_the_rewards_of_seats_are_looked_at():
+    """The planted fault: the rollouts' own reward, always 0, never rises, and is no news of equal rewards."""
+    fall = {"train/rl/entropy": lambda s: 0.12 * math.exp(-(s - 60) / 8), "reward/finished": lambda s: 0.0}
+
+    def told(slope: float) -> list[str]:
+        won = [slope * max(step - 60, 0) for step in range(120)]
+        rows = [
+            {**row, "reward/finished/first": of, "reward/finished/second": -of}
+            for row, of in zip(spoiled(120, 60, **fall), won, strict=True)
+        ]
+        return [rule for rule, _ in warnings(rows)]
+
+    assert told(0.03) == []
+    assert told(0.0) == [rule for rule, _ in warnings(spoiled(120, 60, **fall))] == ["entropy"]
+
+    health = Health()
+    flat = {"reward/finished": 0.0, "reward/finished/first": 0.5, "reward/finished/second": -0.5}
+    warnings([{**flat, "groups/zero_signal_share": 1.0}] * 5, health)
+    assert "(mean reward 0.00, first 0.50, second -0.50)" in health.warnings[0].text
+
+
 def test_one_absurd_step_is_not_a_fall_of_the_effective_sample_size():
     assert warnings(spoiled(120, 60, **{"train/rl/effective_share": lambda s: 0.01 if s == 60 else 0.95})) == []
 

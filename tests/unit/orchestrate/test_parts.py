@@ -10,10 +10,12 @@ import pytest
 from palestra.algo.shaping import LengthShaping
 from palestra.config.schema import Source
 from palestra.core.errors import UserError
+from palestra.core.metrics import Mean, merge
 from palestra.core.records import ChatReply, Ending, PieceCredit, RolloutRecord, Sample, Seat, Span, Task, TurnSpan
 from palestra.orchestrate.batcher import BatchRules, SourceRules, baselines, make_batch, moved
 from palestra.orchestrate.buffer import length_added, outcome
 from palestra.orchestrate.journal import recover
+from palestra.orchestrate.report import finished_metrics, trained_metrics
 from palestra.orchestrate.sources import TaskSources, seed_for
 from palestra.orchestrate.state import (
     Average,
@@ -201,6 +203,28 @@ def test_a_member_that_ends_late_is_compared_turn_by_turn_with_what_its_group_ha
 
 
 PAST = Average(0.25, 0.0725)  # a standard deviation of 0.1
+
+
+def duel(rollout_id: int, won: float) -> RolloutRecord:
+    """Zero-sum: what one seat wins the other loses."""
+    (seat,) = record(rollout_id, reward=0.0).seats
+    names = {"first": won, "second": -won}
+    seats = tuple(msgspec.structs.replace(seat, name=name, rewards={"won": of}) for name, of in names.items())
+    return msgspec.structs.replace(record(rollout_id, reward=0.0), seats=seats)
+
+
+def test_in_self_play_seats_have_rewards_and_signal_though_all_rollouts_are_worth_the_same():
+    played = [duel(0, 1.0), duel(1, -0.5)]
+    for found, name in ((merge(map(finished_metrics, played)), "finished"), (trained_metrics(played, 3), "trained")):
+        rewards = {key: metric for key, metric in found.items() if key.startswith(f"reward/{name}")}
+        assert rewards == {
+            f"reward/{name}": Mean(0.0, 2),
+            f"reward/{name}/first": Mean(0.5, 2),
+            f"reward/{name}/second": Mean(-0.5, 2),
+        }
+    assert outcome(group(0, played), drop_zero_signal=True) == "ready"
+    assert outcome(group(0, [duel(0, 1.0), duel(1, 1.0)]), drop_zero_signal=True) == "zero_signal"
+    assert not any(key.startswith("reward/finished/") for key in finished_metrics(record(0, 1.0)))
 
 
 def test_a_moving_average_is_by_environment_and_seat_and_moves_after_the_batch():
