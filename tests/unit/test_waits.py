@@ -182,6 +182,7 @@ ENDS_ALL_THE_SAME = {
         "await asyncio.wait(...)",
     ): "each of them waits for replies, at most call_s",
     ("launch.bench.bare.BareClient._post", "await self._http.post(...)"): "`_reply` bounds all attempts together",
+    ("launch.bench.env.Waiting.run", "await agent(...)"): _ROLLOUT,
     ("launch.bench.environment.ForcedLengths.run", "await agent(...)"): _ROLLOUT,
     ("launch.child.start", "await asyncio.create_subprocess_exec(...)"): "the kernel starts it or refuses",
     ("launch.cli._fetch", "subprocess.run(...)"): "a download that a person watches and can interrupt",
