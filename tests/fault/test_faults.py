@@ -162,7 +162,9 @@ def deadly_task(make: Make) -> FaultyRun:
     run = make(env={"mix": [{"id": f"{ENVIRONMENTS}:Deadly", "name": "deadly"}]})
     run.play()
     assert {event.task for event in read_events(run.run) if isinstance(event, TaskQuarantined)} == {"deadly/deadly"}
-    assert [restarted.process for restarted in read_restarts(run.run)] == ["env-0"] * 3
+    restarted = [restarted.process for restarted in read_restarts(run.run)]
+    assert set(restarted) == {"env-0"}
+    assert 3 <= len(restarted) <= 4  # on a busy machine one more life may begin before the third death is judged
     return run
 
 
