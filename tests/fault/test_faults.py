@@ -164,7 +164,7 @@ def deadly_task(make: Make) -> FaultyRun:
     assert {event.task for event in read_events(run.run) if isinstance(event, TaskQuarantined)} == {"deadly/deadly"}
     restarted = [restarted.process for restarted in read_restarts(run.run)]
     assert set(restarted) == {"env-0"}
-    assert 3 <= len(restarted) <= 4  # on a busy machine one more life may begin before the third death is judged
+    assert 3 <= len(restarted) <= 4  # 4 were seen once on a busy machine; why is not known
     return run
 
 
