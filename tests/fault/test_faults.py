@@ -162,9 +162,7 @@ def deadly_task(make: Make) -> FaultyRun:
     run = make(env={"mix": [{"id": f"{ENVIRONMENTS}:Deadly", "name": "deadly"}]})
     run.play()
     assert {event.task for event in read_events(run.run) if isinstance(event, TaskQuarantined)} == {"deadly/deadly"}
-    restarted = [restarted.process for restarted in read_restarts(run.run)]
-    assert set(restarted) == {"env-0"}
-    assert 3 <= len(restarted) <= 4  # 4 were seen once on a busy machine; why is not known
+    assert [restarted.process for restarted in read_restarts(run.run)] == ["env-0"] * 3
     return run
 
 

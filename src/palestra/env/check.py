@@ -20,7 +20,7 @@ from msgspec import Struct
 from palestra.core.errors import UserError
 from palestra.core.records import Ending, RolloutRecord, Task
 from palestra.env.environment import Environment, seats, tools_of
-from palestra.env.load import find_environment, make_environment
+from palestra.env.load import code_of, find_environment, make_environment
 from palestra.env.play import score
 from palestra.env.sandbox import backend
 from palestra.env.tasklist import TaskList
@@ -61,7 +61,8 @@ class Check:
 
     def tasks(self, *, split: str = "train", seed: int = 1) -> list[Task]:
         """The first ones, as rollouts see them. Of an environment for evaluation alone, those of its test split."""
-        found, _ = TaskList(lambda _: self.make(split=split, seed=seed)).take(0, 0, self.num_tasks)
+        with code_of(self.id, "cannot list its tasks"):
+            found, _ = TaskList(lambda _: self.make(split=split, seed=seed)).take(0, 0, self.num_tasks)
         return found
 
     async def cases(self) -> AsyncIterator[Case]:

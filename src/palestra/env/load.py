@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -61,12 +63,8 @@ def make_environment(id: str, *, split: str, seed: int, args: dict[str, Any]) ->
                 "`split` stands beside `args`, and the seed follows from train.seed"
             )
     environment = find_environment(id)
-    try:
+    with code_of(id, f"could not be made with args {args!r}"):
         return environment(split=split, seed=seed, **args)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"environment {id!r} could not be made with args {args!r}: {_last_lines(error)}") from error
 
 
 def _entry(id: str) -> EntryPoint:
@@ -81,13 +79,20 @@ def _entry(id: str) -> EntryPoint:
     return known[id]
 
 
-def _import(id: str, load: Any) -> Any:
+@contextmanager
+def code_of(id: str, what: str) -> Iterator[None]:
+    """Whatever the environment's code raises within becomes a UserError that says `what` went wrong, and where."""
     try:
-        return load()
+        yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"environment {id!r} cannot be imported: {_last_lines(error)}") from error
+        raise UserError(f"environment {id!r} {what}: {_last_lines(error)}") from error
+
+
+def _import(id: str, load: Any) -> Any:
+    with code_of(id, "cannot be imported"):
+        return load()
 
 
 def _require_file(path: Path) -> None:

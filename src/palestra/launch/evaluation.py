@@ -26,7 +26,7 @@ from palestra.core.files import write_atomically
 from palestra.core.records import Ending, RolloutRecord, Task
 from palestra.env.check import gold_script
 from palestra.env.environment import Environment
-from palestra.env.load import find_environment, installed, make_environment
+from palestra.env.load import code_of, find_environment, installed, make_environment
 from palestra.env.play import score
 from palestra.env.sandbox import MakeSandbox, backend
 from palestra.env.tasklist import TaskList
@@ -309,7 +309,8 @@ def write_gold(wish: Wish, to: Path, min_reward: float) -> None:
     rows: list[dict[str, Any]] = []
     for id in dict.fromkeys(wish.environments):
         make = partial(make_environment, id, split=wish.split, args=wish.args)
-        tasks = _tasks_of_epochs(lambda epoch, make=make: make(seed=wish.seed + epoch), wish.num_tasks)
+        with code_of(id, "cannot list its tasks"):
+            tasks = _tasks_of_epochs(lambda epoch, make=make: make(seed=wish.seed + epoch), wish.num_tasks)
         if not (known := [task for task in tasks if task.gold is not None]):
             raise UserError(f"{id}: none of its {len(tasks)} tasks of the split {wish.split!r} has a gold to play")
         records = asyncio.run(_played_by_gold(make(seed=wish.seed), known, backend(wish.sandbox)))

@@ -240,12 +240,12 @@ class WorkerPool:
         while True:
             if reason := self.quarantine.reason(order.source, order.task):
                 return _invalid(order, f"its task is quarantined: {reason}")
-            async with self._room_for(order):
+            async with self._room_for(order.source, order.task):
                 if (record := await self._try(order)) is not None:
                     return record
 
-    def _room_for(self, order: PlayOrder) -> AbstractAsyncContextManager[Any]:
-        return self._alone if self.quarantine.is_suspect(order.source, order.task) else nullcontext()
+    def _room_for(self, source: str, task: Task | None) -> AbstractAsyncContextManager[Any]:
+        return self._alone if task is not None and self.quarantine.is_suspect(source, task) else nullcontext()
 
     async def _try(self, order: PlayOrder) -> RolloutRecord | None:
         """None, if the worker died."""
@@ -282,9 +282,7 @@ class WorkerPool:
 
     def _start_answer(self, playing: _Playing, call: Call) -> None:
         playing.stall.cancel()
-        task = self._spawn(self._answer(playing, call))
-        playing.answers.add(task)
-        task.add_done_callback(lambda _: self._answered(playing, task, call.rollout_id))
+        playing.answers.add(self._spawn(self._answer(playing, call)))
 
     async def _answer(self, playing: _Playing, call: Call) -> None:
         """Answer one call; one that cannot be answered makes the rollout invalid on the worker's side, or truncated.
@@ -307,12 +305,16 @@ class WorkerPool:
                 error=error,
                 is_too_long=is_too_long,
             )
+            self._answered(playing, call.rollout_id)
             await self._send(playing.worker, message)
 
-    def _answered(self, playing: _Playing, task: asyncio.Task[None], number: int) -> None:
-        """The environment has the word again, unless other calls of the rollout are still on their way."""
+    def _answered(self, playing: _Playing, number: int) -> None:
+        """The environment has the word again, unless other calls of the rollout are still on their way. Said before the
+        answer leaves: a worker that dies of it was at work."""
+        task = asyncio.current_task()
+        assert task is not None
         playing.answers.discard(task)
-        if number in self._playing and not playing.answers and not playing.has_stalled:
+        if not playing.answers and not playing.has_stalled:
             playing.stall.cancel()
             playing.stall = asyncio.get_running_loop().call_later(self._deadlines.stall_s, self._stalled, number)
 
@@ -367,22 +369,30 @@ class WorkerPool:
         while True:
             if task is not None and (reason := self.quarantine.reason(source, task)):
                 raise InfrastructureError(f"its task is quarantined: {reason}")
-            number, worker = next(self._numbers), await self._free_worker(source)
-            if task is None:  # tasks are loaded where they are listed: in one worker, as long as it lives
-                worker = (await self._workers_of(source))[0]
-            name = "" if task is None else name_of(source, task)
-            asked = self._asked[number] = _Asked(worker, name, asyncio.get_running_loop().create_future())
-            await self._send(worker, message(number))
-            try:
-                answer = await within(self._deadlines.stall_s, asked.answer, waiting_for=f"{waiting_for} from {worker}")
-            except DeadlineError:
-                answer = await self._late_answer(number, asked)
-                if isinstance(answer, Cancelled):
-                    raise  # the worker is alive: this takes too long by itself
-            finally:
-                self._asked.pop(number, None)
+            async with self._room_for(source, task):
+                answer = await self._ask_one(message, waiting_for=waiting_for, source=source, task=task)
             if isinstance(answer, Tasks | GroupScored):
                 return answer
+
+    async def _ask_one(
+        self, message: Callable[[int], ToWorker], *, waiting_for: str, source: str, task: Task | None
+    ) -> FromWorker | None:
+        """None, if the worker died."""
+        number, worker = next(self._numbers), await self._free_worker(source)
+        if task is None:  # tasks are loaded where they are listed: in one worker, as long as it lives
+            worker = (await self._workers_of(source))[0]
+        name = "" if task is None else name_of(source, task)
+        asked = self._asked[number] = _Asked(worker, name, asyncio.get_running_loop().create_future())
+        await self._send(worker, message(number))
+        try:
+            return await within(self._deadlines.stall_s, asked.answer, waiting_for=f"{waiting_for} from {worker}")
+        except DeadlineError:
+            answer = await self._late_answer(number, asked)
+            if isinstance(answer, Cancelled):
+                raise  # the worker is alive: this takes too long by itself
+            return answer
+        finally:
+            self._asked.pop(number, None)
 
     async def _late_answer(self, number: int, asked: _Asked) -> FromWorker | None:
         """Whatever the worker says; None, if it says nothing in time and is started again."""

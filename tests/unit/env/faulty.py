@@ -134,6 +134,14 @@ class Empty(Sound):
         return []
 
 
+class Unlistable(Sound):
+    """Fails while it lists its tasks."""
+
+    def tasks(self):
+        yield next(super().tasks())
+        raise ValueError("the second task is missing")
+
+
 class NoGold(Sound):
     """Knows no answer to play."""
 

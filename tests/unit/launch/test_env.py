@@ -72,6 +72,14 @@ def test_a_faulty_environment_ends_the_command_with_2_and_says_what_is_wrong(tmp
     assert "scores 0.5" in checked.stdout
 
 
+def test_an_environment_that_cannot_list_its_tasks_is_told_so(tmp_path):
+    checked = check(tmp_path, f"{FAULTY}:Unlistable")
+    assert checked.returncode == 2
+    assert "cannot list its tasks: ValueError: the second task is missing" in checked.stdout
+    assert "in tasks" in checked.stdout
+    assert "bug" not in checked.stdout + checked.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("Wordle", "no name of an environment"), ("reverse-text", "installed already")]
 )
@@ -133,6 +141,7 @@ def test_known_answers_are_played_where_the_command_line_says(tmp_path):
     [
         ("Programs", "gold that earns 1; run raised InfrastructureError: there is no sandbox"),
         ("WrongGold", "none of its first 3 tasks has a gold that earns 1\n"),
+        ("Unlistable", "Unlistable' cannot list its tasks: ValueError: the second task is missing\n"),
         ("NoGold", "none of its 3 tasks of the split 'train' has a gold to play\n"),
     ],
 )

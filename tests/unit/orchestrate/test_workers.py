@@ -1,6 +1,7 @@
 """The pool of environment workers, message by message; and which task is quarantined."""
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from palestra.orchestrate.state import TaskQuarantined
 from palestra.orchestrate.workers import Deadlines, PlayOrder, WorkerPool
 from palestra.wire.messages import (
     Call,
+    CallReply,
     Cancel,
     Cancelled,
     Ended,
@@ -286,6 +288,49 @@ async def test_suspects_are_played_one_at_a_time():
         bench.end(worker, play)
     await asyncio.gather(*playing)
     assert bench.quarantined == {}
+
+
+async def test_rewards_of_a_suspects_group_wait_for_the_other_suspect():
+    """The third death tells the two apart."""
+    bench, scored = Bench(0), [record(1, Task(prompt="scored", key="scored"))]
+    playing = bench.play("played")
+    await bench.settle()
+    scoring = asyncio.create_task(bench.pool.score_group("s", scored))
+    for life in range(3):
+        await bench.settle()
+        bench.die(0, life)
+        bench.ready(0, life + 1)
+    assert list(bench.quarantined) == ["s/played"]
+    assert (await playing).ending == Ending.INVALID
+    await bench.settle()
+    [(worker, question)] = bench.last(ScoreGroup)
+    bench.pool.handle(worker, GroupScored(request_id=question.request_id, records=scored))
+    assert await scoring == scored
+
+
+async def test_a_worker_that_dies_of_an_answer_was_at_work_however_soon_it_is_told():
+    """The death is heard while the answer is still being sent."""
+    bench = Bench(0)
+    sent = bench._send
+
+    async def send_and_die(worker: str, message) -> None:
+        await sent(worker, message)
+        if isinstance(message, CallReply):
+            bench.die(0, life)
+
+    async def answer(call: Call) -> Reply:
+        raise InfrastructureError("the engine is gone")
+
+    bench.pool._send = send_and_die
+    playing = asyncio.create_task(bench.pool.play(dataclasses.replace(order("dies"), answer=answer)))
+    for life in range(3):
+        await bench.settle()
+        [(worker, play)] = bench.last(Play)
+        bench.pool.handle(worker, call_of(play))
+        await bench.settle()
+        bench.ready(0, life + 1)
+    assert list(bench.quarantined) == ["s/dies"]
+    assert (await playing).ending == Ending.INVALID
 
 
 def playing_done(playing: list[asyncio.Task]) -> int:
