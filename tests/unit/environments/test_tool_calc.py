@@ -1,10 +1,12 @@
 """The calculator: known answers, wrong ones, and what a model may do to a tool."""
 
+import re
 from itertools import islice
 
 import palestra_tool_calc
 import pytest
 from palestra_tool_calc import ToolCalc
+from palestra_tool_calc.careless import Careless
 
 from palestra.core.records import Ending
 from palestra.env.play import score
@@ -53,6 +55,19 @@ def test_train_and_test_share_no_expression():
     train, test = ({task.prompt for task in islice(ToolCalc(split=split).tasks(), 200)} for split in ("train", "test"))
     assert len(train) > 100 < len(test)
     assert not train & test
+
+
+async def test_the_careless_call_for_the_right_numbers_and_are_right_as_often_as_their_chances_say():
+    """One of three is right on purpose, and a third of the others by chance."""
+    records = []
+    for task in islice(Careless(operations=1, seed=1).tasks(), 600):
+        first, second = map(int, re.findall(r"\d+", task.prompt))
+        [(_, call)] = task.gold[0]["calls"]
+        assert (call["a"], call["b"]) == (first, second)
+        assert task.gold[1] == str(ToolCalc().calculate(**call))
+        records.append(await score(ToolCalc(), task, task.gold))
+    assert {record.metrics["tool_errors"] for record in records} == {0.0}
+    assert abs(sum(record.reward for record in records) / 600 - 5 / 9) < 0.06  # three standard deviations
 
 
 def test_the_authors_code_is_short():

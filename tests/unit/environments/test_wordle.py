@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from palestra_wordle import WORDS, Wordle, marks
+from palestra_wordle.careless import Careless
 from palestra_wordle.words import of_five_letters
 
 from palestra.core.records import Ending
@@ -142,6 +143,19 @@ def test_the_notices_of_the_list_travel_with_it():
     notices = (HERE / "words.LICENSE").read_text(encoding="utf-8")
     assert "Kevin Atkinson" in notices
     assert "Permission to use, copy, modify, distribute and sell" in " ".join(notices.split())
+
+
+async def test_the_careless_heed_the_marks_in_every_second_game():
+    """And then all marks before a guess allow it. Of the others those do that are right at once, and some by luck."""
+    heeded, tasks = 0, some_tasks(Careless, 400, every=20)
+    for task in tasks:
+        assert task.gold[-1] == task.answer
+        assert len(set(task.gold)) == len(task.gold)
+        won = float(len(task.gold) <= Wordle.max_turns)
+        assert (await score(Wordle(), task, task.gold)).reward == won
+        pairs = [(guess, later) for i, guess in enumerate(task.gold) for later in task.gold[i + 1 :]]
+        heeded += all(marks(guess, later) == marks(guess, task.answer) for guess, later in pairs)
+    assert 0.5 <= heeded / len(tasks) < 0.8
 
 
 def test_the_authors_code_is_short():
