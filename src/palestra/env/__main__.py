@@ -9,7 +9,7 @@ from pathlib import Path
 from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import UserError
 from palestra.core.ledger import Ledger, LedgerSelector
-from palestra.core.process import die_with_parent, life, started_at
+from palestra.core.process import collect_garbage_seldom, die_with_parent, life, started_at
 from palestra.core.spans import SpanLog
 from palestra.env.chat import load_tokenizer
 from palestra.env.sandbox import backend
@@ -25,6 +25,7 @@ def main() -> int:
     name = f"env-{os.environ.get('PALESTRA_INDEX', '0')}"
     config, run = read_resolved(sys.argv[1]), RunDir(Path(sys.argv[1]).parent)
     attempt = run.read_attempt()
+    collect_garbage_seldom()
     selector = LedgerSelector(Ledger(name, since=started_at()))
     try:
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:

@@ -32,6 +32,7 @@ _MIN_WALL_S = 60.0
 _AGAIN_S = 0.1  # the timer fires until the work has stopped: an `except Exception` of its own may catch the first
 _CALLS_OF_A_PROCESS = 2_000  # then another takes its place, and what leaked is freed
 _MOST_PROCESSES = 4
+_NICE = 10
 _MEMORY_BYTES = 4 << 30  # that one call may take; beyond it, MemoryError
 _GONE_S = 5.0
 _NEEDS = "_palestra_needs"
@@ -105,7 +106,13 @@ async def _give_up(pool: ProcessPool) -> None:
 def _pool() -> ProcessPool:
     """Of this process. Its own processes start afresh: a fork of one with threads and sockets would not be safe."""
     count = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
-    pool = ProcessPool(max_workers=count, max_tasks=_CALLS_OF_A_PROCESS, context=get_context("spawn"))
+    pool = ProcessPool(
+        max_workers=count,
+        max_tasks=_CALLS_OF_A_PROCESS,
+        context=get_context("spawn"),
+        initializer=os.nice,  # who waits for a reward can wait; who answers others cannot
+        initargs=(_NICE,),
+    )
     atexit.register(pool.stop)
     return pool
 

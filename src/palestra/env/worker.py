@@ -8,6 +8,7 @@ Woken by: a message. Ends when: it is told to stop, or its parent is gone.
 
 import asyncio
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -57,6 +58,7 @@ from palestra.wire.messages import (
 if TYPE_CHECKING:  # most environments let no program in: its server is imported with the first one
     from palestra.env.proxy import Proxy
 
+_AT_ONCE = 4  # messages, then what they set going goes on: no burst holds up the loop
 LEDGER_EVERY_S = 10.0
 SILENCE_S = 86_400.0  # a trainer may take hours over one step; a dead orchestrator is the supervisor's affair
 
@@ -188,8 +190,12 @@ class Worker:
         self._selector.ledger.switch("work")
         await self._say_ready()
         async with asyncio.TaskGroup() as jobs:
-            while not isinstance(message := await self._receive(), Stop):
+            for number in itertools.count(1):
+                if isinstance(message := await self._receive(), Stop):
+                    break
                 await self._handle(message, jobs)
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 if time.monotonic() - self._closed_at >= LEDGER_EVERY_S:
                     await self._close_ledger()
             self._cancel_plays()

@@ -9,7 +9,7 @@ from pathlib import Path
 from palestra.config import read_resolved
 from palestra.core.errors import PalestraError, UserError
 from palestra.core.ledger import Ledger, LedgerSelector
-from palestra.core.process import die_with_parent, life, started_at
+from palestra.core.process import collect_garbage_seldom, die_with_parent, life, started_at
 from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.evaluator import Evaluator
 from palestra.orchestrate.loop import Loop
@@ -23,6 +23,7 @@ def main() -> int:
     config_path = Path(sys.argv[1])
     config, run = read_resolved(config_path), RunDir(config_path.parent)
     attempt = run.read_attempt()
+    collect_garbage_seldom()
     selector = LedgerSelector(Ledger("orchestrator", since=started_at()))
     try:
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:

@@ -24,6 +24,8 @@ from palestra.core.errors import DeadlineError, InfrastructureError
 In = TypeVar("In")
 Out = TypeVar("Out")
 
+_TURN_S = 0.005  # so long messages are taken one after the other, then the loop does what else there is
+
 
 class Reconnected(Struct, frozen=True):
     """The listener is there again after it was cut off: a successor, or the same one that missed something."""
@@ -67,7 +69,8 @@ class _Connection:
 
 
 class _LoopSocket:
-    """A ZeroMQ socket in an event loop. Messages are taken in bulk: one wake-up for all that have arrived.
+    """A ZeroMQ socket in an event loop. Messages are taken in bulk: one wake-up for all that have arrived. Whoever
+    receives one after the other lets the rest of the loop run in between, after `_TURN_S`.
 
     ZeroMQ signals its file descriptor on changes only, so after every send the inbox has to be looked at again.
     Sends never block: the queues are unbounded, and the loop's pacing bounds what is in them.
@@ -82,6 +85,7 @@ class _LoopSocket:
         self._arrived = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._will_look = False
+        self._since = time.monotonic()  # whoever receives has had the loop
         self._connection = _Connection(self.zmq) if kind == zmq.DEALER else None
 
     def send(self, frames: list[bytes]) -> None:
@@ -99,6 +103,10 @@ class _LoopSocket:
             self._look()
             if not self._inbox:
                 await self._arrived.wait()
+                self._since = time.monotonic()
+        if time.monotonic() - self._since > _TURN_S:
+            await asyncio.sleep(0)
+            self._since = time.monotonic()
         return self._inbox.popleft()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ in flight that takes milliseconds each time, in which an event loop does nothing
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import aiohttp
 import httpx
@@ -28,7 +29,7 @@ class Connections(httpx.AsyncBaseTransport):
         with _as_httpx(request):
             answer = await self._session.request(
                 request.method,
-                URL(str(request.url), encoded=True),
+                _target(str(request.url)),
                 headers=request.headers.multi_items(),
                 data=await request.aread() or None,
                 allow_redirects=False,
@@ -52,6 +53,11 @@ class Connections(httpx.AsyncBaseTransport):
     async def aclose(self) -> None:
         if self._made is not None:
             await self._made.close()
+
+
+@lru_cache(256)
+def _target(url: str) -> URL:
+    return URL(url, encoded=True)
 
 
 class _Body(httpx.AsyncByteStream):

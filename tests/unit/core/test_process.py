@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 PARENT = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
@@ -54,3 +56,17 @@ def test_the_start_of_a_process_is_before_its_imports():
     before = time.time()
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert before - 0.1 < float(said) < time.time() - 0.25
+
+
+@pytest.mark.parametrize(("first", "is_seldom"), [("collect_garbage_seldom()", True), ("pass", False)])
+def test_a_process_whose_objects_become_many_does_not_look_through_all_of_them_again_and_again(
+    first: str, is_seldom: bool
+):
+    code = (
+        f"import gc; from palestra.core.process import collect_garbage_seldom; {first}\n"
+        "before = gc.get_stats()[2]['collections']\n"
+        "kept = [[] for _ in range(300_000)]\n"
+        "print(gc.get_stats()[2]['collections'] - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert (int(done.stdout) == 0) == is_seldom
