@@ -47,7 +47,7 @@ def test_from_a_name_to_a_trained_policy(tmp_path, bin):
     assert "3 passed" in said
     summary = read_summary(RunDir(folder / "outputs" / "sums"))
     assert summary is not None
-    assert summary["reward_after"] > 0.5
+    assert summary["reward_after"] > summary["reward_before"] + 0.05
     [evaluated] = (folder / "outputs" / "evals").iterdir()
     found = json.loads((evaluated / "summary.json").read_text())["sets"]["sums"]
     assert abs(found["reward"]["mean"] - summary["reward_after"]) < 0.2  # of the same policy, on 50 tasks

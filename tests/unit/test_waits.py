@@ -247,8 +247,8 @@ ENDS_ALL_THE_SAME = {
     ("wire.connections._Body.__aiter__", "self._answer.content.iter_any()"): "whoever reads the body has a deadline",
     ("wire.connections.Connections.handle_async_request", "await request.aread()"): "it is in memory",
     (
-        "wire.policy.EngineClient._call.exchange",
-        "await self._http.request(...)",
+        "wire.policy.EngineClient._exchange",
+        "await response.aread()",
     ): "`_call` bounds all attempts together",
     ("wire.policy.read_events", "parts"): "`_stream` bounds the wait for each event",
     ("wire.publish.publish.one", "slots"): "who holds one publishes, for at most sync.deadline_s",
