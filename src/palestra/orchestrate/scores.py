@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from palestra.core.records import Ending, RolloutRecord
@@ -59,6 +60,17 @@ def estimate(values: Mapping[str, Sequence[float]]) -> Estimate:
     )
 
 
+def of_rewards(values: Mapping[str, Sequence[float]]) -> Estimate:
+    """`estimate`; but where all are 0, or all 1, which have no spread to judge by, the other bound is the share that
+    tasks would still have shown none of with a chance of 5 % (the "rule of three": 3 / tasks)."""
+    found = estimate(values)
+    first, unseen = found.mean, 1 - 0.05 ** (1 / found.num_tasks)
+    if found.standard_error != 0 or first not in (0.0, 1.0):
+        return found
+    low, high = (0.0, unseen) if first == 0 else (1 - unseen, 1.0)
+    return msgspec.structs.replace(found, low=low, high=high)
+
+
 def pass_at_k(num: int, num_solved: int, k: int) -> float:
     """Chance that one of `k` rollouts solves, drawn without putting back (Chen et al. 2021, arXiv:2107.03374)."""
     return 1.0 - math.comb(num - num_solved, k) / math.comb(num, k)
@@ -67,7 +79,7 @@ def pass_at_k(num: int, num_solved: int, k: int) -> float:
 def scores(records: Sequence[RolloutRecord]) -> dict[str, Any]:
     """The summary of one set. Errors: ValueError, if no rollout has a reward."""
     tasks = by_task(records)
-    reward = estimate({key: [record.reward for record in of_task] for key, of_task in tasks.items()})
+    reward = of_rewards({key: [record.reward for record in of_task] for key, of_task in tasks.items()})
     valid = [record for of_task in tasks.values() for record in of_task]
     fewest = min(map(len, tasks.values()))
     return {

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from palestra.core.records import Ending, RolloutRecord, Task
-from palestra.orchestrate.scores import difference, estimate, pass_at_k, scores
+from palestra.orchestrate.scores import difference, estimate, of_rewards, pass_at_k, scores
 
 
 def record(key: str, reward: float, *, ending: Ending = Ending.OK, error: str = "", tokens: int = 10) -> RolloutRecord:
@@ -77,6 +77,14 @@ def test_a_summary_counts_what_has_a_reward_and_names_why_others_have_none():
     assert found["tokens"] == pytest.approx(50 / 3)
     assert found["endings"] == {"ok": 2, "truncated": 1, "invalid": 1}
     assert found["errors"] == {"no answer": 1}
+
+
+@pytest.mark.parametrize(("reward", "low", "high"), [(0.0, 0.0, 0.0582), (1.0, 0.9418, 1.0), (0.5, 0.5, 0.5)])
+def test_fifty_tasks_that_all_fail_do_not_prove_that_none_would_succeed(reward, low, high):
+    """(1 - 0.0582)^50 = 0.05."""
+    found = of_rewards({str(task): [reward, reward] for task in range(50)})
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+    assert (found.mean, found.standard_error) == (reward, 0)
 
 
 def test_a_difference_is_paired_by_task():
