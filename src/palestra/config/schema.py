@@ -58,6 +58,12 @@ class SftSource(Section):
     weight: PositiveFloat = 1.0
     split: str = "train"
 
+    @property
+    def file(self) -> Path | None:
+        """None for a data set, of a directory or a hub."""
+        path = Path(self.path)
+        return path if path.suffix in (".jsonl", ".ndjson", ".parquet") else None
+
 
 class WarmUp(Section):
     """Supervised steps on `data.sources` before version 0, with an optimizer of their own."""

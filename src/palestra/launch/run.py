@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 
@@ -33,6 +34,7 @@ def plan_of(config: RunConfig) -> Plan:
         require_model(frozen.path, field=f"algo.{name}.path")
     require_pythons(config)
     require_keys(config)
+    require_data(config)
     machine = this_machine()
     plan = make_plan(config, machine, is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
     require_fit(plan, machine)
@@ -46,6 +48,18 @@ def require_pythons(config: RunConfig) -> None:
             raise UserError(
                 f"{source.label}: python={source.python} is no program; give bin/python of a virtual environment with "
                 "palestra and the environment in it"
+            )
+
+
+def require_data(config: RunConfig) -> None:
+    """Errors: UserError, naming a file of supervised rows that would be read and is not there."""
+    if config.is_rl and config.data.warmup.steps == 0:
+        return
+    for source in config.data.sources:
+        if source.file is not None and not source.file.is_file():
+            raise UserError(
+                f"data.sources: there is no file {source.file}, counted from {Path.cwd()}; where it has to be made "
+                "first, the lines at the head of the recipe say how"
             )
 
 

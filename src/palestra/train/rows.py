@@ -23,13 +23,12 @@ class RawRow:
 
 def read_rows(source: SftSource) -> Iterator[RawRow]:
     """All rows once, in their order. Errors: UserError naming file and line."""
-    path = Path(source.path)
-    if path.suffix in (".jsonl", ".ndjson"):
-        yield from _read_jsonl(path)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
+    if source.file is None:
         yield from _read_dataset(source)
+    elif source.file.suffix == ".parquet":
+        yield from _read_parquet(source.file)
+    else:
+        yield from _read_jsonl(source.file)
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:

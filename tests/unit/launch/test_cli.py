@@ -122,6 +122,7 @@ def test_wrong_arguments_are_code_2_and_no_command_too():
 
 def test_sft_leaves_environments_out(recipe: Path, capsys: pytest.CaptureFixture):
     recipe.write_text(RECIPE + '[[data.sources]]\npath = "x.jsonl"\n')
+    Path("x.jsonl").write_text("{}\n")
     assert main(["sft", str(recipe), "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [(p["name"], p["role"]) for p in plan["processes"]] == [("model", "prepare"), ("trainer", "lead")]
@@ -199,3 +200,12 @@ def test_a_key_of_what_is_measured_is_missed_before_anything_starts(
     assert main(words) == 2
     assert "eval.endpoint.key_env=PLANTED_KEY: the environment has no such variable" in capsys.readouterr().err
     assert not Path("outputs").exists()
+
+
+def test_demonstrations_that_are_not_there_are_told_before_anything_starts(recipe: Path, capsys: pytest.CaptureFixture):
+    words = ["run", str(recipe), "--dry-run", 'data.sources=[{path="gold.jsonl"}]']
+    assert main(words) == 0  # nothing reads them
+    assert main([*words, "data.warmup.steps=5"]) == 2
+    assert "data.sources: there is no file gold.jsonl, counted from" in capsys.readouterr().err
+    Path("gold.jsonl").write_text("{}\n")
+    assert main([*words, "data.warmup.steps=5"]) == 0
