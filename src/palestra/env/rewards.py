@@ -58,7 +58,7 @@ def _last_json(text: str) -> Any:
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _OPENING = re.compile(r"[\[{]")
 _DECODER = json.JSONDecoder()
-_VAIN = 500_000_000  # nanoseconds, about, that are spent on what cannot be read
+_VAIN = 200_000_000  # nanoseconds, about, that are spent on what cannot be read
 
 
 def ratio(one: str, other: str) -> float:
