@@ -8,12 +8,11 @@ from palestra.launch.bench import env
 
 @pytest.mark.slow
 def test_the_numbers_of_small_evaluations(tmp_path, monkeypatch):
-    for name, value in {"FEWER": 50, "MORE": 250, "BURNING": 8, "CROWD": 300, "CROWD_S": 3.0}.items():
+    for name, value in {"IN_FLIGHT": 50, "FEWER": 50, "MORE": 1000, "BURNING": 8, "CROWD": 300, "CROWD_S": 3.0}.items():
         monkeypatch.setattr(env, name, value)
     numbers = env._measure(load(env.RECIPE).config, tmp_path)
-    ours, bare = numbers["cpu_ms_per_rollout"], numbers["bare_cpu_ms_per_request"]
-    assert 0 < ours < 50 > bare > 0  # which of them is less, 200 rollouts on a busy machine do not say
-    assert numbers["ratio_to_bare_client"] == pytest.approx(ours / bare)
+    assert 0 < numbers["bare_cpu_ms_per_request"] < numbers["cpu_ms_per_rollout"] < 50
+    assert numbers["ratio_to_bare_client"] > 1
     assert 0 < numbers["p99_loop_lag_ms"] < 1000 > numbers["crowd_p99_loop_lag_ms"] > 0
     assert numbers["crowd_in_flight"] == 300
     assert numbers["rollouts_per_s"] > 10

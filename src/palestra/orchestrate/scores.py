@@ -64,10 +64,10 @@ def of_rewards(values: Mapping[str, Sequence[float]]) -> Estimate:
     """`estimate`; but where all are 0, or all 1, which have no spread to judge by, the other bound is the share that
     tasks would still have shown none of with a chance of 5 % (the "rule of three": 3 / tasks)."""
     found = estimate(values)
-    first, unseen = found.mean, 1 - 0.05 ** (1 / found.num_tasks)
-    if found.standard_error != 0 or first not in (0.0, 1.0):
+    if found.standard_error != 0 or found.mean not in (0.0, 1.0):
         return found
-    low, high = (0.0, unseen) if first == 0 else (1 - unseen, 1.0)
+    unseen = 1 - 0.05 ** (1 / found.num_tasks)
+    low, high = (0.0, unseen) if found.mean == 0 else (1 - unseen, 1.0)
     return msgspec.structs.replace(found, low=low, high=high)
 
 

@@ -127,11 +127,11 @@ def show(overrides: Sequence[str], *, outputs: Path | None, as_json: bool) -> No
 
 def _measure(base: RunConfig, outputs: Path) -> dict[str, Any]:
     machine = state_of_machine()
-    fewer = _evaluate(base, outputs, "fewer", Single, num_tasks=FEWER)
-    more = _evaluate(base, outputs, "more", Single, num_tasks=MORE)
-    burning = _evaluate(base, outputs, "burn", Burning, num_tasks=BURNING)
+    fewer = _evaluate(base, outputs, "fewer", Single, num_tasks=FEWER, max_in_flight=IN_FLIGHT)
+    more = _evaluate(base, outputs, "more", Single, num_tasks=MORE, max_in_flight=IN_FLIGHT)
+    burning = _evaluate(base, outputs, "burn", Burning, num_tasks=BURNING, max_in_flight=IN_FLIGHT)
     crowd = _evaluate(base, outputs, "crowd", Waiting, num_tasks=CROWD, max_in_flight=CROWD, args={"wait_s": CROWD_S})
-    few = _evaluate(base, outputs, "few", Single, num_tasks=32)
+    few = _evaluate(base, outputs, "few", Single, num_tasks=32, max_in_flight=IN_FLIGHT)
     say("palestra bench: the same requests by the bare client")
     bare_s = asyncio.run(_bare(more.run, base))
     ours_s = (more.cpu_s - fewer.cpu_s) / (MORE - FEWER)
@@ -155,7 +155,7 @@ def _evaluate(
     environment: type[Environment],
     *,
     num_tasks: int,
-    max_in_flight: int = IN_FLIGHT,
+    max_in_flight: int,
     args: dict[str, Any] | None = None,
 ) -> Evaluated:
     say(f"palestra bench: {name}, {num_tasks} rollouts")
