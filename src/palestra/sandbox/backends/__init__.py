@@ -1,0 +1,1 @@
+"""One interface, and what implements it."""

@@ -1,0 +1,64 @@
+"""Which backend works here: each is tried as it would be used, and the first that isolates enough is taken."""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from palestra.core.errors import DeadlineError, UserError
+from palestra.sandbox.backends.base import Backend
+from palestra.sandbox.records import Isolation, IsolationError, SandboxStartError
+
+if TYPE_CHECKING:
+    from palestra.sandbox.host import Options
+
+Opener = Callable[["Options"], Awaitable[Backend]]
+
+
+async def _local(options: "Options") -> Backend:
+    from palestra.sandbox.backends.local import LAYERS, Local
+    from palestra.sandbox.images import root_of
+
+    unknown = set(options.without) - set(LAYERS)
+    if unknown:
+        raise UserError(f"there is no wall {sorted(unknown)[0]!r}; there are {', '.join(LAYERS)}")
+    root = await root_of(options.image, options.packages)
+    backend = Local(root, preload=options.preload, without=options.without)
+    await backend.open()
+    return backend
+
+
+BACKENDS: dict[str, tuple[Isolation, Opener]] = {
+    "local": (Isolation.NAMESPACES, _local),
+}
+"""By name, best first: how much it isolates, and how it is opened."""
+
+_ONLY_BY_NAME = {"unsafe"}
+
+
+async def open_backend(options: "Options") -> Backend:
+    """Errors: UserError, for a name that there is not; IsolationError; SandboxStartError, if it does not work."""
+    if options.backend is not None:
+        if options.backend not in BACKENDS:
+            raise UserError(f"there is no sandbox {options.backend!r}; there are {', '.join(BACKENDS)}")
+        isolation, opener = BACKENDS[options.backend]
+        _require(options.backend, isolation, options.min_isolation)
+        return await opener(options)
+    reasons = []
+    for name, (isolation, opener) in BACKENDS.items():
+        if isolation < options.min_isolation or name in _ONLY_BY_NAME:
+            continue
+        try:
+            return await opener(options)
+        except (SandboxStartError, DeadlineError) as error:
+            reasons.append(f"{name}: {error}")
+    raise IsolationError(
+        f"no sandbox here isolates by {options.min_isolation.name.lower()} or more: {'; '.join(reasons) or 'none does'}"
+        "; `palestra sandbox check` tells what works"
+    )
+
+
+def _require(name: str, isolation: Isolation, least: Isolation) -> None:
+    if isolation < least:
+        raise IsolationError(
+            f"the sandbox {name!r} isolates by {isolation.name.lower()}, less than min_isolation="
+            f"{least.name.lower()}; choose another, or lower min_isolation"
+        )

@@ -1,0 +1,267 @@
+"""The backend `local`: Linux namespaces, made by a zygote of our own. No binaries, and no root needed."""
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from palestra.core.deadline import within
+from palestra.core.errors import DeadlineError
+from palestra.sandbox import kernel
+from palestra.sandbox.backends.base import Started
+from palestra.sandbox.backends.interpreter import Interpreter
+from palestra.sandbox.backends.root import Root
+from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups
+from palestra.sandbox.link import Link
+from palestra.sandbox.records import Isolation, Limits, SandboxStartError
+from palestra.sandbox.zygote import HOME
+
+LAYERS = ("uid", "namespaces", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup")
+_OPEN_S, _CLOSE_S = 60.0, 10.0
+_USERS = 4096  # of one process: as many sandboxes at once
+_FIRST_USER = 2**28
+_MOST_MESSAGE = 65_536
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from palestra.sandbox.zygote import main; main(int(sys.argv[2]))"
+
+
+class Local:
+    """`without` takes walls away, by their names in `LAYERS`: for tests that prove that each is needed."""
+
+    name, isolation, home = "local", Isolation.NAMESPACES, HOME
+
+    def __init__(self, root: Root, *, preload: Sequence[str] = (), without: Sequence[str] = ()):
+        self._root, self._preload, self._without = root, tuple(preload), frozenset(without)
+        self._numbers, self._started = itertools.count(1), dict[int, Started | Interpreter]()
+        self._groups_of: dict[int, Cgroup] = {}
+        self._is_root = os.geteuid() == 0
+        self._users = list(range(_first_user() + _USERS - 1, _first_user() - 1, -1)) if self._is_root else []
+        self._user_of: dict[int, int] = {}
+        self.layers: tuple[str, ...] = ()
+
+    async def open(self) -> None:
+        """Errors: SandboxStartError, where the kernel does not let us."""
+        self._cgroups = Cgroups() if "cgroup" not in self._without else None
+        self._directory = tempfile.mkdtemp(prefix="palestra-root-")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        source = str(Path(__file__).resolve().parents[3])
+        argv = [_base_python(), "-I", "-S", "-c", _BOOT, source, str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                argv,
+                env={},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        self._socket, self._loop = ours, asyncio.get_running_loop()
+        ours.send(json.dumps(self._plan()).encode())
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(ours.fileno(), self._on_message)
+        try:
+            await within(_OPEN_S, self._opened, waiting_for="the zygote of the sandboxes to be ready")
+        except (DeadlineError, SandboxStartError):
+            await self.close()
+            raise
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)  # a mount of the zygote's is on it there, not here
+        version = self._cgroups.version if self._cgroups else 0
+        missing = set(self._without) | (set() if self._is_root else {"uid"})
+        missing |= set() if kernel.landlock_version() else {"landlock"}
+        known = [layer for layer in LAYERS if layer not in missing and layer != "cgroup"]
+        self.layers = (*known, f"cgroup_v{version}" if version else "watchdog")
+
+    def _plan(self) -> dict:
+        root = self._root
+        return {
+            "directory": self._directory,
+            "is_root": self._is_root,
+            "binds": root.binds,
+            "links": root.links,
+            "hidden": root.hidden,
+            "etc": root.etc,
+            "environment": root.environment,
+            "path": root.path,
+            "preload": self._preload,
+            "read_only": "read_only" not in self._without,
+            "own_network": "network" not in self._without,
+            "seccomp": "seccomp" not in self._without,
+            "landlock": "landlock" not in self._without and "read_only" not in self._without,
+        }
+
+    async def start(self, limits: Limits) -> Started:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            number, group = self._admitted(limits, ours)
+            started = Started(Link(ours), kill=lambda: self._kill(number), has_killed=_asked(group))
+            self._started[number] = started
+            self._ask(number, limits, group, [theirs.fileno()], program=False)
+        return started
+
+    async def interpreter(self, limits: Limits) -> Interpreter | None:
+        ours, theirs = socket.socketpair()
+        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)]
+        try:
+            with theirs:
+                number, group = self._admitted(limits, ours)
+                (out, out_there), (err, err_there) = pipes
+                os.set_blocking(out, False)
+                os.set_blocking(err, False)
+                made = Interpreter(ours, out, err, kill=lambda: self._kill(number), has_killed=_asked(group))
+                self._started[number] = made
+                self._ask(number, limits, group, [theirs.fileno(), out_there, err_there], program=True)
+        except SandboxStartError:
+            for fd, _ in pipes:
+                os.close(fd)
+            raise
+        finally:
+            for _, fd in pipes:
+                os.close(fd)
+        return made
+
+    def _admitted(self, limits: Limits, ours: socket.socket) -> tuple[int, Cgroup | None]:
+        """Its number, and what counts it. Errors: SandboxStartError, and `ours` is closed."""
+        try:
+            if self._process.poll() is not None:
+                raise SandboxStartError(f"the zygote of the sandboxes has ended with {self._process.returncode}")
+            if self._is_root and not self._users:
+                raise SandboxStartError(f"{_USERS} sandboxes are there already; delete some")
+            group = self._cgroups.take(limits) if self._cgroups else None
+        except OSError as error:
+            ours.close()
+            raise SandboxStartError(f"no cgroup for a sandbox: {error}") from error
+        except SandboxStartError:
+            ours.close()
+            raise
+        number = next(self._numbers)
+        if group is not None:
+            self._groups_of[number] = group
+        if self._is_root:
+            self._user_of[number] = self._users.pop()
+        return number, group
+
+    def _ask(self, number: int, limits: Limits, group: Cgroup | None, fds: list[int], *, program: bool) -> None:
+        """Of the zygote. Errors: SandboxStartError."""
+        wish = {
+            "start": number,
+            "program": program,
+            "uid": 0 if "uid" in self._without else self._user_of.get(number, 0),
+            "disk_bytes": limits.disk_mb * MEGABYTE,
+            "inodes": limits.inodes,
+            "processes": limits.processes,
+            "watched_bytes": 0 if group else (limits.memory_mb + limits.disk_mb) * MEGABYTE,
+        }
+        try:
+            socket.send_fds(self._socket, [json.dumps(wish).encode()], [*fds, *(group.fds if group else [])])
+        except OSError as error:
+            self._on_ended(number, "the zygote does not answer")
+            raise SandboxStartError(f"the zygote of the sandboxes does not take more: {error}") from error
+        finally:
+            if group is not None:
+                group.joined()
+
+    def _kill(self, number: int) -> None:
+        if number not in self._started:
+            return
+        try:
+            self._socket.send(json.dumps({"kill": number}).encode())
+        except OSError:
+            pass  # the zygote is gone, and all its sandboxes with it; or it is full, and the agent ends by itself
+
+    def _on_message(self) -> None:
+        """All that is there: a burst of ends costs one turn of the loop."""
+        while True:
+            try:
+                data = self._socket.recv(_MOST_MESSAGE)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._on_gone()
+                return
+            message = json.loads(data)
+            if "ended" in message:
+                self._on_ended(message["ended"], "it has ended", message if "status" in message else None)
+            elif not self._opened.done():
+                if "failed" in message:
+                    reason = f"the kernel does not let the backend 'local' work: {message['failed']}"
+                    self._opened.set_exception(SandboxStartError(reason))
+                else:
+                    self._opened.set_result(None)
+
+    def _on_gone(self) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        if not self._opened.done():
+            stderr = self._process.stderr
+            said = stderr.read().decode("utf-8", "replace").strip().splitlines() if stderr else []
+            reason = said[-1] if said else "without a word"
+            self._opened.set_exception(SandboxStartError(f"the zygote of the sandboxes ended at its start: {reason}"))
+        for number in list(self._started):
+            self._on_ended(number, "the zygote of the sandboxes has ended")
+
+    def _on_ended(self, number: int, reason: str, end: dict[str, Any] | None = None) -> None:
+        started = self._started.pop(number, None)
+        if isinstance(started, Interpreter):
+            started.set_ended(end)
+        elif started is not None:
+            started.set_ended(reason)
+        user = self._user_of.pop(number, None)
+        if user is not None:
+            self._users.insert(0, user)
+        group = self._groups_of.pop(number, None)
+        if group is not None and self._cgroups is not None:
+            self._cgroups.give_back(group)
+
+    async def close(self) -> None:
+        """All its sandboxes end."""
+        waiting = [started.ended for started in self._started.values()]
+        for number in list(self._started):
+            self._kill(number)
+        if waiting:
+            try:
+                await within(_CLOSE_S, asyncio.wait(waiting), waiting_for=f"{len(waiting)} sandboxes to end")
+            except DeadlineError:
+                pass  # the zygote's end is theirs
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+        self._process.kill()
+        await asyncio.to_thread(self._process.wait, _CLOSE_S)
+        if self._process.stderr:
+            self._process.stderr.close()
+        for number in list(self._started):
+            self._on_ended(number, "its host was closed")
+        if self._cgroups is not None:
+            self._cgroups.close()
+
+
+def _asked(group: Cgroup | None):
+    def has_killed() -> bool:
+        if group is None or not group.has_killed:
+            return False
+        group.seen()
+        return True
+
+    return has_killed
+
+
+def _first_user() -> int:
+    """Of numbers that no account has; two services at once are unlikely to share any."""
+    return _FIRST_USER + (os.getpid() % 2**15) * _USERS
+
+
+def _base_python() -> str:
+    """Not a virtual environment's, whose packages no sandbox sees."""
+    return getattr(sys, "_base_executable", None) or sys.executable

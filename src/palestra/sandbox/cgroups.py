@@ -1,0 +1,219 @@
+"""Limits that count a sandbox as a whole: cgroup v2 where it is delegated, else v1, else none.
+
+A cgroup is used again by the next sandbox: making and removing one costs more than a fork. They are named after this
+process, so that what a killed one left behind is known and removed by the next that starts.
+"""
+
+import itertools
+import os
+from pathlib import Path
+
+from palestra.sandbox.records import Limits
+
+MEGABYTE = 2**20
+_TOP = Path("/sys/fs/cgroup")
+_OVERHEAD_MB = 32  # of the agent, and of what the kernel keeps for it
+
+
+class Cgroup:
+    """One sandbox's, as `fds` to write `0` into for whoever joins."""
+
+    def __init__(self, directories: dict[str, Path], version: int):
+        self.directories, self._version = directories, version
+        self.fds: list[int] = []
+        self._limits: Limits | None = None
+        self._kills_before = 0
+
+    def take(self, limits: Limits) -> None:
+        """Errors: OSError."""
+        if limits != self._limits:
+            for controller, name, value in _settings(limits, self._version):
+                if controller in self.directories:
+                    (self.directories[controller] / name).write_text(str(value))
+            self._limits = limits
+        self._kills_before = self._kills()
+        name = (
+            "cgroup.procs" if self._version == 2 else "tasks"
+        )  # one thread joins: the kernel need not stop the others
+        self.fds = [os.open(d / name, os.O_WRONLY | os.O_CLOEXEC) for d in set(self.directories.values())]
+
+    def joined(self) -> None:
+        """Nobody else joins."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+    @property
+    def has_killed(self) -> bool:
+        """Whether the kernel killed for its memory since it was taken."""
+        return self._kills() > self._kills_before
+
+    def seen(self) -> None:
+        self._kills_before = self._kills()
+
+    def _kills(self) -> int:
+        name = "memory.events" if self._version == 2 else "memory.oom_control"
+        try:
+            for line in (self.directories["memory"] / name).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+        except (OSError, KeyError):
+            pass
+        return 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not any((d / "cgroup.procs").read_text().strip() for d in set(self.directories.values()))
+
+    def remove(self) -> None:
+        self.joined()
+        for directory in set(self.directories.values()):
+            try:
+                directory.rmdir()
+            except OSError:
+                pass  # somebody is still in it; the next process sweeps
+
+
+def _settings(limits: Limits, version: int) -> list[tuple[str, str, int | str]]:
+    """All of a sandbox's files are in memory: they are counted with it."""
+    memory = (limits.memory_mb + limits.disk_mb + _OVERHEAD_MB) * MEGABYTE
+    period = 100_000
+    quota = None if limits.cpus is None else max(int(limits.cpus * period), 1000)
+    if version == 2:
+        return [
+            ("memory", "memory.max", memory),
+            ("memory", "memory.swap.max", 0),
+            ("pids", "pids.max", limits.processes + 2),
+            ("cpu", "cpu.max", f"{quota or 'max'} {period}"),
+        ]
+    return [
+        ("memory", "memory.limit_in_bytes", memory),
+        ("pids", "pids.max", limits.processes + 2),
+        ("cpu", "cpu.cfs_quota_us", quota or -1),
+    ]
+
+
+class Cgroups:
+    """Those of this process. `version` is 0 where there are none to be had."""
+
+    def __init__(self, name: str | None = None):
+        self._name = name or f"palestra-{os.getpid()}"
+        self._numbers, self._free = itertools.count(), list[Cgroup]()
+        self._known: list[Cgroup] = []
+        self._parents, self.version = _parents(self._name)
+        self.error = ""
+
+    def take(self, limits: Limits) -> Cgroup | None:
+        """None where there are none. Errors: OSError."""
+        if self.version == 0:
+            return None
+        group = self._free.pop() if self._free else self._make()
+        group.take(limits)
+        return group
+
+    def give_back(self, group: Cgroup) -> None:
+        group.joined()
+        if group.is_empty:
+            self._free.append(group)
+        else:
+            group.remove()
+            self._known.remove(group)
+
+    def _make(self) -> Cgroup:
+        number = next(self._numbers)
+        directories = {controller: parent / str(number) for controller, parent in self._parents.items()}
+        for directory in set(directories.values()):
+            directory.mkdir(exist_ok=True)
+        group = Cgroup(directories, self.version)
+        self._known.append(group)
+        return group
+
+    def close(self) -> None:
+        for group in self._known:
+            group.remove()
+        self._known, self._free = [], []
+        for parent in set(self._parents.values()):
+            try:
+                parent.rmdir()
+            except OSError:
+                pass
+
+
+def _parents(name: str) -> tuple[dict[str, Path], int]:
+    """Where this process may make cgroups, by controller, and the version."""
+    own = _own_paths()
+    if "" in own:
+        parents = _version_2(own[""], name)
+        if parents:
+            return parents, 2
+    found: dict[str, Path] = {}
+    for controller in ("memory", "pids", "cpu"):
+        if controller in own:
+            parent = _TOP / controller / own[controller].lstrip("/") / name
+            if _made(parent):
+                found[controller] = parent
+    return (found, 1) if {"memory", "pids"} <= set(found) else ({}, 0)
+
+
+def _version_2(own: str, name: str) -> dict[str, Path]:
+    """A child of the cgroup that is ours, or of the one above where the processes of ours are in the way."""
+    for top in (_TOP, _TOP / "unified"):
+        for place in (top / own.lstrip("/"), (top / own.lstrip("/")).parent):
+            try:
+                available = set((place / "cgroup.controllers").read_text().split())
+                if not {"memory", "pids"} <= available:
+                    continue
+                wanted = [c for c in ("memory", "pids", "cpu") if c in available]
+                (place / "cgroup.subtree_control").write_text(" ".join(f"+{c}" for c in wanted))
+                parent = place / name
+                parent.mkdir(exist_ok=True)
+                (parent / "cgroup.subtree_control").write_text(" ".join(f"+{c}" for c in wanted))
+                return dict.fromkeys(wanted, parent)
+            except OSError:
+                continue
+    return {}
+
+
+def _own_paths() -> dict[str, str]:
+    """By controller; version 2 under the empty name."""
+    found = {}
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for controller in controllers.split(","):
+                found[controller] = path
+    except OSError:
+        pass
+    return found
+
+
+def _made(directory: Path) -> bool:
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError:
+        return False
+    return os.access(directory, os.W_OK)
+
+
+def sweep() -> int:
+    """Remove what processes that are gone left behind; how many cgroups that were."""
+    count = 0
+    tops = {_TOP / "unified", *(_TOP / name for name in ("memory", "pids", "cpu"))}
+    for top in tops:
+        for path in {*_own_paths().values()}:
+            for directory in (top / path.lstrip("/")).glob("palestra-*"):
+                owner = directory.name.rpartition("-")[2]
+                if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                    count += _removed(directory)
+    return count
+
+
+def _removed(directory: Path) -> int:
+    count = 0
+    for place in (*directory.glob("*/"), directory):
+        try:
+            place.rmdir()
+            count += 1
+        except OSError:
+            pass
+    return count
