@@ -174,7 +174,7 @@ class Host:
         warm: int | None = None,
     ):
         cores = os.cpu_count() or 1
-        self._options, self.most = options, most
+        self.options, self.most = options, most
         self._starting = asyncio.Semaphore(starting or 2 * cores)
         self._running = asyncio.Semaphore(running or 2 * cores)
         self._warm = 2 * cores if warm is None else warm
@@ -187,7 +187,7 @@ class Host:
 
     async def open(self) -> Self:
         """Errors: UserError, for a backend or an image that there is not; IsolationError; SandboxStartError."""
-        self.backend = await open_backend(self._options)
+        self.backend = await open_backend(self.options)
         return self
 
     @property
@@ -296,9 +296,9 @@ class Host:
                 ["python3", "main.py"], stdin=given, timeout_s=timeout_s, max_output=max_output, on_output=on_output
             )
 
-    def list(self, *, labels: Sequence[str] = ()) -> Sequence[Sandbox]:
+    async def list(self, *, labels: Sequence[str] = ()) -> Sequence[Sandbox]:
         """Those that have all of `labels`."""
-        return [Sandbox(box) for box in self._boxes.values() if set(labels) <= set(box.labels)]
+        return [Sandbox(box) for box in self._boxes.values() if set(labels) <= set(box.labels) and not box.is_gone]
 
     async def bulk_create(self, count: int, **options: Any) -> Sequence[Sandbox]:
         """All, or none and the error of the first that failed."""
@@ -315,7 +315,7 @@ class Host:
         """Those that have all of `labels`; how many they were. Errors: UserError, for none at all."""
         if not labels:
             raise UserError("name the labels of the sandboxes to delete; to end all, close their host")
-        doomed = self.list(labels=labels)
+        doomed = await self.list(labels=labels)
         for box in doomed:
             await box.delete()
         return len(doomed)

@@ -21,6 +21,7 @@ Answer = tuple[dict[str, Any], bytes, int | None]
 OnStream = Callable[[str, bytes], None]
 
 _CHUNK, _MOST_FDS = 262_144, 4
+_CLOSE_ON_EXEC = 0x4000_0000  # MSG_CMSG_CLOEXEC
 
 
 class _Wait:
@@ -114,7 +115,7 @@ class Link:
 
     def _on_readable(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, _CHUNK, _MOST_FDS)
+            data, fds, _, _ = socket.recv_fds(self._socket, _CHUNK, _MOST_FDS, _CLOSE_ON_EXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

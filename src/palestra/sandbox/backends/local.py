@@ -24,7 +24,7 @@ from palestra.sandbox.link import Link
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
 from palestra.sandbox.zygote import HOME
 
-LAYERS = ("uid", "namespaces", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup")
+LAYERS = ("uid", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup", "watchdog")
 _OPEN_S, _CLOSE_S = 60.0, 10.0
 _USERS = 4096  # of one process: as many sandboxes at once
 _FIRST_USER = 2**28
@@ -78,8 +78,9 @@ class Local:
         version = self._cgroups.version if self._cgroups else 0
         missing = set(self._without) | (set() if self._is_root else {"uid"})
         missing |= set() if kernel.landlock_version() else {"landlock"}
-        known = [layer for layer in LAYERS if layer not in missing and layer != "cgroup"]
-        self.layers = (*known, f"cgroup_v{version}" if version else "watchdog")
+        counting = (f"cgroup_v{version}",) if version else () if "watchdog" in missing else ("watchdog",)
+        walls = [layer for layer in LAYERS if layer not in (*missing, "cgroup", "watchdog")]
+        self.layers = ("namespaces", *walls, *counting)
 
     def _plan(self) -> dict:
         root = self._root
@@ -96,6 +97,7 @@ class Local:
             "read_only": "read_only" not in self._without,
             "own_network": "network" not in self._without,
             "seccomp": "seccomp" not in self._without,
+            "no_capabilities": "no_capabilities" not in self._without,
             "landlock": "landlock" not in self._without and "read_only" not in self._without,
         }
 
@@ -152,6 +154,7 @@ class Local:
 
     def _ask(self, number: int, limits: Limits, group: Cgroup | None, fds: list[int], *, program: bool) -> None:
         """Of the zygote. Errors: SandboxStartError."""
+        watched = (limits.memory_mb + limits.disk_mb) * MEGABYTE
         wish = {
             "start": number,
             "program": program,
@@ -159,7 +162,7 @@ class Local:
             "disk_bytes": limits.disk_mb * MEGABYTE,
             "inodes": limits.inodes,
             "processes": limits.processes,
-            "watched_bytes": 0 if group else (limits.memory_mb + limits.disk_mb) * MEGABYTE,
+            "watched_bytes": 0 if group or "watchdog" in self._without else watched,
         }
         try:
             socket.send_fds(self._socket, [json.dumps(wish).encode()], [*fds, *(group.fds if group else [])])
