@@ -19,7 +19,7 @@ from palestra.sandbox import kernel
 from palestra.sandbox.backends.base import Started
 from palestra.sandbox.backends.interpreter import Interpreter
 from palestra.sandbox.backends.root import Root
-from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups
+from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups, sweep
 from palestra.sandbox.link import Link
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
 from palestra.sandbox.zygote import HOME
@@ -48,6 +48,7 @@ class Local:
 
     async def open(self) -> None:
         """Errors: SandboxStartError, where the kernel does not let us."""
+        sweep()
         self._cgroups = Cgroups() if "cgroup" not in self._without else None
         self._directory = tempfile.mkdtemp(prefix="palestra-root-")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -105,7 +106,8 @@ class Local:
         ours, theirs = socket.socketpair()
         with theirs:
             number, group = self._admitted(limits, ours)
-            started = Started(Link(ours), kill=lambda: self._kill(number), has_killed=_asked(group))
+            has_killed = group.has_killed if group is not None else lambda: False
+            started = Started(Link(ours), kill=lambda: self._kill(number), has_killed=has_killed)
             self._started[number] = started
             self._ask(number, limits, group, [theirs.fileno()], program=False)
         return started
@@ -119,7 +121,7 @@ class Local:
                 (out, out_there), (err, err_there) = pipes
                 os.set_blocking(out, False)
                 os.set_blocking(err, False)
-                made = Interpreter(ours, out, err, kill=lambda: self._kill(number), has_killed=_asked(group))
+                made = Interpreter(ours, out, err, kill=lambda: self._kill(number))
                 self._started[number] = made
                 self._ask(number, limits, group, [theirs.fileno(), out_there, err_there], program=True)
         except SandboxStartError:
@@ -169,9 +171,6 @@ class Local:
         except OSError as error:
             self._on_ended(number, "the zygote does not answer")
             raise SandboxStartError(f"the zygote of the sandboxes does not take more: {error}") from error
-        finally:
-            if group is not None:
-                group.joined()
 
     def _kill(self, number: int) -> None:
         if number not in self._started:
@@ -216,14 +215,15 @@ class Local:
 
     def _on_ended(self, number: int, reason: str, end: dict[str, Any] | None = None) -> None:
         started = self._started.pop(number, None)
+        group = self._groups_of.pop(number, None)
+        is_killed = group is not None and group.has_killed()
         if isinstance(started, Interpreter):
-            started.set_ended(end)
+            started.set_ended(None if end is None else {**end, "oom": end["oom"] or is_killed})
         elif started is not None:
-            started.set_ended(reason)
+            started.set_ended(reason, is_killed=is_killed)
         user = self._user_of.pop(number, None)
         if user is not None:
             self._users.insert(0, user)
-        group = self._groups_of.pop(number, None)
         if group is not None and self._cgroups is not None:
             self._cgroups.give_back(group)
 
@@ -248,16 +248,6 @@ class Local:
             self._on_ended(number, "its host was closed")
         if self._cgroups is not None:
             self._cgroups.close()
-
-
-def _asked(group: Cgroup | None):
-    def has_killed() -> bool:
-        if group is None or not group.has_killed:
-            return False
-        group.seen()
-        return True
-
-    return has_killed
 
 
 def _first_user() -> int:
