@@ -608,7 +608,7 @@ class Agent:
     # --- memory, where no cgroup counts it
 
     def _watch_memory(self):
-        users = set(_all_pids()) - {os.getpid()}
+        users = children_of(os.getpid())  # never others: without a namespace, those of the whole machine are in /proc
         if users and held_by(users, self._memory, self._places) > self._memory:
             for program in self._by_pid.values():
                 program.is_oom = True

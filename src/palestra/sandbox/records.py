@@ -54,9 +54,9 @@ class Result(Struct, frozen=True, kw_only=True):
         """`ok`, `failed`, `timed_out` or `oom`."""
         if self.timed_out:
             return "timed_out"
-        if self.oom:
-            return "oom"
-        return "ok" if self.exit_code == 0 else "failed"
+        if self.exit_code == 0:
+            return "ok"  # also where a process of its own was killed for its memory, and it did not mind
+        return "oom" if self.oom else "failed"
 
 
 class File(Struct, frozen=True, kw_only=True):

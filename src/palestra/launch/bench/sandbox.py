@@ -1,7 +1,7 @@
 """`palestra bench sandbox`: what sandboxes cost, beside an unprotected `python3 -c 'print(1)'` of the same interpreter.
 
-Everything is interleaved with the bare program, whose interpreter looks for no installed packages (`-I -S`), so that what
-this machine has installed flatters nobody. Ratios of times are below 1 where the sandbox is faster; ratios of rates, above.
+Everything is interleaved with the bare program, whose interpreter looks for no installed packages (`-I -S`), so that
+what this machine has installed flatters nobody. Where a sandbox is faster, ratios of times are below 1, of rates above.
 
 first_byte_x, full_result_x  a one-shot program from the warm pool: to its first byte, to its result
 warm_true_x                  `true` in a sandbox that is there already
@@ -80,10 +80,9 @@ async def latencies(host: Host, count: int) -> dict[str, float]:
             began = time.perf_counter()
             await asyncio.to_thread(bare)
             seconds["bare"].append(time.perf_counter() - began)
-            began, heard = time.perf_counter(), list[float]()
-            _require(await host.run_code(_PROGRAM, on_output=lambda *_: heard.append(time.perf_counter())))
-            seconds["full"].append(time.perf_counter() - began)
-            seconds["first"].append(heard[0] - began)
+            first_s, full_s = await _one_shot(host)
+            seconds["first"].append(first_s)
+            seconds["full"].append(full_s)
             await asyncio.sleep(0.03)
             began = time.perf_counter()
             await box.exec(["true"])
@@ -95,6 +94,13 @@ async def latencies(host: Host, count: int) -> dict[str, float]:
         "full_result_x": medians["full"] / medians["bare"],
         "warm_true_x": medians["true"] / medians["bare"],
     }
+
+
+async def _one_shot(host: Host) -> tuple[float, float]:
+    """To the first byte, and to the result."""
+    began, heard = time.perf_counter(), list[float]()
+    _require(await host.run_code(_PROGRAM, on_output=lambda *_: heard.append(time.perf_counter())))
+    return heard[0] - began, time.perf_counter() - began
 
 
 async def rate(run: Callable[[str], Awaitable[Result]], code: str, share: float) -> float:
