@@ -77,6 +77,10 @@ def bind(source: str, target: str, *, flags: int = RDONLY | NOSUID | NODEV) -> N
     mount("none", target, flags=REMOUNT | BIND | flags | locked | times)
 
 
+def unmount(target: str) -> None:
+    _checked(_libc.umount2(target.encode(), _DETACH), f"umount {target}")
+
+
 def enter_root(directory: str) -> None:
     """Make `directory`, a mount, the root of this mount namespace; what was the root is gone."""
     os.chdir(directory)
@@ -270,8 +274,8 @@ def landlock(*, readable: list[str], writable: list[str], no_network: bool = Fal
 def _allow_beneath(ruleset: int, path: str, rights: int) -> None:
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, PermissionError):
+        return  # there is nothing to allow
     try:
         if not os.path.isdir(path):
             rights &= _READ_FILE | _EXECUTE | 2 | 1 << 14 | _IOCTL_DEV  # what a file can have: also write, truncate

@@ -26,6 +26,13 @@ async def _local(options: "Options") -> Backend:
     return backend
 
 
+async def _bwrap(options: "Options") -> Backend:
+    from palestra.sandbox.backends.bwrap import Bwrap
+    from palestra.sandbox.images import root_of
+
+    return Bwrap(await root_of(options.image, options.packages))
+
+
 async def _process(options: "Options") -> Backend:
     from palestra.sandbox.backends.plain import Process
 
@@ -47,6 +54,7 @@ def _require_no_image(name: str, options: "Options") -> None:
 
 BACKENDS: dict[str, tuple[Isolation, Opener]] = {
     "local": (Isolation.NAMESPACES, _local),
+    "bwrap": (Isolation.NAMESPACES, _bwrap),
     "process": (Isolation.PROCESS, _process),
     "unsafe": (Isolation.NONE, _unsafe),
 }

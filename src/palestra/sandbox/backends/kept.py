@@ -28,6 +28,17 @@ from palestra.sandbox.users import users
 SOURCE = str(Path(__file__).resolve().parents[3])
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from palestra.sandbox.keeper import main; main(sys.argv[2])"
 _CLOSE_S, _REAP_S = 10.0, 5.0
+_NOTHING: dict[str, Any] = {
+    "argv": [],  # what starts the agent; none: the keeper's child becomes it
+    "is_detached": False,  # `argv` ends at once, and leaves the agent to the keeper
+    "drops_user": False,
+    "cleanup": [],  # programs that end what is not the keeper's
+    "environment": {},
+    "limits": None,
+    "shown": [],
+    "root": None,
+    "tools": [],
+}
 _names = itertools.count(1)
 
 
@@ -117,6 +128,7 @@ class KeptBackend:
             "control": control.fileno(),
             "groups": groups,
             "watched_bytes": 0 if kept.group else (limits.memory_mb + limits.disk_mb) * MEGABYTE,
+            **_NOTHING,
             **self.plan(limits, kept),
         }
         kept.process = subprocess.Popen(
