@@ -22,7 +22,7 @@ _CLEANUP_S = 30
 def main(text):
     """`plan`: see `backends.kept.Kept.plan`."""
     plan = json.loads(text)
-    for fd in (plan["link"], plan["control"], *plan["groups"]):
+    for fd in (plan["link"], plan["control"], plan["lock"], *plan["groups"]):
         os.set_inheritable(fd, False)
     kernel.adopt_orphans()
     kernel.die_with_parent(signal.SIGTERM)
