@@ -227,18 +227,28 @@ class Agent:
                     done = os.write(self._write, self._outgoing)
                     del self._outgoing[:done]
                 if self._passed:
-                    data, passed = self._passed.pop(0)
-                    self._outgoing += data
-                    if passed is not None:
-                        with socket.socket(fileno=os.dup(self._write)) as link, passed:
-                            done = socket.send_fds(link, [data], [passed.fileno()])
-                        del self._outgoing[:done]
+                    data, passed = self._passed[0]
+                    done = self._pass(data, passed) if passed is not None else 0
+                    self._passed.pop(0)
+                    self._outgoing += data[done:]
         except _SOFT_ERRORS:
             pass
         except OSError:
             self._is_ended = True
             return
-        self._want_writing(bool(self._outgoing))
+        self._want_writing(bool(self._outgoing or self._passed))
+
+    def _pass(self, data, passed):
+        """How many bytes went with it: none, if this end of the link takes no descriptors, and it goes unanswered."""
+        try:
+            with socket.socket(fileno=os.dup(self._write)) as link:
+                done = socket.send_fds(link, [data], [passed.fileno()])
+        except _SOFT_ERRORS:
+            raise
+        except OSError:
+            done = 0
+        passed.close()
+        return done
 
     def _want_writing(self, is_writing):
         if is_writing == self._is_writing:
@@ -778,7 +788,10 @@ def kill_descendants(pid):
 
 
 def main(argv):
-    """`agent.py HOME [MEMORY_BYTES]`, on its standard input and output, which programs do not inherit."""
+    """`agent.py HOME [MEMORY_BYTES [PLACE...]]`, on its standard input and output, which programs do not inherit.
+
+    Its environment is that of the programs; a PLACE is a file system in memory, counted with it.
+    """
     read_fd, write_fd = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -786,9 +799,28 @@ def main(argv):
     os.close(nothing)
     home = argv[1]
     os.chdir(home)
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LANG": "C.UTF-8"}
-    memory = int(argv[2]) if len(argv) > 2 else 0
-    Agent(read_fd, write_fd, home=home, environment=environment, memory_bytes=memory, is_first=os.getpid() == 1).serve()
+    environment = dict({"PATH": os.defpath, "LANG": "C.UTF-8"}, **dict(os.environ, HOME=home))
+    memory, is_first = int(argv[2]) if len(argv) > 2 else 0, os.getpid() == 1
+    _hide()
+    agent = Agent(
+        *(read_fd, write_fd),
+        home=home,
+        environment=environment,
+        memory_bytes=memory,
+        memory_places=argv[3:],
+        is_first=is_first,
+    )
+    agent.serve()
+
+
+def _hide():
+    """From programs of the same user, as far as the kernel can: they neither trace it nor read its memory."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+    except (ImportError, OSError, AttributeError):
+        pass
 
 
 if __name__ == "__main__":

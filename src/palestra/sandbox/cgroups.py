@@ -15,6 +15,28 @@ _TOP = Path("/sys/fs/cgroup")
 _OVERHEAD_MB = 32  # of the agent, and of what the kernel keeps for it
 
 
+class KillCount:
+    """How often the kernel killed for a cgroup's memory. It need not be there yet, or any more."""
+
+    def __init__(self, directory: Path, version: int):
+        self._file = directory / ("memory.events" if version == 2 else "memory.oom_control")
+        self._before = 0
+
+    def has_grown(self) -> bool:
+        """Since it was last asked."""
+        try:
+            now = _kills(self._file.read_bytes())
+        except OSError:
+            return False
+        before, self._before = self._before, now
+        return now > before
+
+
+def _kills(events: bytes) -> int:
+    _, word, rest = events.partition(b"oom_kill ")
+    return int(rest.split(b"\n", 1)[0]) if word else 0
+
+
 class Cgroup:
     """One sandbox's, as `fds` to write `0` into for whoever joins. Files are opened once: they are used often."""
 
@@ -53,8 +75,7 @@ class Cgroup:
         return self._kills_before > before
 
     def _kills(self) -> int:
-        _, word, rest = os.pread(self._events, 4096, 0).partition(b"oom_kill ")
-        return int(rest.split(b"\n", 1)[0]) if word else 0
+        return _kills(os.pread(self._events, 4096, 0))
 
     def remove(self) -> None:
         for fd in (*self._joins.values(), self._events):

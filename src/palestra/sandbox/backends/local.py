@@ -22,12 +22,11 @@ from palestra.sandbox.backends.root import Root
 from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups, sweep
 from palestra.sandbox.link import Link
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
+from palestra.sandbox.users import users
 from palestra.sandbox.zygote import HOME
 
 LAYERS = ("uid", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup", "watchdog")
 _OPEN_S, _CLOSE_S = 60.0, 10.0
-_USERS = 4096  # of one process: as many sandboxes at once
-_FIRST_USER = 2**28
 _MOST_MESSAGE = 65_536
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from palestra.sandbox.zygote import main; main(int(sys.argv[2]))"
 
@@ -42,7 +41,6 @@ class Local:
         self._numbers, self._started = itertools.count(1), dict[int, Started | Interpreter]()
         self._groups_of: dict[int, Cgroup] = {}
         self._is_root = os.geteuid() == 0
-        self._users = list(range(_first_user() + _USERS - 1, _first_user() - 1, -1)) if self._is_root else []
         self._user_of: dict[int, int] = {}
         self.layers: tuple[str, ...] = ()
 
@@ -54,7 +52,7 @@ class Local:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         source = str(Path(__file__).resolve().parents[3])
-        argv = [_base_python(), "-I", "-S", "-c", _BOOT, source, str(theirs.fileno())]
+        argv = [base_python(), "-I", "-S", "-c", _BOOT, source, str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
                 argv,
@@ -138,20 +136,20 @@ class Local:
         try:
             if self._process.poll() is not None:
                 raise SandboxStartError(f"the zygote of the sandboxes has ended with {self._process.returncode}")
-            if self._is_root and not self._users:
-                raise SandboxStartError(f"{_USERS} sandboxes are there already; delete some")
-            group = self._cgroups.take(limits) if self._cgroups else None
-        except OSError as error:
-            ours.close()
-            raise SandboxStartError(f"no cgroup for a sandbox: {error}") from error
+            user = users().take()
         except SandboxStartError:
             ours.close()
             raise
+        try:
+            group = self._cgroups.take(limits) if self._cgroups else None
+        except OSError as error:
+            ours.close()
+            users().give_back(user)
+            raise SandboxStartError(f"no cgroup for a sandbox: {error}") from error
         number = next(self._numbers)
         if group is not None:
             self._groups_of[number] = group
-        if self._is_root:
-            self._user_of[number] = self._users.pop()
+        self._user_of[number] = user
         return number, group
 
     def _ask(self, number: int, limits: Limits, group: Cgroup | None, fds: list[int], *, program: bool) -> None:
@@ -221,9 +219,7 @@ class Local:
             started.set_ended(None if end is None else {**end, "oom": end["oom"] or is_killed})
         elif started is not None:
             started.set_ended(reason, is_killed=is_killed)
-        user = self._user_of.pop(number, None)
-        if user is not None:
-            self._users.insert(0, user)
+        users().give_back(self._user_of.pop(number, 0))
         if group is not None and self._cgroups is not None:
             self._cgroups.give_back(group)
 
@@ -250,11 +246,6 @@ class Local:
             self._cgroups.close()
 
 
-def _first_user() -> int:
-    """Of numbers that no account has; two services at once are unlikely to share any."""
-    return _FIRST_USER + (os.getpid() % 2**15) * _USERS
-
-
-def _base_python() -> str:
+def base_python() -> str:
     """Not a virtual environment's, whose packages no sandbox sees."""
     return getattr(sys, "_base_executable", None) or sys.executable

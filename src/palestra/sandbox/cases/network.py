@@ -12,7 +12,12 @@ from palestra.sandbox.records import Isolation
 async def tcp(bench: Bench) -> str:
     """Neither a server of this machine's loopback, nor one of its other addresses."""
     heard: list[object] = []
-    server = await asyncio.start_server(lambda r, w: (heard.append(r), w.close()), "0.0.0.0", 0)
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(reader)
+        writer.close()
+
+    server = await asyncio.start_server(accept, "0.0.0.0", 0)
     port = server.sockets[0].getsockname()[1]
     try:
         addresses = ["127.0.0.1", _own_address(), "169.254.169.254"]
