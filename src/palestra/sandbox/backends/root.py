@@ -125,12 +125,13 @@ def _is_directory(place: Path) -> bool:
 
 
 def _has_our_python(directory: Path) -> bool:
-    """Whether the image shows the interpreter that runs this, and its library, at their places."""
+    """Whether the image shows the interpreter that runs this, and its library, at their places, to everybody."""
     for ours in (os.path.realpath(sys.executable), os.path.realpath(os.__file__)):
-        there = os.path.join(directory, ours.lstrip("/"))
-        if os.path.realpath(there) != there and directory != Path("/"):
+        there = directory / ours.lstrip("/")
+        if not there.is_file() or not os.path.samefile(there, ours):
             return False
-        if not os.path.exists(there) or not os.path.samefile(there, ours):
+        between = [place for place in there.parents if place.is_relative_to(directory) and place != directory]
+        if any(place.is_symlink() or place.stat().st_mode & 0o005 != 0o005 for place in between):
             return False
     return True
 
