@@ -586,7 +586,7 @@ class Agent:
         except BaseException:
             link.close()
             raise
-        self._send({"id": header["id"]}, passed=link)
+        self._send({"id": header["id"], "passes": True}, passed=link)
         return
 
     def _listen(self, header, body):
@@ -598,7 +598,7 @@ class Agent:
         except BaseException:
             link.close()
             raise
-        self._send({"id": header["id"]}, passed=link)
+        self._send({"id": header["id"], "passes": True}, passed=link)
         return
 
     def _set_environment(self, header, body):
