@@ -91,7 +91,7 @@ class Box:
         is_program = header["do"] in PROGRAMS
         limit = float(header.get("timeout_s") or 0) + _GRACE_S if is_program else header.get("wait_s", 0) + _CALL_S
         try:
-            answer, data, _ = await within(
+            answer, data, passed = await within(
                 limit, self._started.link.call(header, body, on_stream=on_stream), waiting_for=f"sandbox {self.id}"
             )
         except DeadlineError:
@@ -103,6 +103,8 @@ class Box:
             if is_program and self._started.has_killed():
                 return self._noted(header, {"oom": True, "signal": 9}), b""
             raise SandboxGoneError(f"sandbox {self.id}: {error}") from None
+        if passed is not None:
+            os.close(passed)  # of a request that only this process makes
         if is_program:
             answer["oom"] = bool(answer.get("oom")) or self._started.has_killed()
             self.cpu_s += float(answer.get("cpu_s", 0))
@@ -129,12 +131,20 @@ class Box:
     async def expose(self, port: int) -> Port:
         """Errors: OSError, UnsupportedError."""
         if port not in self._ports:
-            self._ports[port] = await Forwarding.open(self._started.link, port, backend=self._backend.name)
+            forwarding = await Forwarding.open(self._started.link, port, backend=self._backend.name)
+            if self.is_gone or port in self._ports:
+                forwarding.close()  # meanwhile it ended, or somebody else asked
+            else:
+                self._ports[port] = forwarding
+        if self.is_gone:
+            raise SandboxGoneError(f"sandbox {self.id} has ended")
         return self._ports[port].where
 
     async def allow(self, hosts: Sequence[str]) -> None:
         """Errors: UnsupportedError."""
         self._egress = await Egress.open(self._started.link, hosts, backend=self._backend.name)
+        if self.is_gone:
+            self._egress.close()
 
     async def logs(self) -> str:
         return "\n".join(self._lines)

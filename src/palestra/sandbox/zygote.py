@@ -31,7 +31,7 @@ _CLOSE_ON_EXEC = 0x4000_0000  # MSG_CMSG_CLOEXEC
 _FIRST_FREE, _MOST_FDS = 4, 1024
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _KEPT = []
-_ETC = {
+ETC = {
     "passwd": "root:x:0:0:root:/:/sbin/nologin\nuser:x:1000:1000:user:/home/user:/bin/sh\n",
     "group": "root:x:0:\nuser:x:1000:\n",
     "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
@@ -46,9 +46,12 @@ def main(fd):
     link.set_inheritable(False)
     plan = json.loads(link.recv(_MOST_MESSAGE))
     try:
+        if plan["has_own_python"]:
+            bring_along()
         enter_own_root(plan)
         kernel.die_with_parent()
-        preload(plan["preload"])
+        if not plan["has_own_python"]:
+            preload(plan["preload"])
     except Exception as error:
         link.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
         raise SystemExit(1) from None
@@ -56,7 +59,7 @@ def main(fd):
     plan["ours"] = [name for name in sys.modules if name.partition(".")[0] == "palestra"]
     plan["path"] = [HOME, *plan["path"]]
     sys.argv[:] = ["main.py"]
-    sys.path.pop(0)
+    del sys.path[:1]
     sys.path_importer_cache.clear()
     link.send(b'{"ready":true}')
     Zygote(link, plan).serve()
@@ -98,9 +101,9 @@ def fill_root(plan):
         _bind_into(top, "/dev/" + name, "/dev/" + name, flags=kernel.NOSUID)
     for name, text in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
         os.symlink(text, top + "/dev/" + name)
-    for name, text in {**_ETC, **plan["etc"]}.items():
+    for name, text in {**ETC, **plan["etc"]}.items():
         place = top + "/etc/" + name
-        if not os.path.lexists(place):
+        if not os.path.lexists(place) and os.access(top + "/etc", os.W_OK):  # an image's own is read-only
             with open(place, "w", encoding="utf-8") as file:
                 file.write(text)
     for place in plan["hidden"]:
@@ -132,6 +135,17 @@ def map_user(proc, inside, outside_uid, outside_gid):
             os.write(fd, text.encode())
         finally:
             os.close(fd)
+
+
+def bring_along():
+    """What is imported later, before an image's files are around us: no module comes from those."""
+    import select  # noqa: F401
+    import shutil  # noqa: F401
+    import traceback  # noqa: F401
+
+    sys.path.clear()
+    for name in ("encodings", "importlib", "json", "palestra", "palestra.sandbox"):
+        sys.modules[name].__path__ = []
 
 
 def preload(modules):

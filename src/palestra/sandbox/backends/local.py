@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palestra.core.deadline import within
-from palestra.core.errors import DeadlineError
+from palestra.core.errors import DeadlineError, UserError
 from palestra.sandbox import kernel
 from palestra.sandbox.backends.base import Started
 from palestra.sandbox.backends.interpreter import Interpreter
@@ -45,7 +45,11 @@ class Local:
         self.layers: tuple[str, ...] = ()
 
     async def open(self) -> None:
-        """Errors: SandboxStartError, where the kernel does not let us."""
+        """Errors: SandboxStartError, where the kernel does not let us; UserError, for `preload` in vain."""
+        if self._root.has_own_python and self._preload:
+            raise UserError(
+                f"preload={list(self._preload)}: programs are run by the image's python3, which starts anew"
+            )
         sweep()
         self._cgroups = Cgroups() if "cgroup" not in self._without else None
         self._directory = tempfile.mkdtemp(prefix="palestra-root-")
@@ -92,6 +96,7 @@ class Local:
             "etc": root.etc,
             "environment": root.environment,
             "path": root.path,
+            "has_own_python": root.has_own_python,
             "preload": self._preload,
             "read_only": "read_only" not in self._without,
             "own_network": "network" not in self._without,
@@ -111,6 +116,8 @@ class Local:
         return started
 
     async def interpreter(self, limits: Limits) -> Interpreter | None:
+        if self._root.has_own_python:
+            return None  # ours has its memory from here, and would find its files of there
         ours, theirs = socket.socketpair()
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)]
         try:
