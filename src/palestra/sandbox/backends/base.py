@@ -12,13 +12,15 @@ from palestra.sandbox.records import Isolation, Limits
 class Started:
     """A sandbox's agent. `kill` ends it with all that runs in it, at once and however it resists.
 
-    `has_killed` tells whether something in it was killed for its memory since it was last asked.
+    `has_killed` tells whether something in it was killed for its memory since it was last asked. `cpu_s`: of all that
+    ran in it, known when it has ended; None where nobody tells.
     """
 
     def __init__(self, link: Link, *, kill: Callable[[], None], has_killed: Callable[[], bool] = lambda: False):
         self.link, self.kill, self.has_killed = link, kill, has_killed
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.pid: int | None = None
+        self.cpu_s: float | None = None
 
     def set_ended(self, reason: str) -> None:
         if not self.ended.done():

@@ -216,6 +216,7 @@ class Local:
         if isinstance(started, Interpreter):
             started.set_ended(end)
         elif started is not None:
+            started.cpu_s = end["cpu_s"] if end else None
             started.set_ended(reason)
         user = self._user_of.pop(number, None)
         if user is not None:
