@@ -91,6 +91,10 @@ class SandboxFullError(SandboxError):
     """The service has as many as it may have. Of the load; later there is room."""
 
 
+class SandboxUnreachableError(SandboxError):
+    """The service that has it does not answer, or is about to end. Of the network, or of the service's machine."""
+
+
 class UnsupportedError(UserError):
     """What this backend cannot do. Of whoever chose it; the message names one that can."""
 

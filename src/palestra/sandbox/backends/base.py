@@ -14,7 +14,8 @@ class Started:
 
     `has_killed` tells whether something in it was killed for its memory since it was last asked; after its end, whether
     that was why. `is_killed` of `set_ended`: the same, of its last moments. `home` is where its programs start; empty,
-    where that is the same for all of its backend.
+    where that is the same for all of its backend. `cpu_s`: of all that ran in it, known when it has ended; None where
+    nobody tells.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class Started:
         self.link, self.kill, self._has_killed, self.home = link, kill, has_killed, home
         self._is_killed = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.cpu_s: float | None = None
 
     def has_killed(self) -> bool:
         return self._is_killed if self.ended.done() else self._has_killed()

@@ -225,6 +225,7 @@ class Local:
         if isinstance(started, Interpreter):
             started.set_ended(None if end is None else {**end, "oom": end["oom"] or is_killed})
         elif started is not None:
+            started.cpu_s = end["cpu_s"] if end else None
             started.set_ended(reason, is_killed=is_killed)
         users().give_back(self._user_of.pop(number, 0))
         if group is not None and self._cgroups is not None:
