@@ -191,6 +191,11 @@ class Host:
         return self
 
     @property
+    def is_broken(self) -> bool:
+        """No sandbox will ever start again; those that were there have ended."""
+        return getattr(self.backend, "is_broken", False)
+
+    @property
     def boxes(self) -> dict[str, Box]:
         """By id, those that are there."""
         return self._boxes
@@ -383,16 +388,23 @@ _hosts: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Options, "asyncio.Futu
 
 
 async def host_of(options: Options) -> Any:
-    """The host of this event loop with these options, opened when first asked for; it ends with this process."""
+    """The host of this event loop with these options, opened when first asked for, and again when its backend is
+    broken; it ends with this process."""
     hosts = _hosts.setdefault(asyncio.get_running_loop(), {})
     if options not in hosts:
         hosts[options] = asyncio.ensure_future(_opened(options))
     try:
-        return await asyncio.shield(hosts[options])
+        host = await asyncio.shield(hosts[options])
     except BaseException:
         if options in hosts and hosts[options].done():
             hosts.pop(options)
         raise
+    if not getattr(host, "is_broken", False):
+        return host
+    if hosts.get(options) is not None and hosts[options].done() and hosts[options].result() is host:
+        del hosts[options]  # by the first who sees it
+        await host.close()
+    return await host_of(options)
 
 
 async def _opened(options: Options) -> Any:

@@ -81,6 +81,10 @@ class Local:
         known = [layer for layer in LAYERS if layer not in missing and layer != "cgroup"]
         self.layers = (*known, f"cgroup_v{version}" if version else "watchdog")
 
+    @property
+    def is_broken(self) -> bool:
+        return self._process.poll() is not None
+
     def _plan(self) -> dict:
         root = self._root
         return {
