@@ -16,6 +16,7 @@ from palestra import __version__
 from palestra.launch.outcome import MISTAKE, Interrupted, exit_code
 
 _OVERRIDE = "section.field=value"
+_SANDBOX = "where programs of rollouts run: see docs/sandboxes.md (default: the best that works here)"
 _RESUME = "go on with this one; what is named beside it must be what DIR holds, save --concurrency"
 
 
@@ -160,7 +161,7 @@ def _add_wish(parser: argparse.ArgumentParser, *, split: str, also: str = "") ->
 
 
 def _add_sandbox(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sandbox", metavar="NAME", help="where programs of rollouts run; unsafe: here, without walls")
+    parser.add_argument("--sandbox", metavar="NAME", help=_SANDBOX)
 
 
 def _add_env(commands) -> None:
@@ -173,7 +174,7 @@ def _add_env(commands) -> None:
     check = _add(inner, "check", _env_check, "prove without a model what must hold for an environment")
     check.add_argument("names", nargs="*", metavar="NAME", help="an installed one, module:Class or FILE.py:Class")
     check.add_argument("--all", action="store_true", help="every installed one")
-    check.add_argument("-n", "--num-tasks", type=int, default=20, help="tasks to look at (default: 20)")
+    check.add_argument("-n", "--num-tasks", type=int, help="tasks to look at (default: 20, or what it says)")
     _add_sandbox(check)
     check.add_argument("--deadline-s", type=float, default=600, help="for each environment (default: 600)")
     _add_json(check)
