@@ -608,7 +608,7 @@ class Agent:
     # --- memory, where no cgroup counts it
 
     def _watch_memory(self):
-        users = set(_all_pids()) - {os.getpid()}
+        users = set(_all_pids()) - {os.getpid()} if self._is_first else children_of(os.getpid())
         if users and held_by(users, self._memory, self._places) > self._memory:
             for program in self._by_pid.values():
                 program.is_oom = True
@@ -778,7 +778,10 @@ def kill_descendants(pid):
 
 
 def main(argv):
-    """`agent.py HOME [MEMORY_BYTES]`, on its standard input and output, which programs do not inherit."""
+    """`agent.py HOME [MEMORY_BYTES [PLACE...]]`, on its standard input and output, which programs do not inherit.
+
+    Its environment is that of the programs; a PLACE is a file system in memory, counted with it.
+    """
     read_fd, write_fd = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -786,9 +789,28 @@ def main(argv):
     os.close(nothing)
     home = argv[1]
     os.chdir(home)
-    environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "LANG": "C.UTF-8"}
-    memory = int(argv[2]) if len(argv) > 2 else 0
-    Agent(read_fd, write_fd, home=home, environment=environment, memory_bytes=memory, is_first=os.getpid() == 1).serve()
+    environment = dict({"PATH": os.defpath, "LANG": "C.UTF-8"}, **dict(os.environ, HOME=home))
+    memory, is_first = int(argv[2]) if len(argv) > 2 else 0, os.getpid() == 1
+    _hide()
+    agent = Agent(
+        *(read_fd, write_fd),
+        home=home,
+        environment=environment,
+        memory_bytes=memory,
+        memory_places=argv[3:],
+        is_first=is_first,
+    )
+    agent.serve()
+
+
+def _hide():
+    """From programs of the same user, as far as the kernel can: they neither trace it nor read its memory."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+    except (ImportError, OSError, AttributeError):
+        pass
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Box:
     """A sandbox's entry at its host: the connection of `Sandbox`."""
 
     def __init__(self, id: str, started: Started, limits: Limits, backend: Backend, labels: Sequence[str]):
-        self.id, self.home, self.labels = id, backend.home, tuple(labels)
+        self.id, self.home, self.labels = id, started.home or backend.home, tuple(labels)
         self.limits, self.created = limits, unix_now()
         self.cpu_s = 0.0
         self._started, self._backend = started, backend

@@ -94,8 +94,9 @@ def set_dumpable(is_dumpable: bool) -> None:
     _prctl(_SET_DUMPABLE, int(is_dumpable), "prctl(PR_SET_DUMPABLE)")
 
 
-def die_with_parent() -> None:
-    _prctl(_SET_PDEATHSIG, 9, "prctl(PR_SET_PDEATHSIG)")
+def die_with_parent(signal_number: int = 9) -> None:
+    """Get that signal when the parent ends. It is gone again when the user changes."""
+    _prctl(_SET_PDEATHSIG, signal_number, "prctl(PR_SET_PDEATHSIG)")
 
 
 def adopt_orphans() -> None:
@@ -190,14 +191,14 @@ def seccomp_program(*, no_network: bool = False, uncounted_memory: bool = True) 
     """A classic BPF program. Calls that reach into the kernel's rarely used parts, or out of the sandbox, are refused.
 
     `clone3` answers ENOSYS, so that libraries use `clone`, whose flags can be looked at.
-    `no_network`: only AF_UNIX sockets, where there is no network namespace.
+    `no_network`: no sockets but pairs, where there is no network namespace; those with a path lead to services here.
     `uncounted_memory`: allow memory that belongs to no process (memfd, System V), which needs a cgroup to count it.
     """
     refused = {name: _EPERM for name in _NUMBERS if not name.startswith("landlock_") and name not in _LOOKED_AT}
     refused.update(dict.fromkeys(_NO_SUCH_CALL, _ENOSYS))
     if not uncounted_memory:
         refused.update(dict.fromkeys(_UNCOUNTED, _ENOSYS))
-    families = (socket.AF_UNIX,) if no_network else _FAMILIES
+    families = () if no_network else _FAMILIES
     code = [(_LOAD, 0, 0, _ARCH), (_EQUALS, 1, 0, _ARCHITECTURE), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NR)]
     code += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _ERRNO | _ENOSYS)]
     for name, error in refused.items():

@@ -12,11 +12,14 @@ from palestra.sandbox.records import Isolation, Limits
 class Started:
     """A sandbox's agent. `kill` ends it with all that runs in it, at once and however it resists.
 
-    `has_killed` tells whether something in it was killed for its memory since it was last asked.
+    `has_killed` tells whether something in it was killed for its memory since it was last asked. `home` is where its
+    programs start; empty, where that is the same for all of its backend.
     """
 
-    def __init__(self, link: Link, *, kill: Callable[[], None], has_killed: Callable[[], bool] = lambda: False):
-        self.link, self.kill, self.has_killed = link, kill, has_killed
+    def __init__(
+        self, link: Link, *, kill: Callable[[], None], has_killed: Callable[[], bool] = lambda: False, home: str = ""
+    ):
+        self.link, self.kill, self.has_killed, self.home = link, kill, has_killed, home
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.pid: int | None = None
 

@@ -26,8 +26,29 @@ async def _local(options: "Options") -> Backend:
     return backend
 
 
+async def _process(options: "Options") -> Backend:
+    from palestra.sandbox.backends.plain import Process
+
+    _require_no_image("process", options)
+    return Process()
+
+
+async def _unsafe(options: "Options") -> Backend:
+    from palestra.sandbox.backends.plain import Unsafe
+
+    _require_no_image("unsafe", options)
+    return Unsafe()
+
+
+def _require_no_image(name: str, options: "Options") -> None:
+    if options.image is not None:
+        raise UserError(f"the sandbox {name!r} has this machine's files, and no image {options.image!r}; 'local' has")
+
+
 BACKENDS: dict[str, tuple[Isolation, Opener]] = {
     "local": (Isolation.NAMESPACES, _local),
+    "process": (Isolation.PROCESS, _process),
+    "unsafe": (Isolation.NONE, _unsafe),
 }
 """By name, best first: how much it isolates, and how it is opened."""
 

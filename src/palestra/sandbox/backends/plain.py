@@ -1,0 +1,109 @@
+"""The backends `unsafe` and `process`: programs among the other processes of this machine, in a directory of their own.
+
+Both see the Python that runs us, with what is installed into it.
+"""
+
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+from palestra.sandbox import kernel
+from palestra.sandbox.backends.kept import Kept, KeptBackend
+from palestra.sandbox.backends.root import system_root
+from palestra.sandbox.cgroups import MEGABYTE
+from palestra.sandbox.records import Isolation, Limits, SandboxStartError
+
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+_ETC = ("passwd", "group", "hosts", "nsswitch.conf")
+_PATH = ("/usr/local/bin", "/usr/bin", "/bin")
+
+
+class Plain(KeptBackend):
+    def __init__(self):
+        super().__init__()
+        self._pythons = _pythons(is_other_user=self.has_users and os.geteuid() == 0)
+        self._path = ":".join(dict.fromkeys([*(f"{place}/bin" for place in self._pythons), *_PATH]))
+
+    def home_of(self, kept: Kept) -> str:
+        return f"{kept.directory}/home"
+
+    def plan(self, limits: Limits, kept: Kept) -> dict[str, Any]:
+        home, temporary = self.home_of(kept), f"{kept.directory}/tmp"
+        for place in (home, temporary):
+            os.mkdir(place, 0o700)
+            if kept.uid:
+                os.chown(place, kept.uid, kept.uid)
+        if kept.uid:
+            os.chmod(kept.directory, 0o711)
+        environment = {"PATH": self._path, "HOME": home, "LANG": "C.UTF-8", "TMPDIR": temporary}
+        return {"home": home, "environment": environment, **self.walls(limits, kept)}
+
+    def walls(self, limits: Limits, kept: Kept) -> dict[str, Any]:
+        return {"is_walled": False, "limits": None, "readable": [], "writable": []}
+
+
+class Unsafe(Plain):
+    """Nothing is between a program and this machine but good manners: for programs that you would run by hand.
+
+    What a sandbox started ends with it, and its directory; what uses more memory than its limit is killed.
+    """
+
+    name, isolation = "unsafe", Isolation.NONE
+    has_users = has_cgroups = False
+
+    def __init__(self):
+        super().__init__()
+        self.layers = (self.counts,)
+
+
+class Process(Plain):
+    """Programs read the system's files and Python's, write their own directory, and have no sockets but pairs.
+
+    Started by root, each sandbox is a user of its own; by anybody else, it is that user, whom landlock keeps from other
+    files and processes. A file is at most `disk_mb`; how many files there are, and their sum, nothing bounds. Only a
+    user of its own is held to a number of processes, or a cgroup.
+    """
+
+    name, isolation = "process", Isolation.PROCESS
+
+    def __init__(self):
+        """Errors: SandboxStartError, where the kernel has too few walls."""
+        super().__init__()
+        self._has_landlock = kernel.landlock_version() > 0
+        if not self._has_landlock and os.geteuid() != 0:
+            raise SandboxStartError("this kernel has no landlock, which 'process' needs unless root starts it")
+        uid, landlock = ("uid",) if os.geteuid() == 0 else (), ("landlock",) if self._has_landlock else ()
+        self.layers = (*uid, "no_capabilities", "seccomp", *landlock, self.counts)
+        system = [source for source, _ in system_root().binds]
+        etc, devices = [f"/etc/{name}" for name in _ETC], [f"/dev/{name}" for name in _DEVICES]
+        wanted = [place for place in (*system, *self._pythons, *etc, *devices, "/proc") if os.path.exists(place)]
+        open_to_it = [place for place in wanted if os.geteuid() != 0 or _is_open(Path(place))]
+        self._readable = open_to_it if self._has_landlock else []
+
+    def walls(self, limits: Limits, kept: Kept) -> dict[str, Any]:
+        own = [f"{kept.directory}/home", f"{kept.directory}/tmp"]
+        return {
+            "is_walled": True,
+            "limits": {
+                "files": 1024,
+                "processes": limits.processes if kept.uid else None,
+                "file_bytes": limits.disk_mb * MEGABYTE,
+            },
+            "readable": self._readable,
+            "writable": [*own, "/dev/null", "/dev/zero", "/dev/full"],
+        }
+
+
+def _pythons(*, is_other_user: bool) -> list[str]:
+    """Where they are: the one that runs us, and the one that it was made from, if whoever runs them may go there."""
+    places = dict.fromkeys([sys.prefix, os.path.realpath(sys.base_prefix)])
+    if is_other_user and not all(_is_open(Path(place)) for place in places):
+        return []
+    return list(places)
+
+
+def _is_open(place: Path) -> bool:
+    """Whether everybody may go there."""
+    return all(one.stat().st_mode & stat.S_IXOTH for one in place.resolve().parents)

@@ -1,0 +1,202 @@
+"""The keeper of one sandbox: it starts an agent, outlives it, and leaves nothing behind.
+
+Consumes: a plan, as its argument. Waits for: the end of its host's socket, a signal that its host is gone, the end of
+what it started. Ends when: any of these; first it kills all that came from it, and removes the sandbox's directory.
+
+It is the parent that the kernel gives to processes whose own is gone, so that daemons are found. As root it stays root,
+while what it starts is another user, who cannot touch it. Standard library only, started with an empty environment.
+"""
+
+import json
+import os
+import selectors
+import signal
+
+from palestra.sandbox import agent as agent_of
+from palestra.sandbox import kernel
+
+_SIGNALS = (signal.SIGCHLD, signal.SIGTERM)
+
+
+def main(text):
+    """`plan`: see `backends.kept.Kept.plan`."""
+    plan = json.loads(text)
+    for fd in (plan["link"], plan["control"], *plan["groups"]):
+        os.set_inheritable(fd, False)
+    kernel.adopt_orphans()
+    kernel.die_with_parent(signal.SIGTERM)
+    woken, waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    for number in _SIGNALS:
+        signal.signal(number, _ignore)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become(plan)
+        except BaseException as error:
+            complain(plan["link"], error)
+        finally:
+            os._exit(1)
+    for fd in (plan["link"], *plan["groups"]):
+        os.close(fd)
+    wait_for_an_end(plan["control"], woken, pid)
+    end_all(plan)
+
+
+def _ignore(number, stack):
+    """A signal that only wakes the loop."""
+
+
+def complain(fd, error):
+    """To whoever asked for the sandbox, in a frame of the agent's."""
+    try:
+        os.write(fd, agent_of.frame({"failed": f"{type(error).__name__}: {error}"}))
+    except OSError:
+        pass
+
+
+# --- the end
+
+
+def wait_for_an_end(control, woken, pid):
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
+    selector.register(woken, selectors.EVENT_READ)
+    while True:
+        ready = {key.fd for key, _ in selector.select()}
+        if control in ready or signal.SIGTERM in os.read(woken, 4096) or pid in reaped():
+            return
+
+
+def reaped():
+    """Children that have ended."""
+    found = set()
+    try:
+        while True:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return found
+            found.add(pid)
+    except ChildProcessError:
+        return found
+
+
+def end_all(plan):
+    if plan["uid"]:
+        kill_user(plan["uid"])
+    agent_of.kill_descendants(os.getpid())
+    remove_tree(plan["directory"])
+
+
+def kill_user(uid):
+    """All processes of a user, whose forks the kernel holds up meanwhile."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            os.kill(-1, signal.SIGKILL)
+        finally:
+            os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED)
+
+
+def remove_tree(path):
+    """However deep it is: what lies in a directory of it is first moved to its top."""
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    count = before = 0
+    while names := os.listdir(top):
+        for name in names:
+            count += _removed(top, name, count)
+        if count == before:
+            return  # what cannot be removed, stays
+        before = count
+    os.close(top)
+    os.rmdir(path)
+
+
+def _removed(top, name, count):
+    """How many files and directories were moved or removed."""
+    try:
+        if _unlinked(top, name):
+            return 1
+        inner = _opened(top, name)
+    except OSError:
+        return 0
+    done = 0
+    try:
+        for child in os.listdir(inner):
+            if not _unlinked(inner, child):
+                os.chmod(child, 0o700, dir_fd=inner)
+                os.rename(child, f".{count + done}", src_dir_fd=inner, dst_dir_fd=top)
+            done += 1
+        os.rmdir(name, dir_fd=top)
+        done += 1
+    except OSError:
+        pass  # a name that is taken: the next round uses others
+    finally:
+        os.close(inner)
+    return done
+
+
+def _unlinked(directory, name):
+    """False for a directory."""
+    try:
+        os.unlink(name, dir_fd=directory)
+        return True
+    except (IsADirectoryError, PermissionError):
+        return False
+
+
+def _opened(top, name):
+    os.chmod(name, 0o700, dir_fd=top)
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+
+
+# --- what it keeps
+
+
+def become(plan):
+    """In the child of the keeper: what needs rights first, then none of them."""
+    signal.set_wakeup_fd(-1)
+    os.close(plan["control"])
+    for fd in plan["groups"]:
+        os.write(fd, b"0")
+        os.close(fd)
+    become_agent(plan)
+
+
+def become_user(uid):
+    if uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+
+
+def become_agent(plan):
+    """On this machine's own files and processes, behind the walls that the plan names."""
+    import select  # noqa: F401  what the agent imports when it needs it, which it could not read from behind the walls
+    import shutil  # noqa: F401
+
+    become_user(plan["uid"])
+    kernel.adopt_orphans()
+    if plan["limits"]:
+        kernel.limit(**plan["limits"])
+    if plan["is_walled"]:
+        kernel.drop_capabilities()
+        kernel.set_no_new_privileges()
+    if plan["readable"]:
+        kernel.landlock(readable=plan["readable"], writable=plan["writable"], no_network=True)
+    if plan["is_walled"]:
+        kernel.Seccomp(kernel.seccomp_program(no_network=True, uncounted_memory=False)).install()
+        kernel.set_dumpable(False)
+    os.chdir(plan["home"])
+    agent = agent_of.Agent(
+        *(plan["link"], plan["link"]),
+        home=plan["home"],
+        environment=plan["environment"],
+        memory_bytes=plan["watched_bytes"],
+        is_first=False,
+    )
+    agent.serve()
+    os._exit(0)
