@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 from msgspec import Struct, structs
 
 from palestra.core.clock import unix_now
-from palestra.core.deadline import within
-from palestra.core.errors import DeadlineError, UserError
+from palestra.core.deadline import Unhurried, within
+from palestra.core.errors import UserError
 from palestra.sandbox.backends.base import Backend, Started
 from palestra.sandbox.backends.choose import open_backend
 from palestra.sandbox.backends.interpreter import Interpreter
@@ -91,10 +91,11 @@ class Box:
         is_program = header["do"] in PROGRAMS
         limit = float(header.get("timeout_s") or 0) + _GRACE_S if is_program else header.get("wait_s", 0) + _CALL_S
         try:
-            answer, data, _ = await within(
-                limit, self._started.link.call(header, body, on_stream=on_stream), waiting_for=f"sandbox {self.id}"
-            )
-        except DeadlineError:
+            async with (patience := Unhurried(limit)):
+                answer, data, _ = await self._started.link.call(header, body, on_stream=on_stream)
+        except TimeoutError:
+            if not patience.expired:
+                raise  # of the sandbox's own files
             self.end("its programs let its agent say nothing")
             if is_program:
                 return self._noted(header, {"timed_out": True, "wall_s": limit}), b""
@@ -274,7 +275,7 @@ class Host:
 
         Errors: SandboxError: of the machine, not of the program.
         """
-        text, given = code.encode("utf-8", "surrogateescape"), encoded(stdin)
+        text, given = code.encode("utf-8", "surrogatepass"), encoded(stdin)
         contents = {_relative(path): encoded(content) for path, content in (files or {}).items()}
         pool = self._pools.get(limits)
         if pool is None:
