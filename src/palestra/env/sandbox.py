@@ -75,7 +75,7 @@ class Sandboxes:
         return await host_of(structs.replace(self._options, image=image))
 
     async def __aenter__(self) -> Self:
-        self._before = _here.get()
+        self._before = _here.get(None)
         _here.set(self)
         return self
 
@@ -95,7 +95,7 @@ def require_backend(name: str | None) -> None:
 
 def sandboxes_here() -> Sandboxes:
     """Those of the block around; outside of any, the best that works here."""
-    return _here.get() or Sandboxes()
+    return _here.get(None) or Sandboxes()
 
 
 async def run_code(

@@ -91,7 +91,7 @@ class Box:
         is_program = header["do"] in PROGRAMS
         limit = float(header.get("timeout_s") or 0) + _GRACE_S if is_program else header.get("wait_s", 0) + _CALL_S
         try:
-            async with (patience := Unhurried(limit)):
+            async with Unhurried(limit) as patience:
                 answer, data, _ = await self._started.link.call(header, body, on_stream=on_stream)
         except TimeoutError:
             if not patience.expired:
