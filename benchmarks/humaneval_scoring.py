@@ -2,7 +2,7 @@
 
     python benchmarks/humaneval_scoring.py [--sandbox NAME] [--at-once 2] [--rounds 3] [--json]
 
-A bare process is `python3 -I exam.py` of the interpreter that sandboxes have, with the same input and without any walls.
+A bare process is `python3 -I exam.py` of the interpreter that sandboxes have, with the same input and no walls.
 Rounds of both take turns; each number is the wall time of one round, in seconds. The backend is open before the first.
 """
 
