@@ -227,18 +227,28 @@ class Agent:
                     done = os.write(self._write, self._outgoing)
                     del self._outgoing[:done]
                 if self._passed:
-                    data, passed = self._passed.pop(0)
-                    self._outgoing += data
-                    if passed is not None:
-                        with socket.socket(fileno=os.dup(self._write)) as link, passed:
-                            done = socket.send_fds(link, [data], [passed.fileno()])
-                        del self._outgoing[:done]
+                    data, passed = self._passed[0]
+                    done = self._pass(data, passed) if passed is not None else 0
+                    self._passed.pop(0)
+                    self._outgoing += data[done:]
         except _SOFT_ERRORS:
             pass
         except OSError:
             self._is_ended = True
             return
-        self._want_writing(bool(self._outgoing))
+        self._want_writing(bool(self._outgoing or self._passed))
+
+    def _pass(self, data, passed):
+        """How many bytes went with it: none, if this end of the link takes no descriptors, and it goes unanswered."""
+        try:
+            with socket.socket(fileno=os.dup(self._write)) as link:
+                done = socket.send_fds(link, [data], [passed.fileno()])
+        except _SOFT_ERRORS:
+            raise
+        except OSError:
+            done = 0
+        passed.close()
+        return done
 
     def _want_writing(self, is_writing):
         if is_writing == self._is_writing:
