@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from palestra.core.errors import UserError
@@ -83,14 +83,12 @@ def image_root(directory: Path, *, etc: Path, environment: dict[str, str], site:
     if site:
         binds = [bind for bind in binds if bind[1] != "/opt"] + [(str(site), SITE)]
     is_ours = _has_our_python(directory)
+    set_by_it = {name: value for name, value in environment.items() if name not in _OURS_TO_SET}
+    told = {**_environment(":".join(_IMAGE_PATH)), **set_by_it}
     return Root(
         binds=tuple(binds),
         links=tuple(links),
-        environment={
-            **_environment(":".join(_IMAGE_PATH)),
-            **{name: value for name, value in environment.items() if name not in _OURS_TO_SET},
-            **({"PYTHONPATH": SITE} if site else {}),
-        },
+        environment=_with_site(told) if site else told,
         path=_library(os.path.realpath(sys.base_prefix)) if is_ours else (),
         has_own_python=not is_ours,
     )
@@ -138,15 +136,16 @@ def _has_our_python(directory: Path) -> bool:
 
 def with_site(root: Root, directory: Path) -> Root:
     """With what pip installed into `directory`, as an image's packages."""
-    return Root(
+    return replace(
+        root,
         binds=(*(b for b in root.binds if not b[1].startswith(SITE)), (str(directory), SITE)),
-        links=root.links,
-        hidden=root.hidden,
-        etc=root.etc,
-        environment={**root.environment, "PYTHONPATH": SITE},
+        environment=_with_site(root.environment),
         path=(*(p for p in root.path if p != SITE), SITE),
-        has_own_python=root.has_own_python,
     )
+
+
+def _with_site(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "PYTHONPATH": SITE, "PATH": f"{environment['PATH']}:{SITE}/bin"}
 
 
 def _environment(path: str) -> dict[str, str]:
