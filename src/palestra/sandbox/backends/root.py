@@ -18,7 +18,7 @@ _IMAGE_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/s
 _UNSHOWN = ("proc", "dev", "tmp", "sys", "run", "box", "etc", "home", "var")  # ours, or shown in parts
 _KEPT_FREE = {"home": ("user",), "var": ("tmp",), "opt": ("site-packages",)}
 _OURS_TO_SET = ("HOME", "USER", "TMPDIR")
-_MOST_SHOWN = 200
+_MOST_SHOWN = 64
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def _show(
     """What a directory has, but for these names."""
     places = [place for place in sorted(directory.iterdir()) if place.name not in but]
     if len(places) > _MOST_SHOWN:
-        raise UserError(f"image {directory} has {len(places)} files at its top; at most {_MOST_SHOWN} can be shown")
+        raise UserError(
+            f"image {directory} has {len(places)} files in {inside}; at most {_MOST_SHOWN} can be shown there"
+        )
     for place in places:
         if place.is_symlink():
             links.append((inside + place.name, os.readlink(place)))
