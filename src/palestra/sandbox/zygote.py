@@ -51,6 +51,7 @@ def main(fd):
         enter_own_root(plan)
         kernel.die_with_parent()
         if not plan["has_own_python"]:
+            sys.path += [place for place in plan["path"] if place not in sys.path]
             preload(plan["preload"])
     except Exception as error:
         link.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())

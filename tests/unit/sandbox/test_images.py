@@ -358,6 +358,15 @@ def test_no_link_of_an_image_is_followed_here(tmp_path: Path):
     assert "/etc/passwd" not in {target for _, target in root.binds}
 
 
+def test_more_places_than_can_be_shown_are_an_error_that_says_so(tmp_path: Path):
+    for number in range(65):
+        (tmp_path / "a" / str(number)).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"65 files .* at most 64"):
+        _root_of(str(tmp_path / "a"))
+    (tmp_path / "a" / "0").rmdir()
+    assert len(_root_of(str(tmp_path / "a")).binds) == 64
+
+
 # --- wheels
 
 

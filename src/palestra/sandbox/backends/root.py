@@ -4,7 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from palestra.core.errors import UserError
@@ -18,7 +18,7 @@ _IMAGE_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/s
 _UNSHOWN = ("proc", "dev", "tmp", "sys", "run", "box", "etc", "home", "var")  # ours, or shown in parts
 _KEPT_FREE = {"home": ("user",), "var": ("tmp",), "opt": ("site-packages",)}
 _OURS_TO_SET = ("HOME", "USER", "TMPDIR")
-_MOST_SHOWN = 200
+_MOST_SHOWN = 64
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,12 @@ def image_root(directory: Path, *, etc: Path, environment: dict[str, str], site:
     if site:
         binds = [bind for bind in binds if bind[1] != "/opt"] + [(str(site), SITE)]
     is_ours = _has_our_python(directory)
+    set_by_it = {name: value for name, value in environment.items() if name not in _OURS_TO_SET}
+    told = {**_environment(":".join(_IMAGE_PATH)), **set_by_it}
     return Root(
         binds=tuple(binds),
         links=tuple(links),
-        environment={
-            **_environment(":".join(_IMAGE_PATH)),
-            **{name: value for name, value in environment.items() if name not in _OURS_TO_SET},
-            **({"PYTHONPATH": SITE} if site else {}),
-        },
+        environment=_with_site(told) if site else told,
         path=_library(os.path.realpath(sys.base_prefix)) if is_ours else (),
         has_own_python=not is_ours,
     )
@@ -112,7 +110,9 @@ def _show(
     """What a directory has, but for these names."""
     places = [place for place in sorted(directory.iterdir()) if place.name not in but]
     if len(places) > _MOST_SHOWN:
-        raise UserError(f"image {directory} has {len(places)} files at its top; at most {_MOST_SHOWN} can be shown")
+        raise UserError(
+            f"image {directory} has {len(places)} files in {inside}; at most {_MOST_SHOWN} can be shown there"
+        )
     for place in places:
         if place.is_symlink():
             links.append((inside + place.name, os.readlink(place)))
@@ -138,15 +138,16 @@ def _has_our_python(directory: Path) -> bool:
 
 def with_site(root: Root, directory: Path) -> Root:
     """With what pip installed into `directory`, as an image's packages."""
-    return Root(
+    return replace(
+        root,
         binds=(*(b for b in root.binds if not b[1].startswith(SITE)), (str(directory), SITE)),
-        links=root.links,
-        hidden=root.hidden,
-        etc=root.etc,
-        environment={**root.environment, "PYTHONPATH": SITE},
+        environment=_with_site(root.environment),
         path=(*(p for p in root.path if p != SITE), SITE),
-        has_own_python=root.has_own_python,
     )
+
+
+def _with_site(environment: dict[str, str]) -> dict[str, str]:
+    return {**environment, "PYTHONPATH": SITE, "PATH": f"{environment['PATH']}:{SITE}/bin"}
 
 
 def _environment(path: str) -> dict[str, str]:
