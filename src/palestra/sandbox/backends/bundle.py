@@ -16,9 +16,8 @@ from msgspec import structs
 from palestra.sandbox import kernel
 from palestra.sandbox.backends.bwrap import PLACES, Rooted
 from palestra.sandbox.backends.kept import Kept
-from palestra.sandbox.backends.local import _asked
 from palestra.sandbox.backends.root import Root
-from palestra.sandbox.cgroups import MEGABYTE, Cgroup
+from palestra.sandbox.cgroups import MEGABYTE, KillCount
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -134,7 +133,7 @@ class Runc(Bundle):
 
     def asked(self, kept: Kept) -> Callable[[], bool]:
         top = _CGROUPS if self._version == 2 else _CGROUPS / "memory"
-        return _asked(Cgroup({"memory": top / _name(kept)}, self._version))
+        return KillCount(top / _name(kept), self._version).has_grown
 
     def linux(self, limits: Limits, kept: Kept) -> dict[str, Any]:
         maps = [{"containerID": 0, "hostID": kept.uid + 1, "size": 1}]

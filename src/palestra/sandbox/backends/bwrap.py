@@ -13,7 +13,7 @@ from typing import Any
 
 from palestra.sandbox import agent
 from palestra.sandbox.backends.kept import Kept, KeptBackend
-from palestra.sandbox.backends.local import _base_python
+from palestra.sandbox.backends.local import base_python
 from palestra.sandbox.backends.root import Root
 from palestra.sandbox.cgroups import MEGABYTE
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
@@ -40,7 +40,7 @@ class Rooted(KeptBackend):
 
     def agent(self, limits: Limits, watched_bytes: int) -> list[str]:
         """How it is started in there."""
-        python = _base_python()
+        python = base_python()
         is_there = any(os.path.realpath(python).startswith(source + "/") for source, _ in self._root.binds)
         words = [os.path.realpath(python) if is_there else "python3", "-I", "-S", AGENT, self.home]
         return [*words, str(watched_bytes), self.home, *PLACES]

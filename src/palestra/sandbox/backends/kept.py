@@ -23,7 +23,7 @@ from palestra.core.errors import DeadlineError
 from palestra.sandbox import keeper
 from palestra.sandbox.backends.base import Started
 from palestra.sandbox.backends.interpreter import Interpreter
-from palestra.sandbox.backends.local import _asked, _base_python
+from palestra.sandbox.backends.local import base_python
 from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups
 from palestra.sandbox.link import Link
 from palestra.sandbox.records import Isolation, Limits, SandboxGoneError, SandboxStartError
@@ -96,7 +96,7 @@ class KeptBackend:
 
     def asked(self, kept: Kept) -> Callable[[], bool]:
         """Whether the kernel killed in it since that was last asked."""
-        return _asked(kept.group)
+        return kept.group.has_killed if kept.group is not None else lambda: False
 
     async def open(self) -> None:
         """Makes one, to see that they can be made. Errors: SandboxStartError."""
@@ -136,7 +136,6 @@ class KeptBackend:
         made = Started(Link(ours), kill=kept.kill, has_killed=self.asked(kept), home=self.home_of(kept))
         kept.started = made
         assert kept.process is not None
-        made.pid = kept.process.pid
         kept.pidfd = os.pidfd_open(kept.process.pid)
         self._kept[kept.process.pid] = kept
         self._loop.add_reader(kept.pidfd, self._on_ended, kept)
@@ -167,7 +166,7 @@ class KeptBackend:
             **self.plan(limits, kept),
         }
         kept.process = subprocess.Popen(
-            [_base_python(), "-I", "-S", "-c", _BOOT, SOURCE, json.dumps(plan)],
+            [base_python(), "-I", "-S", "-c", _BOOT, SOURCE, json.dumps(plan)],
             env={},
             pass_fds=[link.fileno(), control.fileno(), lock, *groups],
             stdin=subprocess.DEVNULL,
@@ -175,8 +174,6 @@ class KeptBackend:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        if kept.group is not None:
-            kept.group.joined()
 
     def _on_ended(self, kept: Kept) -> None:
         self._loop.remove_reader(kept.pidfd)
@@ -186,7 +183,7 @@ class KeptBackend:
         kept.process.wait(timeout=_REAP_S)  # it has ended: this only takes its status
         del self._kept[kept.process.pid]
         kept.kill()
-        kept.started.set_ended("it has ended")
+        kept.started.set_ended("it has ended", is_killed=self.asked(kept)())
         self._free(kept)
 
     def _free(self, kept: Kept) -> None:
