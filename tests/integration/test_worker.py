@@ -62,7 +62,7 @@ class Faulty(Environment):
         if task.prompt == "exit":
             raise SystemExit(3)
         if task.prompt.startswith("/"):
-            await box.run(f"sleep 600 & echo $! $PWD > {task.prompt}; sleep 600", timeout_s=600)
+            await box.exec(f"sleep 600 & echo $! $PWD > {task.prompt}; sleep 600", timeout_s=600)
         if task.prompt == "raise":
             raise KeyError("no such thing")
         await agent(task.prompt)

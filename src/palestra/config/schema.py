@@ -353,7 +353,7 @@ class Env(Section):
     stall_s: PositiveFloat = 600  # a rollout that makes no progress for this long is invalid
     answer_s: PositiveFloat = 60  # a worker that needs longer to answer, as its event loop is blocked, is started again
     chunk_tasks: PositiveInt = 256  # tasks fetched and shuffled at a time
-    sandbox: Literal["unsafe"] | None = None  # of environments that run programs; unsafe: here, without any walls
+    sandbox: str | None = None  # where programs run: a backend, or http://... of a service; default: the best here
     max_worker_gib: PositiveFloat | None = (
         None  # a worker that holds more is started again; its rollouts go on elsewhere
     )
@@ -372,6 +372,20 @@ class Env(Section):
                     f"env.mix has {labels.count(label)} entries called {label!r}; give each a different `name`"
                 )
         return self
+
+
+class SandboxConfig(Section):
+    """Sandboxes of environments that run programs: limits of each, and how many. Which they are, says `env.sandbox`."""
+
+    memory_mb: int = Field(default=512, ge=16, le=2**22)
+    disk_mb: int = Field(default=256, ge=1, le=2**22)
+    processes: int = Field(default=128, ge=4, le=2**22)
+    cpus: float | None = Field(default=None, ge=0.01, le=1024)  # of one core; default: as many as there are
+    timeout_s: float = Field(default=3600, gt=0, le=86_400)  # a rollout whose sandbox is older is invalid
+    min_isolation: Literal["none", "process", "namespaces", "kernel"] = "namespaces"  # `unsafe`, by name, needs none
+    most: int = Field(default=256, ge=1, le=2048)  # at once, of a worker; rollouts wait for their turn
+    packages: tuple[str, ...] = ()  # installed here, and shown to programs
+    image: str | None = None  # what programs find around them; default: this machine's /usr. A task may have its own
 
 
 class EvalSet(Source):
@@ -428,6 +442,7 @@ class RunConfig(Section):
     engine: Engine = Engine()
     sync: Sync = Sync()
     env: Env = Env()
+    sandbox: SandboxConfig = SandboxConfig()
     eval: Eval = Eval()
     launch: Launch = Launch()
 

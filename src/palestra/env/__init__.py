@@ -11,8 +11,10 @@ from palestra.env.mathematics import math_equal
 from palestra.env.mcp import mcp
 from palestra.env.rewards import boxed, json_reply, ratio, xml
 from palestra.env.rollout import Rollout
-from palestra.env.sandbox import Ran, Sandbox
+from palestra.env.sandbox import run_code
 from palestra.env.tools import Tool, tool
+from palestra.sandbox.box import Sandbox
+from palestra.sandbox.records import Result
 
 __all__ = [
     "Agent",
@@ -21,7 +23,7 @@ __all__ = [
     "Environment",
     "Frozen",
     "Judge",
-    "Ran",
+    "Result",
     "Rollout",
     "Sandbox",
     "Task",
@@ -37,6 +39,7 @@ __all__ = [
     "needs",
     "ratio",
     "reward",
+    "run_code",
     "tool",
     "xml",
 ]

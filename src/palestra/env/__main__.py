@@ -12,7 +12,8 @@ from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import collect_garbage_seldom, die_with_parent, life, started_at
 from palestra.core.spans import SpanLog
 from palestra.env.chat import load_tokenizer
-from palestra.env.sandbox import backend
+from palestra.env.environment import sandboxes
+from palestra.env.sandbox import Sandboxes
 from palestra.env.worker import MakeVoice, Worker, chat_voice, policy_voice, set_stages
 from palestra.model.files import tokenizer_directory
 from palestra.wire.channel import BlockingCaller, Caller
@@ -46,17 +47,12 @@ async def _run(name: str, config: RunConfig, run: RunDir, attempt: Attempt, sele
         attempt.orchestrator, name=name, attempt=attempt.number, receives=ToWorker, life=life()
     )
     spans = SpanLog(run.spans(name), name)
-    worker = Worker(
-        index,
-        stages,
-        make_voice,
-        orchestrator=orchestrator,
-        selector=selector,
-        spans=spans,
-        make_sandbox=backend(config.env.sandbox),
-    )
+    worker = Worker(index, stages, make_voice, orchestrator=orchestrator, selector=selector, spans=spans)
     try:
-        await worker.run()
+        async with Sandboxes(config.env.sandbox, config.sandbox) as boxes:
+            if any(sandboxes(type(stage.environment)) for stage in stages.values()):
+                await boxes.open()
+            await worker.run()
     finally:
         orchestrator.close()
         spans.close()

@@ -22,7 +22,7 @@ from palestra.core.records import Ending, RolloutRecord, Task
 from palestra.env.environment import Environment, seats, tools_of
 from palestra.env.load import code_of, find_environment, make_environment
 from palestra.env.play import score
-from palestra.env.sandbox import backend
+from palestra.env.sandbox import Sandboxes
 from palestra.env.tasklist import TaskList
 from palestra.env.voice import Script
 
@@ -51,10 +51,10 @@ class Skip(Exception):
 class Check:
     """One environment with one set of arguments."""
 
-    def __init__(self, id: str, args: Mapping[str, Any], *, num_tasks: int, sandbox: str | None = None):
-        """Errors: UserError, if there is no such sandbox."""
-        self.id, self.args, self.num_tasks = id, dict(args), num_tasks
-        self._make_sandbox = backend(sandbox)
+    def __init__(self, id: str, args: Mapping[str, Any], *, num_tasks: int | None = None):
+        """`num_tasks`: None for as many as the environment says."""
+        self.id, self.args = id, dict(args)
+        self.num_tasks = num_tasks or find_environment(id).checked_tasks
 
     def make(self, *, split: str = "train", seed: int = 1) -> Environment:
         return make_environment(self.id, split=split, seed=seed, args=self.args)
@@ -74,6 +74,8 @@ class Check:
         yield await _case("train and test share no task", lambda: self._is_split())
         yield await _case("gold scores 1", lambda: self._gold_scores_1(environment, tasks))
         yield await _case("nothing scores less", lambda: self._scores_less(environment, tasks, lambda _: iter(())))
+        if type(environment).mutants is not Environment.mutants:
+            yield await _case("mutants score less", lambda: self._mutants_score_less(environment, tasks))
         for name, script in odd_scripts(environment).items():
             yield await _case(
                 f"{name} scores less", lambda script=script: self._scores_less(environment, tasks, script)
@@ -112,15 +114,21 @@ class Check:
                 raise Failure(f"task {task.key!r}: gold {_short(task.gold)} scores {record.reward:g}: {record.rewards}")
 
     async def _scores_less(
-        self, environment: Environment, tasks: Sequence[Task], script: Callable[[Task], Script]
+        self, environment: Environment, tasks: Sequence[Task], script: Callable[[Task], Script | dict[str, Script]]
     ) -> None:
         for task in tasks:
             record = await self._scored(environment, task, script(task))
             if record.reward >= 1:
                 raise Failure(f"task {task.key!r}: scores {record.reward:g}: {record.rewards}")
 
+    async def _mutants_score_less(self, environment: Environment, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            for mutant in environment.mutants(task):
+                known = msgspec.structs.replace(task, gold=mutant)
+                await self._scores_less(environment, [task], lambda _, known=known: gold_script(environment, known))
+
     async def _scored(self, environment: Environment, task: Task, script: Script | dict[str, Script]) -> RolloutRecord:
-        record = await score(environment, task, script, make_sandbox=self._make_sandbox)
+        record = await score(environment, task, script)
         if record.ending == Ending.INVALID:
             raise Failure(f"task {task.key!r}: {record.error}")
         return record
@@ -235,12 +243,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-async def _run(id: str, args: dict[str, Any] | None, num_tasks: int, sandbox: str | None, out: TextIO) -> None:
+async def _run(id: str, args: dict[str, Any] | None, num_tasks: int | None, sandbox: str | None, out: TextIO) -> None:
     variants = [args] if args is not None else [dict(args) for args in find_environment(id).checked_with]
     for variant in variants:
         name = f" ({json.dumps(variant)})" if len(variants) > 1 else ""
-        async for case in Check(id, variant, num_tasks=num_tasks, sandbox=sandbox).cases():
-            print(json.dumps(msgspec.to_builtins(msgspec.structs.replace(case, name=case.name + name))), file=out)
+        async with Sandboxes(sandbox):
+            async for case in Check(id, variant, num_tasks=num_tasks).cases():
+                print(json.dumps(msgspec.to_builtins(msgspec.structs.replace(case, name=case.name + name))), file=out)
 
 
 def main() -> int:
@@ -249,7 +258,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m palestra.env.check")
     parser.add_argument("id")
     parser.add_argument("--args", type=json.loads)
-    parser.add_argument("--num-tasks", type=int, default=20)
+    parser.add_argument("--num-tasks", type=int)
     parser.add_argument("--sandbox", help="where programs of its rollouts run")
     parser.add_argument("--list", metavar="SPLIT", help="print the tasks, and check nothing")
     asked = parser.parse_args()

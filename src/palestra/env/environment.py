@@ -13,8 +13,8 @@ import msgspec
 from palestra.core.errors import UserError
 from palestra.core.records import Task
 from palestra.env.agent import Agent, Frozen, Limits
-from palestra.env.sandbox import Sandbox
 from palestra.env.tools import Tool, tool
+from palestra.sandbox.box import Sandbox
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -43,7 +43,9 @@ class Environment:
     max_tokens: int | None = None  # sampled, per agent; None: until the context is full
     tool_s: float = 60.0  # a call of a tool that takes longer is stopped, and the model told so
     tools: ClassVar[Sequence[Callable[..., Any]]] = ()  # of every agent: functions, or methods of this class
+    egress: ClassVar[Sequence[str]] = ()  # hosts that programs in its sandboxes may reach: "pypi.org", "*.python.org"
     checked_with: ClassVar[Sequence[Mapping[str, Any]]] = ({},)  # arguments that `palestra env check` tries
+    checked_tasks: ClassVar[int] = 20  # how many tasks it looks at
 
     def __init__(self, *, split: str = "train", seed: int = 0, **args: Any):
         """Errors: UserError naming the argument, what it got and what there is."""
@@ -63,6 +65,10 @@ class Environment:
     def tasks(self) -> Iterable[Task]:
         """The problems, finite or endless; the order depends on `self.split`, `self.seed` and the arguments alone."""
         raise NotImplementedError(f"{type(self).__name__}.tasks is not written; yield Task(prompt=...) from it")
+
+    def mutants(self, task: Task) -> Iterable[Any]:
+        """Replies as in `task.gold`, which look right and are wrong: `palestra env check` sees that they earn less."""
+        return ()
 
     async def run(self, task: Task, agent: Agent) -> None:
         """Play one rollout. The default is turns until a reply calls no tool, so one turn where there are no tools.

@@ -13,7 +13,7 @@ from palestra.env.agent import Agent, Door, Frozen, Table
 from palestra.env.endings import AgentError, Limit, Unplayable
 from palestra.env.environment import Environment, limits_of, sandboxes, seats, tools_of
 from palestra.env.rollout import Rollout
-from palestra.env.sandbox import MakeSandbox, Sandbox
+from palestra.env.sandbox import sandboxes_here
 from palestra.env.scoring import RAISED, InvalidRollout, describe, earn, number, unless_cancelled
 from palestra.env.voice import Script, ScriptVoice, Voice
 
@@ -31,7 +31,6 @@ async def play(
     seed: int = 0,
     frozen: Collection[str] = (),
     admit: Callable[[Agent], Door] | None = None,
-    make_sandbox: MakeSandbox | None = None,
 ) -> RolloutRecord:
     """One attempt at `task`. `make_voice` is called with the name of each seat, in the order of `run`'s parameters.
 
@@ -46,7 +45,7 @@ async def play(
     started, given = time.perf_counter(), _as_given(task)
     agents, table = seat_agents(environment, make_voice, seed=seed, frozen=frozen, admit=admit)
     try:
-        ending, error = await _run(environment, task, agents, table, make_sandbox)
+        ending, error = await _run(environment, task, agents, table)
         record = await _scored_sendably(environment, task, agents, ending)
     except Unplayable as unplayable:
         raise UserError(_unplayable(source or type(environment).__name__, unplayable)) from unplayable
@@ -83,33 +82,25 @@ def seat_agents(
     return agents, table
 
 
-async def score(
-    environment: Environment,
-    task: Task,
-    replies: Script | Mapping[str, Script],
-    *,
-    make_sandbox: MakeSandbox | None = None,
-) -> RolloutRecord:
+async def score(environment: Environment, task: Task, replies: Script | Mapping[str, Script]) -> RolloutRecord:
     """What agents that give these replies, one a turn, would earn; without a model. By seat, or in the order of turns
     whoever has them."""
     by_seat = isinstance(replies, Mapping)
     scripts = {name: ScriptVoice(of_seat) for name, of_seat in replies.items()} if by_seat else {}
     shared = ScriptVoice(() if by_seat else replies)
-    return await play(environment, task, lambda seat: scripts.get(seat, shared), make_sandbox=make_sandbox)
+    return await play(environment, task, lambda seat: scripts.get(seat, shared))
 
 
-async def _run(
-    environment: Environment, task: Task, agents: list[Agent], table: Table, make_sandbox: MakeSandbox | None
-) -> tuple[Ending, str]:
+async def _run(environment: Environment, task: Task, agents: list[Agent], table: Table) -> tuple[Ending, str]:
     """How `run` ended, and the limit's or the agent's words. Sandboxes last as long as it. Errors: InvalidRollout,
     Unplayable."""
     raised: BaseException | None = None
     try:
         async with AsyncExitStack() as closing:
             given: dict[str, Any] = {agent.name: agent for agent in agents}
-            for name in sandboxes(type(environment)):
-                given[name] = await _opened(make_sandbox, task)
-                closing.push_async_callback(given[name].close)
+            if names := sandboxes(type(environment)):
+                opening = sandboxes_here().opened(task, count=len(names), egress=environment.egress)
+                given |= zip(names, await closing.enter_async_context(opening), strict=True)
             await environment.run(task, **given)
     except RAISED as error:
         unless_cancelled(error)
@@ -117,14 +108,6 @@ async def _run(
     finally:
         await table.close()
     return _ending(raised, table.stopped)
-
-
-async def _opened(make_sandbox: MakeSandbox | None, task: Task) -> Sandbox:
-    if make_sandbox is None:
-        raise InfrastructureError(
-            "there is no sandbox for the programs of this environment; say which by env.sandbox, or --sandbox"
-        )
-    return await make_sandbox(task)
 
 
 def _unplayable(environment: str, why: Unplayable) -> str:

@@ -29,10 +29,9 @@ from palestra.core.spans import SpanLog
 from palestra.env.agent import Agent, Door, Frozen
 from palestra.env.chat import ChatTokenizer, Conversation
 from palestra.env.endings import ContextFull
-from palestra.env.environment import Environment, has_group_rewards, sandboxes, seats
+from palestra.env.environment import Environment, has_group_rewards, seats
 from palestra.env.load import make_environment
 from palestra.env.play import play
-from palestra.env.sandbox import MakeSandbox
 from palestra.env.scoring import InvalidRollout, describe, score_group
 from palestra.env.tasklist import TaskList
 from palestra.env.voice import ChatVoice, PolicyVoice, Voice
@@ -82,11 +81,8 @@ class Stage:
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-def set_stages(config: RunConfig, *, python: Path | None = None, plays: bool = True) -> dict[str, Stage]:
-    """Entries of env.mix and eval.sets that belong to a Python (None: ours), by their labels. Errors: UserError.
-
-    `plays`: their rollouts are played, which takes a sandbox, where `run` has one.
-    """
+def set_stages(config: RunConfig, *, python: Path | None = None) -> dict[str, Stage]:
+    """Entries of env.mix and eval.sets that belong to a Python (None: ours), by their labels. Errors: UserError."""
     stages: dict[str, Stage] = {}
     for source in (*config.env.mix, *config.eval.sets):
         if source.python != python:
@@ -98,10 +94,6 @@ def set_stages(config: RunConfig, *, python: Path | None = None, plays: bool = T
         make = partial(_environment_of_epoch, source, config.train.seed)
         environment = make(0)
         _require_seats(source, environment)
-        if plays and sandboxes(type(environment)) and config.env.sandbox is None:
-            raise UserError(
-                f"{source.label} runs programs in a sandbox; say which by env.sandbox (unsafe: here, without any walls)"
-            )
         stages[source.label] = Stage(environment, TaskList(make), source.seats)
     return stages
 
@@ -173,9 +165,7 @@ class Worker:
         orchestrator: Caller[ToWorker, FromWorker],
         selector: LedgerSelector,
         spans: SpanLog,
-        make_sandbox: MakeSandbox | None = None,
     ):
-        self._make_sandbox = make_sandbox
         self._index, self._stages, self._make_voice = index, stages, make_voice
         self._orchestrator, self._selector, self._spans = orchestrator, selector, spans
         self._plays: dict[int, asyncio.Task[None]] = {}
@@ -246,7 +236,6 @@ class Worker:
             seed=order.seed,
             frozen=stage.seats,
             admit=self._admit,
-            make_sandbox=self._make_sandbox,
         )
         self._num_ended += 1
         await self._orchestrator.send(Ended(record=msgspec.structs.replace(record, engine_s=calls.waited_s)))

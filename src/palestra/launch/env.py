@@ -17,7 +17,7 @@ from rich.table import Table
 from palestra.core.errors import UserError
 from palestra.env.check import ran
 from palestra.env.load import installed, require_known
-from palestra.env.sandbox import backend
+from palestra.env.sandbox import require_backend
 
 TEMPLATES = Path(__file__).parent / "new_env"
 FILES = {  # of a new package, and the templates they are made of
@@ -50,7 +50,13 @@ class Report:
 
 
 def check(
-    ids: Sequence[str], *, all_installed: bool, num_tasks: int, sandbox: str | None, deadline_s: float, as_json: bool
+    ids: Sequence[str],
+    *,
+    all_installed: bool,
+    num_tasks: int | None,
+    sandbox: str | None,
+    deadline_s: float,
+    as_json: bool,
 ) -> int:
     """0 where every case holds, else 2. Errors: UserError, if there is nothing to check."""
     names = [*ids, *(installed() if all_installed else ())]
@@ -58,7 +64,7 @@ def check(
         raise UserError("nothing to check: name an environment, or give --all")
     for name in names:
         require_known(name)
-    backend(sandbox)
+    require_backend(sandbox)
     reports = []
     for name in dict.fromkeys(names):
         reports.append(examine(name, num_tasks=num_tasks, sandbox=sandbox, deadline_s=deadline_s))
@@ -70,9 +76,10 @@ def check(
     return 2 if any(report.count("failed") for report in reports) else 0
 
 
-def examine(id: str, *, num_tasks: int, deadline_s: float, sandbox: str | None = None) -> Report:
+def examine(id: str, *, num_tasks: int | None = None, deadline_s: float, sandbox: str | None = None) -> Report:
     """In a process of its own: one that hangs, or takes the process with it, is a failed case."""
-    command = [sys.executable, "-m", "palestra.env.check", id, "--num-tasks", str(num_tasks)]
+    command = [sys.executable, "-m", "palestra.env.check", id]
+    command += [] if num_tasks is None else ["--num-tasks", str(num_tasks)]
     command += [] if sandbox is None else ["--sandbox", sandbox]
     ended = ran(command, deadline_s=deadline_s)
     cases = [json.loads(line) for line in ended.out.splitlines() if line.startswith("{")]

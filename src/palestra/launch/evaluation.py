@@ -28,7 +28,7 @@ from palestra.env.check import gold_script
 from palestra.env.environment import Environment
 from palestra.env.load import code_of, find_environment, installed, make_environment
 from palestra.env.play import score
-from palestra.env.sandbox import MakeSandbox, backend
+from palestra.env.sandbox import Sandboxes, require_backend
 from palestra.env.tasklist import TaskList
 from palestra.launch import run, start
 from palestra.launch.live import duration
@@ -162,6 +162,7 @@ def _require_parts(config: RunConfig, *, model_field: str) -> None:
             find_environment(entry.id)
     require_pythons(config)
     require_keys(config)
+    require_backend(config.env.sandbox)
 
 
 def config_of(wish: Wish) -> RunConfig:
@@ -313,7 +314,7 @@ def write_gold(wish: Wish, to: Path, min_reward: float) -> None:
             tasks = _tasks_of_epochs(lambda epoch, make=make: make(seed=wish.seed + epoch), wish.num_tasks)
         if not (known := [task for task in tasks if task.gold is not None]):
             raise UserError(f"{id}: none of its {len(tasks)} tasks of the split {wish.split!r} has a gold to play")
-        records = asyncio.run(_played_by_gold(make(seed=wish.seed), known, backend(wish.sandbox)))
+        records = asyncio.run(_played_by_gold(make(seed=wish.seed), known, wish.sandbox))
         named = [msgspec.structs.replace(record, environment=id) for record in records]
         if not (found := _rows(named, min_reward)):
             why = next((f"; {one.error.splitlines()[0]}" for one in records if one.ending == Ending.INVALID), "")
@@ -334,10 +335,9 @@ def _tasks_of_epochs(make: Callable[[int], Environment], num_tasks: int) -> list
     return tasks
 
 
-async def _played_by_gold(
-    environment: Environment, tasks: list[Task], make_sandbox: MakeSandbox | None
-) -> list[RolloutRecord]:
-    return [await score(environment, task, gold_script(environment, task), make_sandbox=make_sandbox) for task in tasks]
+async def _played_by_gold(environment: Environment, tasks: list[Task], sandbox: str | None) -> list[RolloutRecord]:
+    async with Sandboxes(sandbox):
+        return [await score(environment, task, gold_script(environment, task)) for task in tasks]
 
 
 def _write_rows(rows: list[dict[str, Any]], to: Path, min_reward: float) -> None:

@@ -18,7 +18,7 @@ from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.records import ChatReply, Ending, Reply, RolloutRecord, Sampling
 from palestra.env.chat import load_tokenizer
 from palestra.env.play import play
-from palestra.env.sandbox import backend
+from palestra.env.sandbox import Sandboxes
 from palestra.env.worker import MakeVoice, Stage, policy_voice, set_stages
 from palestra.orchestrate.endpoints import hash_of_chat
 from palestra.orchestrate.sources import seed_for
@@ -67,13 +67,14 @@ async def replay(run: RunDir) -> Outcome:
     stages, voice = set_stages(config), policy_voice(load_tokenizer(config.model_dir), config.engine.max_model_len)
     found: list[str] = []
     rollouts = 0
-    for record, replies in recorded(run):
-        rollouts += 1
-        if record.environment not in stages:
-            raise UserError(
-                f"{run.path}: its config has no environment {record.environment!r}, which its rollouts name"
-            )
-        found.append(await _difference(record, replies, stages[record.environment], voice, config))
+    async with Sandboxes(config.env.sandbox, config.sandbox):
+        for record, replies in recorded(run):
+            rollouts += 1
+            if record.environment not in stages:
+                raise UserError(
+                    f"{run.path}: its config has no environment {record.environment!r}, which its rollouts name"
+                )
+            found.append(await _difference(record, replies, stages[record.environment], voice, config))
     if not rollouts:
         raise UserError(f"{run.path} has no finished rollout in its journal; it is kept from a run's first step on")
     return Outcome(
@@ -116,7 +117,6 @@ async def _difference(
         source=record.environment,
         seed=seed_for(config.train.seed, "play", record.rollout_id),
         frozen=stage.seats,
-        make_sandbox=backend(config.env.sandbox),
     )
     if answers.complaint:
         return f"prompt of rollout {record.rollout_id}: {answers.complaint}"

@@ -14,6 +14,7 @@ from palestra.core.files import write_atomically
 from palestra.core.records import Ending, RolloutRecord
 from palestra.env.environment import Environment
 from palestra.env.rescore import rescore
+from palestra.env.sandbox import Sandboxes
 from palestra.env.worker import set_stages
 from palestra.orchestrate.scores import scores
 from palestra.wire.results import read_results
@@ -54,14 +55,15 @@ async def _rescore_all(config: RunConfig, known: dict[str, dict[int, RolloutReco
             raise UserError(
                 f"{entry.label} is played by {entry.python}; run this by that Python: -m palestra.launch.cli"
             )
-    stages, found = set_stages(config, plays=False), {}
+    stages, found = set_stages(config), {}
     for entry in config.eval.sets:
         records, count = known.get(entry.label, {}), entry.rollouts_per_task
         tasks: dict[int, list[RolloutRecord]] = {}
         for number in sorted(records):
             tasks.setdefault(number // count, []).append(records[number])
         environment, slots = stages[entry.label].environment, asyncio.Semaphore(config.engine.max_in_flight)
-        scored = await asyncio.gather(*(_rescore(environment, of_task, slots) for of_task in tasks.values()))
+        async with Sandboxes(config.env.sandbox, config.sandbox):
+            scored = await asyncio.gather(*(_rescore(environment, of_task, slots) for of_task in tasks.values()))
         found[entry.label] = [record for of_task in scored for record in of_task]
     return {name: records for name, records in found.items() if records}
 

@@ -14,6 +14,7 @@ from palestra.core.errors import InfrastructureError, PalestraError, UserError
 from palestra.core.guard import Guard
 from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import started_at
+from palestra.env.sandbox import require_backend
 from palestra.launch import start
 from palestra.launch.live import view_of
 from palestra.launch.machine import this_machine
@@ -34,6 +35,7 @@ def plan_of(config: RunConfig) -> Plan:
         require_model(frozen.path, field=f"algo.{name}.path")
     require_pythons(config)
     require_keys(config)
+    require_backend(config.env.sandbox)
     require_data(config)
     machine = this_machine()
     plan = make_plan(config, machine, is_model_built=(RunDir(config.run_dir).model / "config.json").exists())

@@ -293,6 +293,9 @@ class Agent:
         except OSError as error:
             self._reason = error
             return None
+        except ValueError as error:  # a zero byte in an argument, half of a surrogate pair
+            self._reason = OSError(errno.EINVAL, str(error))
+            return None
         program.given += body
         program.is_closing = not is_open
         if header.get("timeout_s") is not None:

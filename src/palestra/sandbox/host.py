@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 from msgspec import Struct, structs
 
 from palestra.core.clock import unix_now
-from palestra.core.deadline import within
-from palestra.core.errors import DeadlineError, UserError
+from palestra.core.deadline import Unhurried, within
+from palestra.core.errors import UserError
 from palestra.sandbox.backends.base import Backend, Started
 from palestra.sandbox.backends.choose import open_backend
 from palestra.sandbox.backends.interpreter import Interpreter
@@ -97,10 +97,11 @@ class Box:
         is_program = header["do"] in PROGRAMS
         limit = float(header.get("timeout_s") or 0) + _GRACE_S if is_program else header.get("wait_s", 0) + _CALL_S
         try:
-            answer, data, passed = await within(
-                limit, self._started.link.call(header, body, on_stream=on_stream), waiting_for=f"sandbox {self.id}"
-            )
-        except DeadlineError:
+            async with Unhurried(limit) as patience:
+                answer, data, passed = await self._started.link.call(header, body, on_stream=on_stream)
+        except TimeoutError:
+            if not patience.expired:
+                raise  # of the sandbox's own files
             self.end("its programs let its agent say nothing")
             if is_program:
                 return self._noted(header, {"timed_out": True, "wall_s": limit}), b""
@@ -209,6 +210,11 @@ class Host:
         return self
 
     @property
+    def is_broken(self) -> bool:
+        """No sandbox will ever start again; those that were there have ended."""
+        return getattr(self.backend, "is_broken", False)
+
+    @property
     def boxes(self) -> dict[str, Box]:
         """By id, those that are there."""
         return self._boxes
@@ -287,7 +293,7 @@ class Host:
 
         Errors: SandboxError: of the machine, not of the program.
         """
-        text, given = code.encode("utf-8", "surrogateescape"), encoded(stdin)
+        text, given = code.encode("utf-8", "surrogatepass"), encoded(stdin)
         contents = {_relative(path): encoded(content) for path, content in (files or {}).items()}
         pool = self._pool(limits)
         async with self._running:
@@ -414,16 +420,23 @@ _hosts: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Options, "asyncio.Futu
 
 
 async def host_of(options: Options) -> Any:
-    """The host of this event loop with these options, opened when first asked for; it ends with this process."""
+    """The host of this event loop with these options, opened when first asked for, and again when its backend is
+    broken; it ends with this process."""
     hosts = _hosts.setdefault(asyncio.get_running_loop(), {})
     if options not in hosts:
         hosts[options] = asyncio.ensure_future(_opened(options))
     try:
-        return await asyncio.shield(hosts[options])
+        host = await asyncio.shield(hosts[options])
     except BaseException:
         if options in hosts and hosts[options].done():
             hosts.pop(options)
         raise
+    if not getattr(host, "is_broken", False):
+        return host
+    if hosts.get(options) is not None and hosts[options].done() and hosts[options].result() is host:
+        del hosts[options]  # by the first who sees it
+        await host.close()
+    return await host_of(options)
 
 
 async def _opened(options: Options) -> Any:

@@ -7,13 +7,14 @@ What comes from a sandbox is not trusted: a frame too long, or one that no agent
 """
 
 import asyncio
+import errno
 import itertools
 import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
-from palestra.sandbox.agent import MOST_BODY, frame, frames
+from palestra.sandbox.agent import MOST_BODY, MOST_HEADER, frame, frames
 from palestra.sandbox.records import SandboxGoneError
 
 Answer = tuple[dict[str, Any], bytes, int | None]
@@ -53,9 +54,14 @@ class Link:
         if len(body) > MOST_BODY:
             raise ValueError(f"{len(body)} bytes at once are more than {MOST_BODY}; send them in parts")
         number = next(self._numbers)
+        said = frame({**header, "id": number}, body)
+        if len(said) - len(body) > MOST_HEADER:
+            if header["do"] in ("exec", "open"):  # no more than the kernel would take: so it is told
+                return {"unstarted": errno.E2BIG, "message": os.strerror(errno.E2BIG)}, b"", None
+            raise ValueError(f"a request of {len(said) - len(body)} bytes is more than {MOST_HEADER}")
         future: asyncio.Future[Answer] = self._loop.create_future()
         self._waits[number] = _Wait(future, on_stream)
-        self._write(frame({**header, "id": number}, body))
+        self._write(said)
         try:
             answer = await future
         finally:

@@ -36,8 +36,25 @@ class Programs(Environment):
             yield Task(prompt=f"print {number}", answer=f"{number}\n", gold=f"echo {number}")
 
     async def run(self, task, agent, box: Sandbox):
-        ran = await box.run(await agent(task.prompt), timeout_s=10)
-        agent.rewards["right"] = float(ran.stdout == task.answer)
+        ended = await box.exec(await agent(task.prompt), timeout_s=10)
+        agent.rewards["right"] = float(ended.stdout == task.answer)
+
+
+class Mutated(Sound):
+    """Say the number. Sound; replies that are wrong in a clever way earn less."""
+
+    checked_tasks = 7
+
+    def mutants(self, task):
+        return [f"-{task.answer}", [f"{task.answer}0"]]
+
+
+class Fooled(Mutated):
+    """Takes one of them for right."""
+
+    @reward
+    def said(self, task, rollout):
+        return rollout.reply.rstrip("0") == task.answer
 
 
 class Servant(Sound):

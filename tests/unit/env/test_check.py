@@ -20,6 +20,16 @@ async def test_a_sound_environment_passes_everything():
     assert len(found) == 14
 
 
+async def test_mutants_are_played_where_an_environment_has_some():
+    found = await cases("Mutated")
+    assert ({case.ending for case in found.values()}, len(found)) == ({"passed"}, 15)
+
+
+def test_an_environment_says_how_many_tasks_are_looked_at():
+    assert [Check(f"{FAULTY}:{name}", {}).num_tasks for name in ("Sound", "Mutated")] == [20, 7]
+    assert Check(f"{FAULTY}:Mutated", {}, num_tasks=3).num_tasks == 3
+
+
 @pytest.mark.parametrize(
     ("name", "law", "words"),
     [
@@ -30,6 +40,7 @@ async def test_a_sound_environment_passes_everything():
         ("WrongGold", "gold scores 1", "scores 0.5: {'said': 0.5}"),
         ("Generous", "nothing scores less", "scores 1"),
         ("Generous", "an empty reply scores less", "scores 1"),
+        ("Fooled", "mutants score less", "scores 1: {'said': 1.0}"),
         ("Lenient", "half of a JSON scores less", "scores 1"),
         ("Crashes", "numbers that are none scores less", "ValueError: invalid literal for int()"),
     ],

@@ -118,18 +118,20 @@ def test_an_unknown_environment_is_named_before_anything_is_checked(tmp_path):
 
 def test_programs_of_an_environment_run_where_the_command_line_says(tmp_path):
     words = (f"{FAULTY}:Programs", "-n", "2", "--json")
-    [refused] = json.loads(check(tmp_path, *words).stdout)
-    assert "say which by env.sandbox, or --sandbox" in refused["cases"][4]["detail"]
-    checked = check(tmp_path, *words, "--sandbox", "unsafe")
-    [report] = json.loads(checked.stdout)
-    assert (checked.returncode, report["failed"], report["skipped"]) == (0, 0, 0), report
+    for chosen in ((), ("--sandbox", "unsafe")):
+        checked = check(tmp_path, *words, *chosen)
+        [report] = json.loads(checked.stdout)
+        assert (checked.returncode, report["failed"], report["skipped"]) == (0, 0, 0), report
+    [refused] = json.loads(check(tmp_path, *words, "--sandbox", "process").stdout)
+    assert "isolates by process, less than min_isolation=namespaces" in refused["cases"][4]["detail"]
     unknown = check(tmp_path, *words, "--sandbox", "unsfe")
-    assert (unknown.returncode, "no sandbox 'unsfe'; there is: unsafe" in unknown.stderr) == (2, True)
+    assert (unknown.returncode, "no sandbox 'unsfe'; there are local, " in unknown.stderr) == (2, True)
 
 
 def test_known_answers_are_played_where_the_command_line_says(tmp_path):
     gold = [f"{FAULTY}:Programs", "--gold", "-n", "3", "--to", str(tmp_path / "rows.jsonl")]
-    assert main(["generate", *gold]) == 2
+    assert main(["generate", *gold, "--sandbox", "process"]) == 2
+    assert main(["generate", *gold, "--sandbox", "unsfe"]) == 2
     assert main(["generate", *gold, "--sandbox", "unsafe"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["messages"][-1]["content"] for row in rows] == ["echo 1", "echo 3", "echo 5"]
@@ -138,7 +140,6 @@ def test_known_answers_are_played_where_the_command_line_says(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Programs", "gold that earns 1; run raised InfrastructureError: there is no sandbox"),
         ("WrongGold", "none of its first 3 tasks has a gold that earns 1\n"),
         ("Unlistable", "Unlistable' cannot list its tasks: ValueError: the second task is missing\n"),
         ("NoGold", "none of its 3 tasks of the split 'train' has a gold to play\n"),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from palestra.core.deadline import within
+from palestra.core.deadline import Unhurried, within
 from palestra.sandbox.agent import frame, frames
 from palestra.sandbox.records import SandboxGoneError, SandboxStartError
 
@@ -69,11 +69,11 @@ class Interpreter:
             stream.most, stream.on_output = most, on_output
             self._loop.add_reader(stream.fd, self._on_readable, stream)
         try:
-            async with asyncio.timeout(timeout_s) as scope:
+            async with Unhurried(timeout_s):
                 await self._send(said)
                 await asyncio.shield(self.ended)
         except TimeoutError:
-            is_late = scope.expired()
+            is_late = not self.ended.done()
             self.kill()
             await within(_GONE_S, asyncio.shield(self.ended), waiting_for="a program that was killed to be gone")
         wall_s = time.monotonic() - began

@@ -85,6 +85,10 @@ class Local:
         walls = [layer for layer in LAYERS if layer not in (*missing, "cgroup", "watchdog")]
         self.layers = ("namespaces", *walls, *counting)
 
+    @property
+    def is_broken(self) -> bool:
+        return self._process.poll() is not None
+
     def _plan(self) -> dict:
         root = self._root
         return {

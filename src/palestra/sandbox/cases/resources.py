@@ -18,7 +18,7 @@ for _ in range(100000):
 """
 _TOUCH = """
 import mmap, os, time
-progress = open("/tmp/progress", "w+b")
+progress = open("progress", "w+b")
 progress.truncate(4096)
 seen, PEAK = mmap.mmap(progress.fileno(), 4096), 8
 def tell(slot, value): seen[4 * slot:4 * slot + 4] = value.to_bytes(4, "little")
@@ -30,7 +30,7 @@ def eat(slot, megabytes):
         tell(slot, done + 1)
     time.sleep(2)
 """
-_TOTAL = "import struct; n = struct.unpack('<9I', open('/tmp/progress', 'rb').read(36)); print(n[8] or sum(n))"
+_TOTAL = "import struct; n = struct.unpack('<9I', open('progress', 'rb').read(36)); print(n[8] or sum(n))"
 
 
 @case(Isolation.PROCESS)
