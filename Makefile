@@ -61,11 +61,16 @@ check: form layers
 test: debian form layers types
 	@$(tests) tests
 
-# The pages of doc-search. Without them a few of its tests are skipped.
+# The pages of doc-search, and runtimes of sandboxes. Without one of them, its tests are skipped.
 debian:
-	@dpkg -s python3-doc sqlite3-doc >/dev/null 2>&1 \
-	|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-doc sqlite3-doc; } >/dev/null 2>&1 \
-	|| echo "Debian's python3-doc and sqlite3-doc cannot be installed: some tests of doc-search are skipped." >&2
+	@missing=; for package in python3-doc sqlite3-doc runc runsc; do \
+	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; \
+	done; \
+	[ -z "$$missing" ] || apt-get update -qq >/dev/null 2>&1; \
+	for package in $$missing; do \
+	  apt-get install -y -qq --no-install-recommends $$package >/dev/null 2>&1 \
+	  || echo "Debian's $$package cannot be installed: some tests are skipped." >&2; \
+	done
 
 test-fault: install $(dev_stamp)
 	@$(tests) tests/fault

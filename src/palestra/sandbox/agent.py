@@ -731,7 +731,7 @@ def _proportional(pid):
                     return int(line.split()[1]) * 1024
     except (OSError, IndexError, ValueError):
         pass
-    return 0
+    return _resident(pid)  # it hides that, or its kernel does not count so
 
 
 def _held(place):

@@ -17,6 +17,7 @@ from palestra.sandbox import kernel
 
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM)
 _CLEANUP_S = 30
+_MOST_SAID = 65_536
 
 
 def main(text):
@@ -35,12 +36,16 @@ def main(text):
         try:
             become(plan)
         except BaseException as error:
-            complain(plan["link"], error)
+            complain(plan["link"], f"{type(error).__name__}: {error}")
         finally:
             os._exit(1)
-    for fd in (plan["link"], *plan["groups"]):
+    for fd in plan["groups"]:
         os.close(fd)
+    if not plan["argv"]:
+        os.close(plan["link"])
     wait_for_an_end(plan["control"], woken, None if plan["is_detached"] else pid)
+    if plan["argv"] and (said := last_word(plan)):
+        complain(plan["link"], said)
     end_all(plan)
 
 
@@ -48,12 +53,26 @@ def _ignore(number, stack):
     """A signal that only wakes the loop."""
 
 
-def complain(fd, error):
+def complain(fd, reason):
     """To whoever asked for the sandbox, in a frame of the agent's."""
     try:
-        os.write(fd, agent_of.frame({"failed": f"{type(error).__name__}: {error}"}))
+        os.write(fd, agent_of.frame({"failed": reason}))
     except OSError:
         pass
+
+
+def last_word(plan):
+    """Of what starts the agent, the last lines that it wrote on its standard error."""
+    try:
+        with open(_said(plan), "rb") as file:
+            lines = file.read(_MOST_SAID).decode("utf-8", "replace").split("\n")
+    except OSError:
+        return ""
+    return " ".join([line.strip() for line in lines if line.strip()][-3:])
+
+
+def _said(plan):
+    return plan["directory"] + "/said"
 
 
 # --- the end
@@ -241,6 +260,7 @@ def become_program(plan):
         os.write(fd, kernel.seccomp_program(uncounted_memory=bool(plan["groups"])))
         os.lseek(fd, 0, os.SEEK_SET)
         argv = [str(fd) if word == "{seccomp}" else word for word in argv]
+    os.dup2(os.open(_said(plan), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), 2)
     if plan["drops_user"]:
         become_user(plan["uid"])
     for fd in (0, 1):

@@ -293,6 +293,18 @@ async def test_programs_have_no_rights(host: Host):
             assert (status["NoNewPrivs"], status["Seccomp"]) == expected
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make others")
+async def test_root_inside_or_outside_runs_no_program(host: Host):
+    """Not even one that is nobody in there may be root out here, who may write the kernel's settings."""
+    async with await host.create() as box:
+        await box.background(["sleep", _marker(4)])
+        assert (await box.exec("id -u")).stdout != "0\n" or _is_control(host)
+        outside = {Path(f"/proc/{pid}").stat().st_uid for pid in _named(_marker(4))}
+        if host.backend.isolation is not Isolation.KERNEL:  # whose programs this machine does not see
+            assert len(outside) == 1
+            assert (outside == {0}) == _is_control(host)
+
+
 async def test_the_network_of_the_host_is_out_of_reach(host: Host):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -1,5 +1,6 @@
 """Which backend works here: each is tried as it would be used, and the first that isolates enough is taken."""
 
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ async def _oci(options: "Options") -> Backend:
     from palestra.sandbox.images import root_of
 
     runc = find_runc()
-    if runc is not None:
+    if runc is not None and os.geteuid() == 0:
         return await _opened(Runc(runc, await root_of(options.image, options.packages)))
     return await _opened(Engine(find_engine(), options.image))
 
