@@ -281,7 +281,7 @@ class _Routes:
 
     def _bounded(self, header: Mapping[str, Any]) -> dict[str, Any]:
         """What an agent may be asked, within limits. Errors: ValueError, UserError."""
-        do = header.get("do")
+        do = str(header.get("do"))
         if do not in _CALLS:
             raise ValueError(f"do={do!r} is none of {', '.join(sorted(_CALLS))}")
         bounded = dict(header)

@@ -13,7 +13,7 @@ class Started:
     """A sandbox's agent. `kill` ends it with all that runs in it, at once and however it resists.
 
     `has_killed` tells whether something in it was killed for its memory since it was last asked. `cpu_s`: of all that
-    ran in it, known when it has ended; None where nobody tells.
+    ran in it and was not killed with it, known when it has ended; None where nobody tells.
     """
 
     def __init__(self, link: Link, *, kill: Callable[[], None], has_killed: Callable[[], bool] = lambda: False):
