@@ -23,7 +23,7 @@ WAIT_S = 60.0
 ALICE, BOB = "token-of-alice", "token-of-bob"
 
 
-def tenant(name: str, **limits: int) -> Tenant:
+def tenant(name: str, **limits: Any) -> Tenant:
     digest = hashlib.sha256(f"token-of-{name}".encode()).hexdigest()
     return Tenant(name=name, token_sha256=digest, **limits)
 

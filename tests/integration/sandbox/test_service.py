@@ -151,6 +151,18 @@ async def _chunks(total: int) -> AsyncIterator[bytes]:
         yield b"x" * min(65_536, total - at)
 
 
+async def test_hosts_that_a_tenant_may_not_reach_are_not_reached_by_its_sandboxes(running: Running):
+    for host in ("pypi.org", "127.0.0.1:80"):
+        status, said = await running.ask("POST", "/v1/sandboxes", json={"limits": LIMITS, "egress": [host]})
+        assert (status, said["error"]["kind"]) == (400, "input")
+    assert running.host.boxes == {}
+    async with serving(tenant("alice", egress=("pypi.org",))) as other:
+        status, made = await other.ask("POST", "/v1/sandboxes", json={"limits": LIMITS, "egress": ["pypi.org"]})
+        assert status == 201
+        ask = {"command": "echo $http_proxy"}
+        assert (await other.ask("POST", f"/v1/sandboxes/{made['id']}/exec", json=ask))[1]["stdout"] != "\n"
+
+
 # --- how many
 
 
