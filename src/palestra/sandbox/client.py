@@ -3,7 +3,7 @@
 Consumes: requests of this process. Produces: sandboxes and results, as a `Host` does. Waits for: the service, with a
 deadline for every answer. Ends when: it is closed; its sandboxes live on until their time is over, or they are deleted.
 
-aiohttp carries: a small request costs its client a fifth of the CPU that it costs that of httpx.
+aiohttp carries: a small request costs its client much less CPU than it costs that of httpx.
 """
 
 import asyncio
