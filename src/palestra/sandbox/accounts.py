@@ -2,7 +2,8 @@
 
 A line is with the operating system before what it accounts for is answered, so `kill -9` loses nothing that was
 answered; it is on the disk within a second, which is what a machine that loses power may lose. A sandbox is accounted
-for at every beat: one that lives when the service is killed, up to the last of them.
+for at every beat: one that lives when the service is killed, up to the last of them. CPU time is that of programs that
+ended: what is killed with its sandbox is in the seconds of the sandbox alone.
 
 `usage-000001.jsonl` is followed by `usage-000002.jsonl` when it is long; each begins with the sums of those before, and
 the newest alone is read at the start. Older ones are for whoever wants to keep them.

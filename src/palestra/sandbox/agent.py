@@ -561,19 +561,20 @@ class Agent:
         return {"size": size}, b"".join(pieces)
 
     def _list_files(self, header, body):
-        """At most `most` of them; links are named, never followed."""
+        """At most `most` of them, and what fits into one frame; links are named, never followed."""
         top, found, most = self._place(header), [], int(header.get("most", 10_000))
-        pending = [""]
+        pending, room = [""], MOST_HEADER - _CHUNK
         while pending:
             below = pending.pop()
             with os.scandir(os.path.join(top, below)) as entries:
                 for entry in entries:
-                    if len(found) >= most:
+                    if len(found) >= most or room < 0:
                         return {"files": found, "is_cut": True}, b""
                     about = entry.stat(follow_symlinks=False)
                     path = os.path.join(below, entry.name)
                     kind = _KINDS.get(stat.S_IFMT(about.st_mode), "other")
                     found.append([path, kind, about.st_size, about.st_mode & 0o777, about.st_mtime])
+                    room -= len(json.dumps(found[-1])) + 1
                     if kind == "directory" and header.get("is_deep"):
                         pending.append(path)
         return {"files": found, "is_cut": False}, b""

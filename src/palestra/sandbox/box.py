@@ -152,7 +152,7 @@ class Sandbox:
         """
         answer, _ = await self._connection.call({"do": "list", "path": path, "is_deep": recursive, "most": most})
         if answer["is_cut"]:
-            raise ValueError(f"{path or self.home} has more than {most} files")
+            raise ValueError(f"{path or self.home} has more than {most} files, or more than 1 MiB of their names")
         found = [File(path=p, kind=k, size=s, mode=m, changed=c) for p, k, s, m, c in answer["files"]]
         return sorted(found, key=lambda file: file.path)
 

@@ -3,11 +3,12 @@
 Consumes: requests of this process. Produces: sandboxes and results, as a `Host` does. Waits for: the service, with a
 deadline for every answer. Ends when: it is closed; its sandboxes live on until their time is over, or they are deleted.
 
-aiohttp carries: a small request costs its client a fifth of the CPU that it costs that of httpx.
+aiohttp carries: a small request costs its client much less CPU than it costs that of httpx.
 """
 
 import asyncio
 import base64
+import io
 import json
 import os
 import secrets
@@ -38,6 +39,7 @@ TOKEN = "PALESTRA_SANDBOX_TOKEN"
 _CALL_S = 60.0  # beyond what a request may take by itself
 _START_S, _CONNECT_S = 180.0, 10.0
 _QUEUE_S = 600.0
+_LONG = 2**19
 _TRIES, _FIRST_WAIT_S = 4, 0.2
 _DEFAULT, _LIMITS = Options(), Limits()
 
@@ -199,6 +201,14 @@ class FarBox:
         await self._http.ask("DELETE", self._place)
 
 
+class _Told(Exception):
+    """An error that the service told, which may be one of a connection too: no failure of ours to reach it."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
 class _Http:
     """Requests and their answers; the errors of all: what the service refuses, and SandboxUnreachableError."""
 
@@ -238,10 +248,10 @@ class _Http:
         headers = {} if key is None else {"Idempotency-Key": key}
 
         async def exchange() -> bytes:
-            async with self._session.request(method, self._url + path, data=body, headers=headers) as answer:
+            async with self._session.request(method, self._url + path, data=_sent(body), headers=headers) as answer:
                 text = await answer.read()
                 if answer.status >= 400:
-                    raise heard(answer.status, text, self._url)
+                    raise _Told(heard(answer.status, text, self._url))
                 return text
 
         return await within(limit_s, self._tried(exchange, is_repeatable), waiting_for=f"{self._url}{path}")
@@ -252,12 +262,12 @@ class _Http:
         """The last frame; those of output before it are told."""
 
         async def exchange() -> tuple[dict[str, Any], bytes]:
-            async with self._session.post(self._url + path, data=body) as answer:
+            async with self._session.post(self._url + path, data=_sent(body)) as answer:
                 if answer.status >= 400:
-                    raise heard(answer.status, await answer.read(), self._url)
+                    raise _Told(heard(answer.status, await answer.read(), self._url))
                 async for header, data in _frames(answer):
                     if "refused" in header:
-                        raise error_of(header["refused"])
+                        raise _Told(error_of(header["refused"]))
                     if "stream" not in header:
                         return header, data
                     if on_stream is not None:
@@ -272,6 +282,8 @@ class _Http:
         for left in range(_TRIES - 1, -1, -1):
             try:
                 return await exchange()
+            except _Told as told:
+                raise told.error from None
             except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
                 if not left or not (is_repeatable or isinstance(error, aiohttp.ClientConnectorError)):
                     said = str(error) or type(error).__name__
@@ -286,6 +298,11 @@ class _Http:
         if self._made is not None:
             await self._made.close()
             self._made = None
+
+
+def _sent(body: bytes | None) -> bytes | io.BytesIO | None:
+    """A long one in pieces, between which the loop goes on."""
+    return io.BytesIO(body) if body is not None and len(body) > _LONG else body
 
 
 async def _frames(answer: aiohttp.ClientResponse) -> AsyncIterator[tuple[dict[str, Any], bytes]]:

@@ -117,6 +117,7 @@ class Holdings:
 
     async def _made(self, tenant: Tenant, asked: AskedSandbox, count: int) -> Sequence[Holding]:
         limits = asked.limits.limits()
+        tenant.require_egress(asked.egress)
         if asked.timeout_s > self._most_lifetime_s:
             most = self._most_lifetime_s
             raise UserError(f"timeout_s={asked.timeout_s:g} of a sandbox is more than the {most:g} that it may be here")

@@ -87,7 +87,7 @@ class Box:
 
     @property
     def total_cpu_s(self) -> float:
-        """Of programs that were waited for; when it has ended, of all, where the backend tells."""
+        """Of programs that were waited for; when it has ended, of all that ended before it, where the backend tells."""
         return self.cpu_s if self._started.cpu_s is None else self._started.cpu_s
 
     async def call(

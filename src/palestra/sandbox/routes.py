@@ -7,7 +7,8 @@ the contents of files.
 import asyncio
 import json
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ _CALLS = {
 _FRAMES, _JSON = "application/octet-stream", "application/json"
 _LONGEST_WAIT_S, _MOST_LISTED, _FILE_CHUNK = 60.0, 10_000, 2**22
 _WRITE_S = 60.0
+_BODIES_AT_ONCE = 64  # of the longest
 _MOST_KEY = 200
 
 
@@ -89,6 +91,7 @@ class _Routes:
     def __init__(self, service: Service):
         self._service = service
         self._most_body = service.settings.most_body_mb * 2**20
+        self._num_bytes, self._most_bytes = 0, _BODIES_AT_ONCE * self._most_body
 
     def answering(self, act: Act) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         """With the errors of `act` as answers."""
@@ -98,7 +101,8 @@ class _Routes:
                 tenant = self._service.tenants.of(request.headers.get("Authorization", ""))
                 if tenant is None:
                     raise refusals.TokenError("no tenant has this token; send `Authorization: Bearer TOKEN`")
-                return await act(request, tenant)
+                with self._room_for(request):
+                    return await act(request, tenant)
             except (PalestraError, OSError, ValueError) as error:
                 return self._refused(error)
             except web.HTTPRequestEntityTooLarge:
@@ -110,6 +114,22 @@ class _Routes:
                 return self._refused(PalestraError("this is a bug of palestra, which the service's log tells"))
 
         return answer
+
+    @contextmanager
+    def _room_for(self, request: web.Request) -> Iterator[None]:
+        """In memory, for as long as it is answered. Errors: TooLongError, RefusedError."""
+        num_bytes = request.content_length
+        if num_bytes is None:
+            num_bytes = self._most_body if request.can_read_body else 0
+        if num_bytes > self._most_body:
+            raise self._too_long()
+        if self._num_bytes + num_bytes > self._most_bytes:
+            raise RefusedError("bytes", "too many long requests at once; ask again later")
+        self._num_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._num_bytes -= num_bytes
 
     def _refused(self, error: Exception) -> web.Response:
         status, body, headers = refusals.told(error)
@@ -126,9 +146,7 @@ class _Routes:
         return refusals.TooLongError(f"the body is above {most} MiB; send it in parts")
 
     async def _body(self, request: web.Request) -> bytes:
-        """Errors: TooLongError."""
-        if (request.content_length or 0) > self._most_body:
-            raise self._too_long()
+        """Errors: HTTPRequestEntityTooLarge, for one in chunks; `_room_for` knows of others."""
         return await within(_WRITE_S, request.read(), waiting_for="the rest of a request")
 
     async def _asked(self, model: type[Model], request: web.Request) -> Model:
@@ -281,7 +299,7 @@ class _Routes:
 
     def _bounded(self, header: Mapping[str, Any]) -> dict[str, Any]:
         """What an agent may be asked, within limits. Errors: ValueError, UserError."""
-        do = header.get("do")
+        do = str(header.get("do"))
         if do not in _CALLS:
             raise ValueError(f"do={do!r} is none of {', '.join(sorted(_CALLS))}")
         bounded = dict(header)

@@ -8,6 +8,7 @@ most_memory_mb = 65536
 
 import hashlib
 import hmac
+import ipaddress
 import re
 import secrets
 import tomllib
@@ -17,6 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from palestra.core.errors import UserError
+from palestra.sandbox.egress import Allowed
 
 ONLY = "default"  # the tenant where no file names any
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -24,7 +26,11 @@ _MOST_TOKEN = 512
 
 
 class Tenant(BaseModel):
-    """`most_memory_mb` counts what its sandboxes may use, memory and disk, as their disk is in memory."""
+    """`most_memory_mb` counts what its sandboxes may use, memory and disk, as their disk is in memory.
+
+    `egress`: hosts that its sandboxes may be let reach, as they are written there; `*`: all that have a name and a
+    public address. None without it: requests of a sandbox come from this machine.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,6 +38,25 @@ class Tenant(BaseModel):
     token_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     most_sandboxes: int = Field(default=256, ge=0)
     most_memory_mb: int = Field(default=262_144, ge=0)
+    egress: tuple[str, ...] = ()
+
+    def require_egress(self, hosts: Sequence[str]) -> None:
+        """Errors: UserError, for one that it may not reach, or that is none."""
+        for host in hosts:
+            name = Allowed.parse(host).name
+            if host not in self.egress and not ("*" in self.egress and _is_name(name)):
+                raise UserError(
+                    f"egress={host!r} is not among the hosts that {self.name} may reach, {list(self.egress)}; they are "
+                    "in the file of tenants of the service"
+                )
+
+
+def _is_name(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return "." in host
+    return False
 
 
 class Tenants:
@@ -85,7 +110,7 @@ _HOW = "`palestra serve sandbox --token-for NAME` prints a token and its lines"
 def only(**limits: int) -> tuple[Tenants, str]:
     """One tenant, and its token, which nobody has seen before."""
     token = _fresh()
-    return Tenants([Tenant(name=ONLY, token_sha256=digest_of(token), **limits)]), token
+    return Tenants([Tenant(name=ONLY, token_sha256=digest_of(token), egress=("*",), **limits)]), token
 
 
 def lines_for(name: str) -> tuple[str, str]:

@@ -82,3 +82,22 @@ def test_a_tenants_name_is_plain():
     for name in ("", "A", "a b", "../a", "a" * 64, "[a]"):
         with pytest.raises(UserError, match="--token-for"):
             lines_for(name)
+
+
+def test_a_tenant_lets_sandboxes_reach_what_it_may_itself():
+    def may(allowed: tuple[str, ...], host: str) -> bool:
+        try:
+            Tenant(name="a", token_sha256="0" * 64, egress=allowed).require_egress([host])
+        except UserError:
+            return False
+        return True
+
+    assert may(("pypi.org", "10.0.0.1:80"), "pypi.org")
+    assert may(("pypi.org", "10.0.0.1:80"), "10.0.0.1:80")
+    for host in ("*.pypi.org", "pypi.org:8080", "10.0.0.1", "example.org"):
+        assert not may(("pypi.org", "10.0.0.1:80"), host), host
+        assert not may((), host), host
+    assert may(("*",), "*.example.org")
+    assert may(("*",), "example.org:8080")
+    for host in ("127.0.0.1:8002", "169.254.169.254", "[::1]:80", "localhost"):
+        assert not may(("*",), host), host

@@ -14,8 +14,8 @@ class Started:
 
     `has_killed` tells whether something in it was killed for its memory since it was last asked; after its end, whether
     that was why. `is_killed` of `set_ended`: the same, of its last moments. `home` is where its programs start; empty,
-    where that is the same for all of its backend. `cpu_s`: of all that ran in it, known when it has ended; None where
-    nobody tells.
+    where that is the same for all of its backend. `cpu_s`: of all that ran in it and was not killed with it, known
+    when it has ended; None where nobody tells.
     """
 
     def __init__(
