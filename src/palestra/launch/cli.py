@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_env(commands)
     _add_serve(commands)
+    _add_sandbox_commands(commands)
     replay = _add(commands, "replay", _replay, "run one room of a finished run again on what was recorded, and compare")
     replay.add_argument("run")
     replay.add_argument(
@@ -199,6 +200,41 @@ def _add_serve(commands) -> None:
         "--to", type=Path, default=Path("outputs/proxy.jsonl"), metavar="FILE", help="a line per session"
     )
     proxy.add_argument("--idle-s", type=float, default=600, help="after which a session is written (default: 600)")
+    _add_serve_sandbox(inner)
+
+
+def _add_serve_sandbox(inner) -> None:
+    sandbox = _add(inner, "sandbox", _serve_sandbox, "sandboxes for programs, by HTTP, for tenants with tokens")
+    sandbox.add_argument("--backend", metavar="NAME", help="default: the best that works here")
+    sandbox.add_argument("--host", help="default: 127.0.0.1, this machine alone")
+    sandbox.add_argument("--port", type=int, help="0: a free one, which is said (default: 8002)")
+    sandbox.add_argument("--tokens", type=Path, metavar="FILE", help="tenants (default: one, whose token is said)")
+    sandbox.add_argument("--token-for", metavar="NAME", help="print a fresh token and its lines of FILE, and end")
+    sandbox.add_argument("--data", type=Path, metavar="DIR", help="where it is written what tenants used")
+    sandbox.add_argument("--most", type=int, help="sandboxes at once (default: 2048)")
+    sandbox.add_argument("--most-memory-mb", type=int, help="of all together (default: 3/4 of this machine's)")
+    sandbox.add_argument("--starting", type=int, help="sandboxes in the making (default: 2 for each core)")
+    sandbox.add_argument("--running", type=int, help="one-shot programs at once (default: 2 for each core)")
+    sandbox.add_argument("--most-waiting", type=int, help="programs of a tenant that wait (default: 1024)")
+    sandbox.add_argument("--wait-s", type=float, help="the longest that one waits (default: 60)")
+    sandbox.add_argument("--most-lifetime-s", type=float, help="of a sandbox (default: a day)")
+    sandbox.add_argument("--most-program-s", type=float, help="of a program (default: an hour)")
+    sandbox.add_argument("--most-body-mb", type=int, help="of a request (default: 16)")
+    sandbox.add_argument("--drain-s", type=float, help="for programs to end when it is told to (default: 30)")
+
+
+def _add_sandbox_commands(commands) -> None:
+    text = "programs in sandboxes"
+    inner = commands.add_parser("sandbox", help=text, description="Programs in sandboxes.").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    run = _add(inner, "run", _sandbox_run, "a Python file in a sandbox; its exit code is that of the command")
+    run.add_argument("file", type=Path, metavar="FILE")
+    run.add_argument("--backend", metavar="NAME", help="or a service, http://... (default: the best that works here)")
+    run.add_argument("--timeout-s", type=float, default=10, help="of the program alone (default: 10)")
+    run.add_argument("--memory-mb", type=int, default=512, help="default: 512")
+    run.add_argument("--stdin", type=Path, metavar="FILE", help="what it reads (default: nothing)")
+    _add_json(run)
 
 
 def _add_simulate(commands) -> None:
@@ -413,6 +449,34 @@ def _serve_proxy(arguments: argparse.Namespace) -> None:
         to=arguments.to,
         idle_s=arguments.idle_s,
     )
+
+
+_OF_SERVICE = (
+    *("host", "port", "tokens", "data", "most", "most_memory_mb", "starting", "running", "most_waiting", "wait_s"),
+    *("most_lifetime_s", "most_program_s", "most_body_mb", "drain_s"),
+)
+
+
+def _serve_sandbox(arguments: argparse.Namespace) -> None:
+    from palestra.launch import sandbox
+
+    if arguments.token_for is not None:
+        sandbox.print_token(arguments.token_for)
+    else:
+        sandbox.serve(arguments.backend, {name: getattr(arguments, name) for name in _OF_SERVICE})
+
+
+def _sandbox_run(arguments: argparse.Namespace) -> int:
+    from palestra.launch import sandbox
+
+    wish = sandbox.Wish(
+        file=arguments.file,
+        backend=arguments.backend,
+        timeout_s=arguments.timeout_s,
+        memory_mb=arguments.memory_mb,
+        stdin=arguments.stdin,
+    )
+    return sandbox.run(wish, as_json=arguments.json)
 
 
 def _replay(arguments: argparse.Namespace) -> int | None:

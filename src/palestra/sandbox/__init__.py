@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SandboxFullError,
         SandboxGoneError,
         SandboxStartError,
+        SandboxUnreachableError,
         UnsupportedError,
     )
 
@@ -27,7 +28,7 @@ _PLACES = {
     "host": ("Host", "Options", "close_hosts", "run_code"),
     "records": (
         *("File", "Isolation", "IsolationError", "Limits", "Port", "Result", "SandboxError"),
-        *("SandboxFullError", "SandboxGoneError", "SandboxStartError", "UnsupportedError"),
+        *("SandboxFullError", "SandboxGoneError", "SandboxStartError", "SandboxUnreachableError", "UnsupportedError"),
     ),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
@@ -47,6 +48,7 @@ __all__ = [
     "SandboxFullError",
     "SandboxGoneError",
     "SandboxStartError",
+    "SandboxUnreachableError",
     "UnsupportedError",
     "close_hosts",
     "run_code",

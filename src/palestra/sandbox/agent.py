@@ -23,6 +23,7 @@ import time
 _HEAD = struct.Struct("!II")
 MOST_HEADER, MOST_BODY = 2**20, 2**26
 _CHUNK, _AT_ONCE = 65_536, 4
+_DIAL_S = 5.0
 _PIPE_BYTES = 2**20  # the most that the kernel lets a pipe hold
 WATCH_S = 0.02
 _SOFT_ERRORS = (BlockingIOError, InterruptedError)
@@ -204,7 +205,7 @@ class Agent:
             answer = act(self, header, body)
         except OSError as error:
             answer = {"error": "os", "errno": error.errno, "message": str(error)}, b""
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             answer = {"error": "value", "message": f"{type(error).__name__}: {error}"}, b""
         if answer is not None:
             self._send(dict(answer[0], id=header.get("id")), answer[1])
@@ -227,18 +228,28 @@ class Agent:
                     done = os.write(self._write, self._outgoing)
                     del self._outgoing[:done]
                 if self._passed:
-                    data, passed = self._passed.pop(0)
-                    self._outgoing += data
-                    if passed is not None:
-                        with socket.socket(fileno=os.dup(self._write)) as link, passed:
-                            done = socket.send_fds(link, [data], [passed.fileno()])
-                        del self._outgoing[:done]
+                    data, passed = self._passed[0]
+                    done = self._pass(data, passed) if passed is not None else 0
+                    self._passed.pop(0)
+                    self._outgoing += data[done:]
         except _SOFT_ERRORS:
             pass
         except OSError:
             self._is_ended = True
             return
-        self._want_writing(bool(self._outgoing))
+        self._want_writing(bool(self._outgoing or self._passed))
+
+    def _pass(self, data, passed):
+        """How many bytes went with it: none, if this end of the link takes no descriptors, and it goes unanswered."""
+        try:
+            with socket.socket(fileno=os.dup(self._write)) as link:
+                done = socket.send_fds(link, [data], [passed.fileno()])
+        except _SOFT_ERRORS:
+            raise
+        except OSError:
+            done = 0
+        passed.close()
+        return done
 
     def _want_writing(self, is_writing):
         if is_writing == self._is_writing:
@@ -580,17 +591,36 @@ class Agent:
     # --- sockets, which belong to the network that they were made in
 
     def _dial(self, header, body):
-        """A connection to a port in here, passed out."""
+        """A connection to a port in here, passed out; that of a server whose queue is full holds up nobody else."""
         link = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        link.setblocking(False)
         try:
-            link.settimeout(2.0)
-            link.connect(("127.0.0.1", int(header["port"])))
-            link.setblocking(False)
+            reason = link.connect_ex(("127.0.0.1", int(header["port"])))
         except BaseException:
             link.close()
             raise
-        self._send({"id": header["id"]}, passed=link)
-        return
+        if reason != errno.EINPROGRESS:
+            self._tell_dialled(header, link, reason)
+            return
+
+        def dialled(fd, mask):
+            self._selector.unregister(link)
+            self._tell_dialled(header, link, link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+        def late():
+            if link.fileno() >= 0:
+                self._selector.unregister(link)
+                self._tell_dialled(header, link, errno.ETIMEDOUT)
+
+        self._selector.register(link, selectors.EVENT_WRITE, dialled)
+        self._at(time.monotonic() + _DIAL_S, late)
+
+    def _tell_dialled(self, header, link, reason):
+        if reason == 0:
+            self._send({"id": header["id"], "passes": True}, passed=link)
+        else:
+            link.close()
+            self._send({"id": header["id"], "error": "os", "errno": reason, "message": os.strerror(reason)})
 
     def _listen(self, header, body):
         """A port in here that is answered outside."""
@@ -601,7 +631,7 @@ class Agent:
         except BaseException:
             link.close()
             raise
-        self._send({"id": header["id"]}, passed=link)
+        self._send({"id": header["id"], "passes": True}, passed=link)
         return
 
     def _set_environment(self, header, body):
@@ -611,7 +641,7 @@ class Agent:
     # --- memory, where no cgroup counts it
 
     def _watch_memory(self):
-        users = set(_all_pids()) - {os.getpid()} if self._is_first else children_of(os.getpid())
+        users = children_of(os.getpid())  # never others: without a namespace, those of the whole machine are in /proc
         if users and held_by(users, self._memory, self._places) > self._memory:
             for program in self._by_pid.values():
                 program.is_oom = True

@@ -15,14 +15,44 @@ _TOP = Path("/sys/fs/cgroup")
 _OVERHEAD_MB = 32  # of the agent, and of what the kernel keeps for it
 
 
+class KillCount:
+    """How often the kernel killed for a cgroup's memory. It need not be there yet, or any more."""
+
+    def __init__(self, directory: Path, version: int):
+        self._file = directory / ("memory.events" if version == 2 else "memory.oom_control")
+        self._before = 0
+
+    def has_grown(self) -> bool:
+        """Since it was last asked."""
+        try:
+            now = _kills(self._file.read_bytes())
+        except OSError:
+            return False
+        before, self._before = self._before, now
+        return now > before
+
+
+def _kills(events: bytes) -> int:
+    _, word, rest = events.partition(b"oom_kill ")
+    return int(rest.split(b"\n", 1)[0]) if word else 0
+
+
 class Cgroup:
-    """One sandbox's, as `fds` to write `0` into for whoever joins."""
+    """One sandbox's, as `fds` to write `0` into for whoever joins. Files are opened once: they are used often."""
 
     def __init__(self, directories: dict[str, Path], version: int):
+        """Errors: OSError."""
         self.directories, self._version = directories, version
-        self.fds: list[int] = []
         self._limits: Limits | None = None
+        name = "cgroup.procs" if version == 2 else "tasks"  # one thread joins: the kernel need not stop the others
+        self._joins = {c: os.open(d / name, os.O_WRONLY | os.O_CLOEXEC) for c, d in self._by_controller().items()}
+        events = "memory.events" if version == 2 else "memory.oom_control"
+        self._events = os.open(directories["memory"] / events, os.O_RDONLY | os.O_CLOEXEC)
         self._kills_before = 0
+
+    def _by_controller(self) -> dict[str, Path]:
+        """One of version 2 has all controllers."""
+        return {"memory": self.directories["memory"]} if self._version == 2 else self.directories
 
     def take(self, limits: Limits) -> None:
         """Errors: OSError."""
@@ -32,41 +62,24 @@ class Cgroup:
                     (self.directories[controller] / name).write_text(str(value))
             self._limits = limits
         self._kills_before = self._kills()
-        name = (
-            "cgroup.procs" if self._version == 2 else "tasks"
-        )  # one thread joins: the kernel need not stop the others
-        self.fds = [os.open(d / name, os.O_WRONLY | os.O_CLOEXEC) for d in set(self.directories.values())]
-
-    def joined(self) -> None:
-        """Nobody else joins."""
-        for fd in self.fds:
-            os.close(fd)
-        self.fds = []
 
     @property
-    def has_killed(self) -> bool:
-        """Whether the kernel killed for its memory since it was taken."""
-        return self._kills() > self._kills_before
+    def fds(self) -> list[int]:
+        """A share of processors is counted only where there is one."""
+        is_shared = self._limits is not None and self._limits.cpus is not None
+        return [fd for controller, fd in self._joins.items() if controller != "cpu" or is_shared]
 
-    def seen(self) -> None:
-        self._kills_before = self._kills()
+    def has_killed(self) -> bool:
+        """Whether the kernel killed for its memory since it was taken, or last asked."""
+        before, self._kills_before = self._kills_before, self._kills()
+        return self._kills_before > before
 
     def _kills(self) -> int:
-        name = "memory.events" if self._version == 2 else "memory.oom_control"
-        try:
-            for line in (self.directories["memory"] / name).read_text().splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-        except (OSError, KeyError):
-            pass
-        return 0
-
-    @property
-    def is_empty(self) -> bool:
-        return not any((d / "cgroup.procs").read_text().strip() for d in set(self.directories.values()))
+        return _kills(os.pread(self._events, 4096, 0))
 
     def remove(self) -> None:
-        self.joined()
+        for fd in (*self._joins.values(), self._events):
+            os.close(fd)
         for directory in set(self.directories.values()):
             try:
                 directory.rmdir()
@@ -112,12 +125,8 @@ class Cgroups:
         return group
 
     def give_back(self, group: Cgroup) -> None:
-        group.joined()
-        if group.is_empty:
-            self._free.append(group)
-        else:
-            group.remove()
-            self._known.remove(group)
+        """Nobody is in it any more: its sandbox has ended, and the first process ends last."""
+        self._free.append(group)
 
     def _make(self) -> Cgroup:
         number = next(self._numbers)

@@ -40,6 +40,7 @@ _CALL_S = 30.0
 _GRACE_S = 2.0  # beyond its timeout, until an agent that says nothing is taken for starved by its programs
 _LOG_LINES = 1000
 _LONGEST_S = 24 * 3600.0
+_MOST_POOLS = 8
 PROGRAMS = ("exec", "code")
 
 
@@ -67,7 +68,7 @@ class Box:
     def __init__(self, id: str, started: Started, limits: Limits, backend: Backend, labels: Sequence[str]):
         self.id, self.home, self.labels = id, started.home or backend.home, tuple(labels)
         self.limits, self.created = limits, unix_now()
-        self.cpu_s = 0.0
+        self.cpu_s, self.reason = 0.0, "its agent has ended"
         self._started, self._backend = started, backend
         self._lines: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
         self._timer: asyncio.TimerHandle | None = None
@@ -84,6 +85,11 @@ class Box:
     def ended(self) -> asyncio.Future[None]:
         return self._started.ended
 
+    @property
+    def total_cpu_s(self) -> float:
+        """Of programs that were waited for; when it has ended, of all, where the backend tells."""
+        return self.cpu_s if self._started.cpu_s is None else self._started.cpu_s
+
     async def call(
         self, header: dict[str, Any], body: bytes = b"", *, on_stream: OnOutput | None = None
     ) -> tuple[dict[str, Any], bytes]:
@@ -92,7 +98,7 @@ class Box:
         limit = float(header.get("timeout_s") or 0) + _GRACE_S if is_program else header.get("wait_s", 0) + _CALL_S
         try:
             async with Unhurried(limit) as patience:
-                answer, data, _ = await self._started.link.call(header, body, on_stream=on_stream)
+                answer, data, passed = await self._started.link.call(header, body, on_stream=on_stream)
         except TimeoutError:
             if not patience.expired:
                 raise  # of the sandbox's own files
@@ -104,6 +110,8 @@ class Box:
             if is_program and self._started.has_killed():
                 return self._noted(header, {"oom": True, "signal": 9}), b""
             raise SandboxGoneError(f"sandbox {self.id}: {error}") from None
+        if passed is not None:
+            os.close(passed)  # of a request that only this process makes
         if is_program:
             answer["oom"] = bool(answer.get("oom")) or self._started.has_killed()
             self.cpu_s += float(answer.get("cpu_s", 0))
@@ -130,12 +138,20 @@ class Box:
     async def expose(self, port: int) -> Port:
         """Errors: OSError, UnsupportedError."""
         if port not in self._ports:
-            self._ports[port] = await Forwarding.open(self._started.link, port, backend=self._backend.name)
+            forwarding = await Forwarding.open(self._started.link, port, backend=self._backend.name)
+            if self.is_gone or port in self._ports:
+                forwarding.close()  # meanwhile it ended, or somebody else asked
+            else:
+                self._ports[port] = forwarding
+        if self.is_gone:
+            raise SandboxGoneError(f"sandbox {self.id} has ended")
         return self._ports[port].where
 
     async def allow(self, hosts: Sequence[str]) -> None:
         """Errors: UnsupportedError."""
         self._egress = await Egress.open(self._started.link, hosts, backend=self._backend.name)
+        if self.is_gone:
+            self._egress.close()
 
     async def logs(self) -> str:
         return "\n".join(self._lines)
@@ -145,6 +161,8 @@ class Box:
 
     def end(self, reason: str) -> None:
         """At once; what it held is given back when the kernel is done with it."""
+        if not self.is_gone:
+            self.reason = reason
         self._lines.append(f"{unix_now():.3f} ended: {reason}")
         self._started.link.close(reason)
         self._started.kill()
@@ -175,7 +193,7 @@ class Host:
         warm: int | None = None,
     ):
         cores = os.cpu_count() or 1
-        self._options, self.most = options, most
+        self.options, self.most = options, most
         self._starting = asyncio.Semaphore(starting or 2 * cores)
         self._running = asyncio.Semaphore(running or 2 * cores)
         self._warm = 2 * cores if warm is None else warm
@@ -183,12 +201,12 @@ class Host:
         self._by_key: dict[str, asyncio.Future[Box]] = {}
         self._names = itertools.count(1)
         self._num_oneshots = 0
-        self._pools: dict[Limits, Pool] = {}
+        self._pools: collections.OrderedDict[Limits, Pool] = collections.OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> Self:
         """Errors: UserError, for a backend or an image that there is not; IsolationError; SandboxStartError."""
-        self.backend = await open_backend(self._options)
+        self.backend = await open_backend(self.options)
         return self
 
     @property
@@ -277,9 +295,7 @@ class Host:
         """
         text, given = code.encode("utf-8", "surrogatepass"), encoded(stdin)
         contents = {_relative(path): encoded(content) for path, content in (files or {}).items()}
-        pool = self._pools.get(limits)
-        if pool is None:
-            pool = self._pools[limits] = Pool(self, limits, self._warm)
+        pool = self._pool(limits)
         async with self._running:
             waiting = await pool.take()
             if waiting is None:
@@ -292,6 +308,16 @@ class Host:
                 waiting.close()
         return result(*end)
 
+    def _pool(self, limits: Limits) -> "Pool":
+        """The one that was not used for longest makes room for another: what waits holds memory."""
+        pool = self._pools.get(limits)
+        if pool is None:
+            if len(self._pools) >= _MOST_POOLS:
+                self._pools.popitem(last=False)[1].close()
+            pool = self._pools[limits] = Pool(self, limits, self._warm)
+        self._pools.move_to_end(limits)
+        return pool
+
     async def _run_by_agent(self, text, given, contents, timeout_s, limits, max_output, on_output) -> Result:
         """Where no interpreter waits."""
         async with Sandbox(await self._made(limits, timeout_s + 2 * READY_S, (), ())) as box:
@@ -302,9 +328,9 @@ class Host:
                 ["python3", "main.py"], stdin=given, timeout_s=timeout_s, max_output=max_output, on_output=on_output
             )
 
-    def list(self, *, labels: Sequence[str] = ()) -> Sequence[Sandbox]:
+    async def list(self, *, labels: Sequence[str] = ()) -> Sequence[Sandbox]:
         """Those that have all of `labels`."""
-        return [Sandbox(box) for box in self._boxes.values() if set(labels) <= set(box.labels)]
+        return [Sandbox(box) for box in self._boxes.values() if set(labels) <= set(box.labels) and not box.is_gone]
 
     async def bulk_create(self, count: int, **options: Any) -> Sequence[Sandbox]:
         """All, or none and the error of the first that failed."""
@@ -321,7 +347,7 @@ class Host:
         """Those that have all of `labels`; how many they were. Errors: UserError, for none at all."""
         if not labels:
             raise UserError("name the labels of the sandboxes to delete; to end all, close their host")
-        doomed = self.list(labels=labels)
+        doomed = await self.list(labels=labels)
         for box in doomed:
             await box.delete()
         return len(doomed)
@@ -352,6 +378,7 @@ class Pool:
     def __init__(self, host: Host, limits: Limits, size: int):
         self._host, self._limits, self._size = host, limits, size
         self._ready: collections.deque[Interpreter] = collections.deque()
+        self._is_closed = False
 
     async def take(self) -> Interpreter | None:
         """None where the backend has none. Errors: SandboxStartError."""
@@ -368,16 +395,20 @@ class Pool:
 
     async def _refill(self) -> None:
         """After this turn of the loop, in which whoever took one gives it its program."""
-        while len(self._ready) < self._size:
+        while not self._is_closed and len(self._ready) < self._size:
             try:
                 made = await self._host.backend.interpreter(self._limits)
             except SandboxStartError:
                 return  # whoever needs one makes it, and hears the reason
             if made is None:
                 return
+            if self._is_closed:
+                made.close()
+                return
             self._ready.append(made)
 
     def close(self) -> None:
+        self._is_closed = True
         for waiting in self._ready:
             waiting.close()
         self._ready.clear()
@@ -412,7 +443,7 @@ async def _opened(options: Options) -> Any:
     if options.backend is not None and options.backend.startswith(("http://", "https://")):
         from palestra.sandbox.client import RemoteHost
 
-        return await RemoteHost(options.backend).open()
+        return await RemoteHost(options.backend, options=options).open()
     return await Host(options).open()
 
 

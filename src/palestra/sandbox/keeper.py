@@ -16,12 +16,13 @@ from palestra.sandbox import agent as agent_of
 from palestra.sandbox import kernel
 
 _SIGNALS = (signal.SIGCHLD, signal.SIGTERM)
+_CLEANUP_S = 30
 
 
 def main(text):
     """`plan`: see `backends.kept.Kept.plan`."""
     plan = json.loads(text)
-    for fd in (plan["link"], plan["control"], *plan["groups"]):
+    for fd in (plan["link"], plan["control"], plan["lock"], *plan["groups"]):
         os.set_inheritable(fd, False)
     kernel.adopt_orphans()
     kernel.die_with_parent(signal.SIGTERM)
@@ -39,7 +40,7 @@ def main(text):
             os._exit(1)
     for fd in (plan["link"], *plan["groups"]):
         os.close(fd)
-    wait_for_an_end(plan["control"], woken, pid)
+    wait_for_an_end(plan["control"], woken, None if plan["is_detached"] else pid)
     end_all(plan)
 
 
@@ -59,33 +60,51 @@ def complain(fd, error):
 
 
 def wait_for_an_end(control, woken, pid):
+    """Of the host's socket, or of `pid`; without `pid`, of all that the keeper has adopted."""
     selector = selectors.DefaultSelector()
     selector.register(control, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
     while True:
         ready = {key.fd for key, _ in selector.select()}
-        if control in ready or signal.SIGTERM in os.read(woken, 4096) or pid in reaped():
+        if control in ready or signal.SIGTERM in os.read(woken, 4096):
+            return
+        ended, is_alone = reaped()
+        if is_alone or pid in ended:
             return
 
 
 def reaped():
-    """Children that have ended."""
+    """Children that have ended, and whether there are no others."""
     found = set()
     try:
         while True:
             pid, _ = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
-                return found
+                return found, False
             found.add(pid)
     except ChildProcessError:
-        return found
+        return found, True
 
 
 def end_all(plan):
     if plan["uid"]:
         kill_user(plan["uid"])
     agent_of.kill_descendants(os.getpid())
+    for argv in plan["cleanup"]:
+        run(argv, plan["environment"])
     remove_tree(plan["directory"])
+
+
+def run(argv, environment):
+    """Whether it helped or not, for so long as it takes, but not longer than `_CLEANUP_S`."""
+    nothing = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+    signal.alarm(_CLEANUP_S)  # its handler is the default one: the keeper ends
+    try:
+        pid = os.posix_spawnp(argv[0], argv, environment, file_actions=nothing)
+        os.waitid(os.P_PID, pid, os.WEXITED)
+    except OSError:
+        pass
+    signal.alarm(0)
 
 
 def kill_user(uid):
@@ -158,12 +177,76 @@ def _opened(top, name):
 
 def become(plan):
     """In the child of the keeper: what needs rights first, then none of them."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     os.close(plan["control"])
     for fd in plan["groups"]:
         os.write(fd, b"0")
         os.close(fd)
-    become_agent(plan)
+    os.umask(0o022)
+    if plan["shown"] and plan["uid"]:
+        show(plan["shown"])
+    if plan["root"]:
+        make_root(plan)
+    if plan["argv"]:
+        become_program(plan)
+    else:
+        become_agent(plan)
+
+
+def show(places):
+    """Let other users reach directories that lie beneath one that is closed to them, (closed, place). Nothing else of
+    what is closed is seen. Where root may not mount, the places stay out of reach.
+    """
+    try:
+        kernel.unshare(kernel.NEWNS)
+    except OSError:
+        return
+    kernel.mount("none", "/", flags=kernel.REC | kernel.PRIVATE)
+    fds = {place: os.open(place, os.O_PATH | os.O_CLOEXEC) for _, place in places}
+    for closed in {closed for closed, _ in places}:
+        kernel.mount("tmpfs", closed, "tmpfs", kernel.NOSUID | kernel.NODEV, "mode=0755,size=64k")
+    for place, fd in fds.items():
+        os.makedirs(place)
+        kernel.bind(f"/proc/self/fd/{fd}", place)
+        os.close(fd)
+
+
+def make_root(plan):
+    """A tree of read-only mounts, at `directory` in `root`, seen by nobody outside; and tools beside it."""
+    from palestra.sandbox import zygote
+
+    uid, gid = os.getuid(), os.getgid()
+    kernel.unshare(kernel.NEWNS if uid == 0 else kernel.NEWNS | kernel.NEWUSER)
+    if uid != 0:
+        proc = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
+        zygote.map_user(proc, 0, uid, gid)
+        os.close(proc)
+    kernel.mount("none", "/", flags=kernel.REC | kernel.PRIVATE)
+    zygote.fill_root(plan["root"])
+    kernel.unmount(plan["root"]["directory"] + "/proc")
+    for source, target in plan["tools"]:
+        os.makedirs(target)
+        kernel.bind(source, target)
+
+
+def become_program(plan):
+    """One that starts the agent. A descriptor `{seccomp}` among its arguments is that of the program for seccomp."""
+    argv = plan["argv"]
+    if plan["limits"]:
+        kernel.limit(**plan["limits"])
+    if "{seccomp}" in argv:
+        fd = os.memfd_create("seccomp", 0)
+        os.write(fd, kernel.seccomp_program(uncounted_memory=bool(plan["groups"])))
+        os.lseek(fd, 0, os.SEEK_SET)
+        argv = [str(fd) if word == "{seccomp}" else word for word in argv]
+    if plan["drops_user"]:
+        become_user(plan["uid"])
+    for fd in (0, 1):
+        os.dup2(plan["link"], fd)
+    os.chdir("/")
+    os.execvpe(argv[0], argv, plan["environment"])
 
 
 def become_user(uid):

@@ -77,6 +77,10 @@ def bind(source: str, target: str, *, flags: int = RDONLY | NOSUID | NODEV) -> N
     mount("none", target, flags=REMOUNT | BIND | flags | locked | times)
 
 
+def unmount(target: str) -> None:
+    _checked(_libc.umount2(target.encode(), _DETACH), f"umount {target}")
+
+
 def enter_root(directory: str) -> None:
     """Make `directory`, a mount, the root of this mount namespace; what was the root is gone."""
     os.chdir(directory)
@@ -177,14 +181,23 @@ _X32 = 0x4000_0000
 _NO_SUCH_CALL = ("clone3", "memfd_secret", "io_uring_setup", "io_uring_enter", "io_uring_register")
 _UNCOUNTED = ("memfd_create", "shmget", "msgget")
 _LOOKED_AT = {"clone", "socket", "ioctl", *_UNCOUNTED}
-_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
-_NAMESPACES = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET | _NEWTIME
-_TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: typing into another's terminal
+FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+NAMESPACES = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET | _NEWTIME
+TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: typing into another's terminal
 
 _LOAD, _EQUALS, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF_0000, 0x8000_0000, 0x0005_0000
 _NR, _ARCH, _FIRST, _SECOND = 0, 4, 16, 24
 _EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
+
+
+def refused_calls(*, uncounted_memory: bool = True) -> dict[str, int]:
+    """Those that are refused whatever their arguments are, and the error that they answer."""
+    refused = {name: _EPERM for name in _NUMBERS if not name.startswith("landlock_") and name not in _LOOKED_AT}
+    refused.update(dict.fromkeys(_NO_SUCH_CALL, _ENOSYS))
+    if not uncounted_memory:
+        refused.update(dict.fromkeys(_UNCOUNTED, _ENOSYS))
+    return refused
 
 
 def seccomp_program(*, no_network: bool = False, uncounted_memory: bool = True) -> bytes:
@@ -194,21 +207,18 @@ def seccomp_program(*, no_network: bool = False, uncounted_memory: bool = True) 
     `no_network`: no sockets but pairs, where there is no network namespace; those with a path lead to services here.
     `uncounted_memory`: allow memory that belongs to no process (memfd, System V), which needs a cgroup to count it.
     """
-    refused = {name: _EPERM for name in _NUMBERS if not name.startswith("landlock_") and name not in _LOOKED_AT}
-    refused.update(dict.fromkeys(_NO_SUCH_CALL, _ENOSYS))
-    if not uncounted_memory:
-        refused.update(dict.fromkeys(_UNCOUNTED, _ENOSYS))
-    families = () if no_network else _FAMILIES
+    refused = refused_calls(uncounted_memory=uncounted_memory)
+    families = () if no_network else FAMILIES
     code = [(_LOAD, 0, 0, _ARCH), (_EQUALS, 1, 0, _ARCHITECTURE), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NR)]
     code += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _ERRNO | _ENOSYS)]
     for name, error in refused.items():
         code += _where(name, [(_RETURN, 0, 0, _ERRNO | error)])
-    new_namespace = [(_LOAD, 0, 0, _FIRST), (_ANY_BIT, 0, 1, _NAMESPACES)]
+    new_namespace = [(_LOAD, 0, 0, _FIRST), (_ANY_BIT, 0, 1, NAMESPACES)]
     code += _where("clone", [*new_namespace, (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)])
     known = [(_EQUALS, len(families) - i, 0, int(family)) for i, family in enumerate(families)]
     refusal = [(_RETURN, 0, 0, _ERRNO | _EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]
     code += _where("socket", [(_LOAD, 0, 0, _FIRST), *known, *refusal])
-    types = [(_LOAD, 0, 0, _SECOND), (_EQUALS, 1, 0, _TERMINAL_INPUT[0]), (_EQUALS, 0, 1, _TERMINAL_INPUT[1])]
+    types = [(_LOAD, 0, 0, _SECOND), (_EQUALS, 1, 0, TERMINAL_INPUT[0]), (_EQUALS, 0, 1, TERMINAL_INPUT[1])]
     code += _where("ioctl", [*types, (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)])
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in [*code, (_RETURN, 0, 0, _ALLOW)])
 
@@ -270,8 +280,8 @@ def landlock(*, readable: list[str], writable: list[str], no_network: bool = Fal
 def _allow_beneath(ruleset: int, path: str, rights: int) -> None:
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, PermissionError):
+        return  # there is nothing to allow
     try:
         if not os.path.isdir(path):
             rights &= _READ_FILE | _EXECUTE | 2 | 1 << 14 | _IOCTL_DEV  # what a file can have: also write, truncate

@@ -21,7 +21,8 @@ Answer = tuple[dict[str, Any], bytes, int | None]
 """Header, body, and a descriptor that came with it."""
 OnStream = Callable[[str, bytes], None]
 
-_CHUNK, _MOST_FDS = 262_144, 4
+_CHUNK, _MOST_FDS, _MOST_WAITING_FDS = 262_144, 4, 64
+_CLOSE_ON_EXEC = 0x4000_0000  # MSG_CMSG_CLOEXEC
 
 
 class _Wait:
@@ -120,12 +121,15 @@ class Link:
 
     def _on_readable(self) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, _CHUNK, _MOST_FDS)
+            data, fds, _, _ = socket.recv_fds(self._socket, _CHUNK, _MOST_FDS, _CLOSE_ON_EXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             data, fds = b"", []
         self._fds += fds
+        if len(self._fds) > _MOST_WAITING_FDS:
+            self.close(f"it passes more than {_MOST_WAITING_FDS} descriptors that nobody asked for")
+            return
         if not data:
             self.close(self._reason)
             return
@@ -144,8 +148,12 @@ class Link:
                 self.ready.set_result(None)
         else:
             wait = self._waits.get(header.get("id", 0))
+            passed = self._fds.pop(0) if header.get("passes") and self._fds else None
             if wait is not None and "stream" in header:
                 if wait.on_stream is not None:
                     wait.on_stream(str(header["stream"]), body)
             elif wait is not None and not wait.future.done():
-                wait.future.set_result((header, body, self._fds.pop(0) if self._fds else None))
+                wait.future.set_result((header, body, passed))
+                return
+            if passed is not None:
+                os.close(passed)  # nobody waits for it any more

@@ -1,6 +1,7 @@
 """Ports of a sandbox on this machine: connections are made inside, by its agent, and passed out."""
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -30,14 +31,16 @@ class Forwarding:
         """Errors: OSError, if nobody listens there; UnsupportedError."""
         forwarding = cls(link, port)
         (await passed(link, {"do": "dial", "port": port}, backend=backend)).close()
-        forwarding._server = await asyncio.start_server(forwarding._served.accept, "127.0.0.1", 0)
+        opening = asyncio.start_server(forwarding._served.accept, "127.0.0.1", 0)
+        forwarding._server = await within(DIAL_S, opening, waiting_for="a free port on this machine")
         host, host_port = forwarding._server.sockets[0].getsockname()[:2]
         forwarding.where = Port(port=port, host=host, host_port=host_port)
         return forwarding
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inside = await passed(self._link, {"do": "dial", "port": self._port}, backend="")
-        far_reader, far_writer = await asyncio.open_connection(sock=inside)
+        wrapping = asyncio.open_connection(sock=inside)
+        far_reader, far_writer = await within(DIAL_S, wrapping, waiting_for="a connection that is there")
         try:
             await relay(reader, writer, far_reader, far_writer)
         finally:
@@ -49,12 +52,22 @@ class Forwarding:
 
 
 class Served:
-    """Connections of a server, ended with it; one that breaks is nobody else's matter."""
+    """Connections of a server, ended with it; one that breaks is nobody else's matter. Above `most`, they are refused:
+    each holds descriptors of this process, and there may be no end to who connects.
+    """
 
-    def __init__(self, serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]):
-        self._serve, self._tasks = serve, set[asyncio.Task[None]]()
+    def __init__(
+        self,
+        serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]],
+        *,
+        most: int = 256,
+    ):
+        self._serve, self._most, self._tasks = serve, most, set[asyncio.Task[None]]()
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._tasks) >= self._most:
+            writer.transport.abort()
+            return
         task = asyncio.ensure_future(self._served(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -79,7 +92,11 @@ async def passed(link: Link, request: dict[str, Any], *, backend: str) -> socket
         raise UnsupportedError(
             f"the sandbox {backend!r} has neither ports on this machine nor hosts to reach; 'local' and 'bwrap' have"
         )
-    made = socket.socket(fileno=fd)
+    try:
+        made = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
     made.setblocking(False)
     return made
 
@@ -92,6 +109,21 @@ async def relay(
 ) -> None:
     """Both ways, until both have said all they have to say, or nobody did for an hour."""
     await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
+
+
+async def relay_answer(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    far_reader: asyncio.StreamReader,
+    far_writer: asyncio.StreamWriter,
+) -> None:
+    """Both ways, until the far end has said all it has to say, whatever is still asked."""
+    asking = asyncio.ensure_future(_pump(reader, far_writer))
+    asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen: the answer tells what matters
+    try:
+        await _pump(far_reader, writer)
+    finally:
+        asking.cancel()
 
 
 async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:

@@ -54,9 +54,9 @@ class Result(Struct, frozen=True, kw_only=True):
         """`ok`, `failed`, `timed_out` or `oom`."""
         if self.timed_out:
             return "timed_out"
-        if self.oom:
-            return "oom"
-        return "ok" if self.exit_code == 0 else "failed"
+        if self.exit_code == 0:
+            return "ok"  # also where a process of its own was killed for its memory, and it did not mind
+        return "oom" if self.oom else "failed"
 
 
 class File(Struct, frozen=True, kw_only=True):
@@ -89,6 +89,10 @@ class SandboxGoneError(SandboxError):
 
 class SandboxFullError(SandboxError):
     """The service has as many as it may have. Of the load; later there is room."""
+
+
+class SandboxUnreachableError(SandboxError):
+    """The service that has it does not answer, or is about to end. Of the network, or of the service's machine."""
 
 
 class UnsupportedError(UserError):

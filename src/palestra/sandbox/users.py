@@ -5,7 +5,7 @@ import os
 from palestra.sandbox.records import SandboxStartError
 
 _FIRST = 2**28 + 2**27  # above those of the backend `local`
-_EACH = 4096  # of one process: as many sandboxes at once
+_EACH = 4096  # of one process: two for each sandbox, whose own root is the second
 
 
 class Users:
@@ -14,14 +14,14 @@ class Users:
     def __init__(self):
         self._is_root = os.geteuid() == 0
         first = _FIRST + (os.getpid() % 2**15) * _EACH
-        self._free = list(range(first + _EACH - 1, first - 1, -1)) if self._is_root else []
+        self._free = list(range(first + _EACH - 2, first - 1, -2)) if self._is_root else []
 
     def take(self) -> int:
         """Errors: SandboxStartError, when all are taken."""
         if not self._is_root:
             return 0
         if not self._free:
-            raise SandboxStartError(f"{_EACH} sandboxes are there already; delete some")
+            raise SandboxStartError(f"{_EACH // 2} sandboxes are there already; delete some")
         return self._free.pop()
 
     def give_back(self, uid: int) -> None:

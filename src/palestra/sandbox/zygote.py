@@ -27,9 +27,11 @@ HOME = "/home/user"
 _UID = 1000  # in there
 _FRESH = kernel.NEWNS | kernel.NEWPID | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS
 _MOST_MESSAGE = 65_536
+_CLOSE_ON_EXEC = 0x4000_0000  # MSG_CMSG_CLOEXEC
+_FIRST_FREE, _MOST_FDS = 4, 1024
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _KEPT = []
-_ETC = {
+ETC = {
     "passwd": "root:x:0:0:root:/:/sbin/nologin\nuser:x:1000:1000:user:/home/user:/bin/sh\n",
     "group": "root:x:0:\nuser:x:1000:\n",
     "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
@@ -41,11 +43,15 @@ _ETC = {
 def main(fd):
     """`plan`, the first message, says what the root is made of. See `local.Plan`."""
     link = socket.socket(fileno=fd)
+    link.set_inheritable(False)
     plan = json.loads(link.recv(_MOST_MESSAGE))
     try:
+        if plan["has_own_python"]:
+            bring_along()
         enter_own_root(plan)
         kernel.die_with_parent()
-        preload(plan["preload"])
+        if not plan["has_own_python"]:
+            preload(plan["preload"])
     except Exception as error:
         link.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
         raise SystemExit(1) from None
@@ -53,7 +59,7 @@ def main(fd):
     plan["ours"] = [name for name in sys.modules if name.partition(".")[0] == "palestra"]
     plan["path"] = [HOME, *plan["path"]]
     sys.argv[:] = ["main.py"]
-    sys.path.pop(0)
+    del sys.path[:1]
     sys.path_importer_cache.clear()
     link.send(b'{"ready":true}')
     Zygote(link, plan).serve()
@@ -95,9 +101,9 @@ def fill_root(plan):
         _bind_into(top, "/dev/" + name, "/dev/" + name, flags=kernel.NOSUID)
     for name, text in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
         os.symlink(text, top + "/dev/" + name)
-    for name, text in {**_ETC, **plan["etc"]}.items():
+    for name, text in {**ETC, **plan["etc"]}.items():
         place = top + "/etc/" + name
-        if not os.path.lexists(place):
+        if not os.path.lexists(place) and os.access(top + "/etc", os.W_OK):  # an image's own is read-only
             with open(place, "w", encoding="utf-8") as file:
                 file.write(text)
     for place in plan["hidden"]:
@@ -129,6 +135,17 @@ def map_user(proc, inside, outside_uid, outside_gid):
             os.write(fd, text.encode())
         finally:
             os.close(fd)
+
+
+def bring_along():
+    """What is imported later, before an image's files are around us: no module comes from those."""
+    import select  # noqa: F401
+    import shutil  # noqa: F401
+    import traceback  # noqa: F401
+
+    sys.path.clear()
+    for name in ("encodings", "importlib", "json", "palestra", "palestra.sandbox"):
+        sys.modules[name].__path__ = []
 
 
 def preload(modules):
@@ -179,7 +196,7 @@ class Zygote:
                 self._watch()
 
     def _on_message(self, link):
-        data, fds, _, _ = socket.recv_fds(link, _MOST_MESSAGE, 16)
+        data, fds, _, _ = socket.recv_fds(link, _MOST_MESSAGE, 16, _CLOSE_ON_EXEC)
         if not data:
             raise SystemExit(0)
         message = json.loads(data)
@@ -204,6 +221,7 @@ class Zygote:
                 become_sandbox(self._plan, message, fds[:streams], fds[streams:], self._seccomp)
             except BaseException as error:
                 _complain(fds[0], error)
+                _complain(_FIRST_FREE - 1, error)  # where it is moved to
             finally:
                 os._exit(1)
         self._numbers[pid], self._pids[number] = number, pid
@@ -263,7 +281,7 @@ def become_sandbox(plan, message, streams, groups, seccomp):
     """The first process in the namespaces: first what needs rights, then none of them, then the agent or a program."""
     for fd in groups:
         os.write(fd, b"0")
-        os.close(fd)
+    link = keep_alone(streams)
     kernel.unshare(kernel.NEWCGROUP)
     proc = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
     if plan["is_root"]:
@@ -280,7 +298,8 @@ def become_sandbox(plan, message, streams, groups, seccomp):
         make_private(message, plan, _UID)
     os.close(proc)
     kernel.limit(files=1024, processes=message["processes"], file_bytes=message["disk_bytes"])
-    kernel.drop_capabilities()
+    if plan["no_capabilities"]:
+        kernel.drop_capabilities()
     kernel.set_no_new_privileges()
     kernel.die_with_parent()
     if plan["landlock"]:
@@ -289,14 +308,23 @@ def become_sandbox(plan, message, streams, groups, seccomp):
         seccomp[bool(groups)].install()
     os.chdir(HOME)
     if message["program"]:
-        become_program(plan, streams)
+        become_program(plan, link)
     else:
-        serve_as_agent(plan, message, streams[0])
+        serve_as_agent(plan, message, link)
+
+
+def keep_alone(streams):
+    """Of all that is open: the first of `streams`, at the number that is returned, and the others as 1 and 2."""
+    signal.set_wakeup_fd(-1)
+    for number, fd in enumerate(streams[1:], 1):
+        os.dup2(fd, number)
+    link = os.dup2(streams[0], _FIRST_FREE - 1, inheritable=False) if streams[0] != _FIRST_FREE - 1 else streams[0]
+    os.closerange(_FIRST_FREE, _MOST_FDS)
+    return link
 
 
 def serve_as_agent(plan, message, fd):
     kernel.set_dumpable(False)
-    signal.set_wakeup_fd(-1)
     watched, environment = message["watched_bytes"], dict(plan["environment"])
     agent = agent_of.Agent(fd, fd, home=HOME, environment=environment, memory_bytes=watched, memory_places=["/box"])
     agent.serve()
@@ -323,21 +351,17 @@ def make_private(message, plan, uid):
 # --- an interpreter that waits for its program
 
 
-def become_program(plan, streams):
+def become_program(plan, link):
     """The first process itself: waits for one frame, `code` bytes of a program after `files` and what it reads.
 
     That it waits, it says by a byte. Its end is its sandbox's.
     """
-    link = streams[0]
-    os.dup2(streams[1], 1)
-    os.dup2(streams[2], 2)
     for number, act in ((signal.SIGCHLD, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, act)
-    signal.set_wakeup_fd(-1)
     forget_us(plan)
     os.write(link, b"1")
     text = receive(link)
-    os.closerange(3, 1024)
+    os.closerange(3, _MOST_FDS)
     gc.enable()
     run_program(text)
 

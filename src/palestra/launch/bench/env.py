@@ -28,7 +28,7 @@ from palestra.env.chat import Conversation, load_tokenizer
 from palestra.launch import run as running
 from palestra.launch.bench.bare import Ask, BareClient
 from palestra.launch.bench.loop import outputs_directory, state_of_machine
-from palestra.launch.bench.report import say, tell_env
+from palestra.launch.bench.report import say, tell_numbers
 from palestra.launch.machine import this_machine
 from palestra.launch.plan import make_plan
 from palestra.launch.ports import free_ports
@@ -122,7 +122,7 @@ def show(overrides: Sequence[str], *, outputs: Path | None, as_json: bool) -> No
     if base.engine.replicas != 1:
         raise UserError(f"engine.replicas={base.engine.replicas}; one engine that answers at once is enough here")
     with outputs_directory(outputs) as directory:
-        tell_env(_measure(base, directory), as_json=as_json)
+        tell_numbers(_measure(base, directory), as_json=as_json)
 
 
 def _measure(base: RunConfig, outputs: Path) -> dict[str, Any]:

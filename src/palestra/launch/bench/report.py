@@ -42,6 +42,16 @@ AIMS = {
     "wall_s_32_single_turn": at_most(0.25),
     "crowd_in_flight": at_least(10_000),
     "crowd_p99_loop_lag_ms": at_most(10),
+    "first_byte_x": at_most(0.15),
+    "full_result_x": at_most(0.5),
+    "warm_true_x": at_most(0.15),
+    "throughput_x": at_least(1.5),
+    "http_throughput_x": at_least(1.0),
+    "preloaded_x": at_least(8),
+    "idle_mb_each": at_most(3),
+    "idle_create_ms_each": at_most(10),
+    "queue_failures": at_most(0),
+    "queue_p99_over_p50": at_most(10),
 }
 _ORDER = (
     "generate_over_train",
@@ -92,8 +102,8 @@ def tell_inflight(numbers: dict[str, Any], *, as_json: bool) -> None:
     _print([table, runs], numbers, as_json=as_json)
 
 
-def tell_env(numbers: dict[str, Any], *, as_json: bool) -> None:
-    """As `tell`, of what rollouts cost."""
+def tell_numbers(numbers: dict[str, Any], *, as_json: bool) -> None:
+    """As `tell`, of numbers that are one row each."""
     table = Table("number", "value", "aim", "", box=None, pad_edge=False)
     for key, value in numbers.items():
         if key != "machine":

@@ -12,18 +12,25 @@ from palestra.sandbox.records import Isolation, Limits
 class Started:
     """A sandbox's agent. `kill` ends it with all that runs in it, at once and however it resists.
 
-    `has_killed` tells whether something in it was killed for its memory since it was last asked. `home` is where its
-    programs start; empty, where that is the same for all of its backend.
+    `has_killed` tells whether something in it was killed for its memory since it was last asked; after its end, whether
+    that was why. `is_killed` of `set_ended`: the same, of its last moments. `home` is where its programs start; empty,
+    where that is the same for all of its backend. `cpu_s`: of all that ran in it, known when it has ended; None where
+    nobody tells.
     """
 
     def __init__(
         self, link: Link, *, kill: Callable[[], None], has_killed: Callable[[], bool] = lambda: False, home: str = ""
     ):
-        self.link, self.kill, self.has_killed, self.home = link, kill, has_killed, home
+        self.link, self.kill, self._has_killed, self.home = link, kill, has_killed, home
+        self._is_killed = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.pid: int | None = None
+        self.cpu_s: float | None = None
 
-    def set_ended(self, reason: str) -> None:
+    def has_killed(self) -> bool:
+        return self._is_killed if self.ended.done() else self._has_killed()
+
+    def set_ended(self, reason: str, *, is_killed: bool = False) -> None:
+        self._is_killed |= is_killed
         if not self.ended.done():
             self.ended.set_result(None)
         self.link.close(reason)

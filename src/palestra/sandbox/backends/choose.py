@@ -8,6 +8,7 @@ from palestra.sandbox.backends.base import Backend
 from palestra.sandbox.records import Isolation, IsolationError, SandboxStartError
 
 if TYPE_CHECKING:
+    from palestra.sandbox.backends.kept import KeptBackend
     from palestra.sandbox.host import Options
 
 Opener = Callable[["Options"], Awaitable[Backend]]
@@ -26,18 +27,48 @@ async def _local(options: "Options") -> Backend:
     return backend
 
 
+async def _bwrap(options: "Options") -> Backend:
+    from palestra.sandbox.backends.bwrap import Bwrap
+    from palestra.sandbox.images import root_of
+
+    return await _opened(Bwrap(await root_of(options.image, options.packages)))
+
+
+async def _gvisor(options: "Options") -> Backend:
+    from palestra.sandbox.backends.bundle import Gvisor
+    from palestra.sandbox.images import root_of
+
+    return await _opened(Gvisor(await root_of(options.image, options.packages)))
+
+
+async def _oci(options: "Options") -> Backend:
+    from palestra.sandbox.backends.bundle import Runc, find_runc
+    from palestra.sandbox.backends.engine import Engine, find_engine
+    from palestra.sandbox.images import root_of
+
+    runc = find_runc()
+    if runc is not None:
+        return await _opened(Runc(runc, await root_of(options.image, options.packages)))
+    return await _opened(Engine(find_engine(), options.image))
+
+
+async def _opened(backend: "KeptBackend") -> Backend:
+    await backend.open()
+    return backend
+
+
 async def _process(options: "Options") -> Backend:
     from palestra.sandbox.backends.plain import Process
 
     _require_no_image("process", options)
-    return Process()
+    return await _opened(Process())
 
 
 async def _unsafe(options: "Options") -> Backend:
     from palestra.sandbox.backends.plain import Unsafe
 
     _require_no_image("unsafe", options)
-    return Unsafe()
+    return await _opened(Unsafe())
 
 
 def _require_no_image(name: str, options: "Options") -> None:
@@ -47,6 +78,9 @@ def _require_no_image(name: str, options: "Options") -> None:
 
 BACKENDS: dict[str, tuple[Isolation, Opener]] = {
     "local": (Isolation.NAMESPACES, _local),
+    "bwrap": (Isolation.NAMESPACES, _bwrap),
+    "gvisor": (Isolation.KERNEL, _gvisor),
+    "oci": (Isolation.NAMESPACES, _oci),
     "process": (Isolation.PROCESS, _process),
     "unsafe": (Isolation.NONE, _unsafe),
 }

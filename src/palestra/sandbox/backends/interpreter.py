@@ -44,13 +44,11 @@ class _Stream:
 class Interpreter:
     """`ended` is set by the backend, with `status`, `cpu_s`, `max_rss` and `oom`; None where it does not know."""
 
-    def __init__(
-        self, link: socket.socket, stdout: int, stderr: int, *, kill: Callable[[], None], has_killed: Callable[[], bool]
-    ):
+    def __init__(self, link: socket.socket, stdout: int, stderr: int, *, kill: Callable[[], None]):
         self._link, self._loop = link, asyncio.get_running_loop()
         link.setblocking(False)
         self._streams = (_Stream("stdout", stdout), _Stream("stderr", stderr))
-        self.kill, self._has_killed = kill, has_killed
+        self.kill = kill
         self.ended: asyncio.Future[dict[str, Any] | None] = self._loop.create_future()
 
     async def run(
@@ -109,7 +107,7 @@ class Interpreter:
             "exit_code": None if is_late or is_signalled else os.WEXITSTATUS(status),
             "signal": os.WTERMSIG(status) if is_signalled and not is_late else None,
             "timed_out": is_late,
-            "oom": bool(end["oom"]) or self._has_killed(),
+            "oom": bool(end["oom"]),
             "wall_s": wall_s,
             "cpu_s": end["cpu_s"],
             "max_rss": end["max_rss"],

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from palestra.core.deadline import within
-from palestra.core.errors import DeadlineError
+from palestra.core.errors import DeadlineError, UserError
 from palestra.sandbox import kernel
 from palestra.sandbox.backends.base import Started
 from palestra.sandbox.backends.interpreter import Interpreter
 from palestra.sandbox.backends.root import Root
-from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups
+from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups, sweep
 from palestra.sandbox.link import Link
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
+from palestra.sandbox.users import users
 from palestra.sandbox.zygote import HOME
 
-LAYERS = ("uid", "namespaces", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup")
+LAYERS = ("uid", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup", "watchdog")
 _OPEN_S, _CLOSE_S = 60.0, 10.0
-_USERS = 4096  # of one process: as many sandboxes at once
-_FIRST_USER = 2**28
 _MOST_MESSAGE = 65_536
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from palestra.sandbox.zygote import main; main(int(sys.argv[2]))"
 
@@ -42,18 +41,22 @@ class Local:
         self._numbers, self._started = itertools.count(1), dict[int, Started | Interpreter]()
         self._groups_of: dict[int, Cgroup] = {}
         self._is_root = os.geteuid() == 0
-        self._users = list(range(_first_user() + _USERS - 1, _first_user() - 1, -1)) if self._is_root else []
         self._user_of: dict[int, int] = {}
         self.layers: tuple[str, ...] = ()
 
     async def open(self) -> None:
-        """Errors: SandboxStartError, where the kernel does not let us."""
+        """Errors: SandboxStartError, where the kernel does not let us; UserError, for `preload` in vain."""
+        if self._root.has_own_python and self._preload:
+            raise UserError(
+                f"preload={list(self._preload)}: programs are run by the image's python3, which starts anew"
+            )
+        sweep()
         self._cgroups = Cgroups() if "cgroup" not in self._without else None
         self._directory = tempfile.mkdtemp(prefix="palestra-root-")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         source = str(Path(__file__).resolve().parents[3])
-        argv = [_base_python(), "-I", "-S", "-c", _BOOT, source, str(theirs.fileno())]
+        argv = [base_python(), "-I", "-S", "-c", _BOOT, source, str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
                 argv,
@@ -78,8 +81,9 @@ class Local:
         version = self._cgroups.version if self._cgroups else 0
         missing = set(self._without) | (set() if self._is_root else {"uid"})
         missing |= set() if kernel.landlock_version() else {"landlock"}
-        known = [layer for layer in LAYERS if layer not in missing and layer != "cgroup"]
-        self.layers = (*known, f"cgroup_v{version}" if version else "watchdog")
+        counting = (f"cgroup_v{version}",) if version else () if "watchdog" in missing else ("watchdog",)
+        walls = [layer for layer in LAYERS if layer not in (*missing, "cgroup", "watchdog")]
+        self.layers = ("namespaces", *walls, *counting)
 
     @property
     def is_broken(self) -> bool:
@@ -96,10 +100,12 @@ class Local:
             "etc": root.etc,
             "environment": root.environment,
             "path": root.path,
+            "has_own_python": root.has_own_python,
             "preload": self._preload,
             "read_only": "read_only" not in self._without,
             "own_network": "network" not in self._without,
             "seccomp": "seccomp" not in self._without,
+            "no_capabilities": "no_capabilities" not in self._without,
             "landlock": "landlock" not in self._without and "read_only" not in self._without,
         }
 
@@ -107,12 +113,15 @@ class Local:
         ours, theirs = socket.socketpair()
         with theirs:
             number, group = self._admitted(limits, ours)
-            started = Started(Link(ours), kill=lambda: self._kill(number), has_killed=_asked(group))
+            has_killed = group.has_killed if group is not None else lambda: False
+            started = Started(Link(ours), kill=lambda: self._kill(number), has_killed=has_killed)
             self._started[number] = started
             self._ask(number, limits, group, [theirs.fileno()], program=False)
         return started
 
     async def interpreter(self, limits: Limits) -> Interpreter | None:
+        if self._root.has_own_python:
+            return None  # ours has its memory from here, and would find its files of there
         ours, theirs = socket.socketpair()
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(2)]
         try:
@@ -121,7 +130,7 @@ class Local:
                 (out, out_there), (err, err_there) = pipes
                 os.set_blocking(out, False)
                 os.set_blocking(err, False)
-                made = Interpreter(ours, out, err, kill=lambda: self._kill(number), has_killed=_asked(group))
+                made = Interpreter(ours, out, err, kill=lambda: self._kill(number))
                 self._started[number] = made
                 self._ask(number, limits, group, [theirs.fileno(), out_there, err_there], program=True)
         except SandboxStartError:
@@ -138,24 +147,25 @@ class Local:
         try:
             if self._process.poll() is not None:
                 raise SandboxStartError(f"the zygote of the sandboxes has ended with {self._process.returncode}")
-            if self._is_root and not self._users:
-                raise SandboxStartError(f"{_USERS} sandboxes are there already; delete some")
-            group = self._cgroups.take(limits) if self._cgroups else None
-        except OSError as error:
-            ours.close()
-            raise SandboxStartError(f"no cgroup for a sandbox: {error}") from error
+            user = users().take()
         except SandboxStartError:
             ours.close()
             raise
+        try:
+            group = self._cgroups.take(limits) if self._cgroups else None
+        except OSError as error:
+            ours.close()
+            users().give_back(user)
+            raise SandboxStartError(f"no cgroup for a sandbox: {error}") from error
         number = next(self._numbers)
         if group is not None:
             self._groups_of[number] = group
-        if self._is_root:
-            self._user_of[number] = self._users.pop()
+        self._user_of[number] = user
         return number, group
 
     def _ask(self, number: int, limits: Limits, group: Cgroup | None, fds: list[int], *, program: bool) -> None:
         """Of the zygote. Errors: SandboxStartError."""
+        watched = (limits.memory_mb + limits.disk_mb) * MEGABYTE
         wish = {
             "start": number,
             "program": program,
@@ -163,16 +173,13 @@ class Local:
             "disk_bytes": limits.disk_mb * MEGABYTE,
             "inodes": limits.inodes,
             "processes": limits.processes,
-            "watched_bytes": 0 if group else (limits.memory_mb + limits.disk_mb) * MEGABYTE,
+            "watched_bytes": 0 if group or "watchdog" in self._without else watched,
         }
         try:
             socket.send_fds(self._socket, [json.dumps(wish).encode()], [*fds, *(group.fds if group else [])])
         except OSError as error:
             self._on_ended(number, "the zygote does not answer")
             raise SandboxStartError(f"the zygote of the sandboxes does not take more: {error}") from error
-        finally:
-            if group is not None:
-                group.joined()
 
     def _kill(self, number: int) -> None:
         if number not in self._started:
@@ -217,14 +224,14 @@ class Local:
 
     def _on_ended(self, number: int, reason: str, end: dict[str, Any] | None = None) -> None:
         started = self._started.pop(number, None)
-        if isinstance(started, Interpreter):
-            started.set_ended(end)
-        elif started is not None:
-            started.set_ended(reason)
-        user = self._user_of.pop(number, None)
-        if user is not None:
-            self._users.insert(0, user)
         group = self._groups_of.pop(number, None)
+        is_killed = group is not None and group.has_killed()
+        if isinstance(started, Interpreter):
+            started.set_ended(None if end is None else {**end, "oom": end["oom"] or is_killed})
+        elif started is not None:
+            started.cpu_s = end["cpu_s"] if end else None
+            started.set_ended(reason, is_killed=is_killed)
+        users().give_back(self._user_of.pop(number, 0))
         if group is not None and self._cgroups is not None:
             self._cgroups.give_back(group)
 
@@ -251,21 +258,6 @@ class Local:
             self._cgroups.close()
 
 
-def _asked(group: Cgroup | None):
-    def has_killed() -> bool:
-        if group is None or not group.has_killed:
-            return False
-        group.seen()
-        return True
-
-    return has_killed
-
-
-def _first_user() -> int:
-    """Of numbers that no account has; two services at once are unlikely to share any."""
-    return _FIRST_USER + (os.getpid() % 2**15) * _USERS
-
-
-def _base_python() -> str:
+def base_python() -> str:
     """Not a virtual environment's, whose packages no sandbox sees."""
     return getattr(sys, "_base_executable", None) or sys.executable

@@ -23,7 +23,8 @@ _PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 class Plain(KeptBackend):
     def __init__(self):
         super().__init__()
-        self._pythons = _pythons(is_other_user=self.has_users and os.geteuid() == 0)
+        self._pythons = list(dict.fromkeys([sys.prefix, os.path.realpath(sys.base_prefix)]))
+        self._shown = [(closed, place) for place in self._pythons for closed in [_closed_above(place)] if closed]
         self._path = ":".join(dict.fromkeys([*(f"{place}/bin" for place in self._pythons), *_PATH]))
 
     def home_of(self, kept: Kept) -> str:
@@ -38,10 +39,10 @@ class Plain(KeptBackend):
         if kept.uid:
             os.chmod(kept.directory, 0o711)
         environment = {"PATH": self._path, "HOME": home, "LANG": "C.UTF-8", "TMPDIR": temporary}
-        return {"home": home, "environment": environment, **self.walls(limits, kept)}
+        return {"home": home, "environment": environment, "shown": self._shown, **self.walls(limits, kept)}
 
     def walls(self, limits: Limits, kept: Kept) -> dict[str, Any]:
-        return {"is_walled": False, "limits": None, "readable": [], "writable": []}
+        return {"is_walled": False, "readable": [], "writable": []}
 
 
 class Unsafe(Plain):
@@ -78,9 +79,7 @@ class Process(Plain):
         self.layers = (*uid, "no_capabilities", "seccomp", *landlock, self.counts)
         system = [source for source, _ in system_root().binds]
         etc, devices = [f"/etc/{name}" for name in _ETC], [f"/dev/{name}" for name in _DEVICES]
-        wanted = [place for place in (*system, *self._pythons, *etc, *devices, "/proc") if os.path.exists(place)]
-        open_to_it = [place for place in wanted if os.geteuid() != 0 or _is_open(Path(place))]
-        self._readable = open_to_it if self._has_landlock else []
+        self._readable = [*system, *self._pythons, *etc, *devices, "/proc"] if self._has_landlock else []
 
     def walls(self, limits: Limits, kept: Kept) -> dict[str, Any]:
         own = [f"{kept.directory}/home", f"{kept.directory}/tmp"]
@@ -96,14 +95,7 @@ class Process(Plain):
         }
 
 
-def _pythons(*, is_other_user: bool) -> list[str]:
-    """Where they are: the one that runs us, and the one that it was made from, if whoever runs them may go there."""
-    places = dict.fromkeys([sys.prefix, os.path.realpath(sys.base_prefix)])
-    if is_other_user and not all(_is_open(Path(place)) for place in places):
-        return []
-    return list(places)
-
-
-def _is_open(place: Path) -> bool:
-    """Whether everybody may go there."""
-    return all(one.stat().st_mode & stat.S_IXOTH for one in place.resolve().parents)
+def _closed_above(place: str) -> str:
+    """The topmost directory on the way there that only some may enter; empty, if there is none."""
+    parents = reversed(Path(os.path.realpath(place)).parents)
+    return next((str(one) for one in parents if not one.stat().st_mode & stat.S_IXOTH), "")

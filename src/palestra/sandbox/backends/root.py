@@ -8,16 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from palestra.core.errors import UserError
+from palestra.sandbox.zygote import ETC
 
 SITE = "/opt/site-packages"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "ssl/certs", "localtime", "mime.types", "services")
 _PATH = ("/usr/local/bin", "/usr/bin", "/bin")
+_IMAGE_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+_UNSHOWN = ("proc", "dev", "tmp", "sys", "run", "box", "etc", "home", "var")  # ours, or shown in parts
+_KEPT_FREE = {"home": ("user",), "var": ("tmp",), "opt": ("site-packages",)}
+_OURS_TO_SET = ("HOME", "USER", "TMPDIR")
+_MOST_SHOWN = 200
 
 
 @dataclass(frozen=True)
 class Root:
-    """`binds` are shown read-only, (source, target). `hidden` are directories that are empty in there."""
+    """`binds` are shown read-only, (source, target). `hidden` are directories that are empty in there.
+
+    `has_own_python`: programs are run by the python3 that it shows, if any; no interpreter of this machine waits in it.
+    """
 
     binds: tuple[tuple[str, str], ...]
     links: tuple[tuple[str, str], ...] = ()
@@ -25,6 +34,7 @@ class Root:
     etc: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     path: tuple[str, ...] = ()  # of Python
+    has_own_python: bool = False
 
 
 def system_root(packages: tuple[str, ...] = ()) -> Root:
@@ -55,26 +65,75 @@ def system_root(packages: tuple[str, ...] = ()) -> Root:
     )
 
 
-def image_root(directory: Path) -> Root:
-    """Of an image that was made into a directory. Python of ours comes along only where it has none of its own."""
-    binds, links = [], []
-    for place in sorted(directory.iterdir()):
-        if place.name in ("proc", "dev", "tmp", "sys", "run", "box"):
-            continue
-        if place.is_symlink():
-            links.append((f"/{place.name}", os.readlink(place)))
-        elif place.name not in ("etc", "home", "var", "root"):
-            binds.append((str(place), f"/{place.name}"))
-    etc = directory / "etc"
-    if etc.is_dir():
-        own = {"passwd", "group", "hosts", "nsswitch.conf", "resolv.conf", "mtab"}
-        binds += [(str(p), f"/etc/{p.name}") for p in sorted(etc.iterdir()) if p.name not in own and p.exists()]
-    site = directory / SITE.lstrip("/")
+def image_root(directory: Path, *, etc: Path, environment: dict[str, str], site: Path | None = None) -> Root:
+    """Of a whole file system. `etc` has files of ours, such as passwd, that stand for those of its own; `site` is what
+    pip installed for it. Links stay links: none of the image's is followed here.
+
+    Errors: UserError.
+    """
+    binds, links = list[tuple[str, str]](), list[tuple[str, str]]()
+    _show(directory, "/", _UNSHOWN, binds, links)
+    for name in ("home", "var", *(["opt"] if site else [])):
+        if _is_directory(directory / name):
+            _show(directory / name, f"/{name}/", _KEPT_FREE.get(name, ()), binds, links)
+    if _is_directory(directory / "etc"):
+        binds.append((str(directory / "etc"), "/etc"))
+        files = [f for f in sorted(etc.iterdir()) if os.path.isfile(directory / "etc" / f.name)]
+        binds += [(str(f), f"/etc/{f.name}") for f in files if not os.path.islink(directory / "etc" / f.name)]
+    if site:
+        binds = [bind for bind in binds if bind[1] != "/opt"] + [(str(site), SITE)]
+    is_ours = _has_our_python(directory)
     return Root(
         binds=tuple(binds),
         links=tuple(links),
-        environment={**_environment(":".join(_PATH)), **({"PYTHONPATH": SITE} if site.is_dir() else {})},
+        environment={
+            **_environment(":".join(_IMAGE_PATH)),
+            **{name: value for name, value in environment.items() if name not in _OURS_TO_SET},
+            **({"PYTHONPATH": SITE} if site else {}),
+        },
+        path=_library(os.path.realpath(sys.base_prefix)) if is_ours else (),
+        has_own_python=not is_ours,
     )
+
+
+def make_places(directory: Path) -> None:
+    """For files of ours in the /etc of an image that is built here, where it has none of those names."""
+    etc = directory / "etc"
+    if not os.path.lexists(etc):
+        etc.mkdir(mode=0o755)
+    for name in ETC if _is_directory(etc) else ():
+        if not os.path.lexists(etc / name):
+            (etc / name).touch(mode=0o644)
+
+
+def _show(
+    directory: Path, inside: str, but: tuple[str, ...], binds: list[tuple[str, str]], links: list[tuple[str, str]]
+) -> None:
+    """What a directory has, but for these names."""
+    places = [place for place in sorted(directory.iterdir()) if place.name not in but]
+    if len(places) > _MOST_SHOWN:
+        raise UserError(f"image {directory} has {len(places)} files at its top; at most {_MOST_SHOWN} can be shown")
+    for place in places:
+        if place.is_symlink():
+            links.append((inside + place.name, os.readlink(place)))
+        elif place.is_dir() or place.is_file():
+            binds.append((str(place), inside + place.name))
+
+
+def _is_directory(place: Path) -> bool:
+    return place.is_dir() and not place.is_symlink()
+
+
+def _has_our_python(directory: Path) -> bool:
+    """Whether the image shows the interpreter that runs this, and its library, at their places, to everybody."""
+    for ours in (os.path.realpath(sys.executable), os.path.realpath(os.__file__)):
+        there = directory / ours.lstrip("/")
+        if not there.is_file() or not os.path.samefile(there, ours):
+            return False
+        between = [place for place in there.parents if place.is_relative_to(directory) and place != directory]
+        if any(place.is_symlink() or place.stat().st_mode & 0o005 != 0o005 for place in between):
+            return False
+    return True
 
 
 def with_site(root: Root, directory: Path) -> Root:
@@ -86,6 +145,7 @@ def with_site(root: Root, directory: Path) -> Root:
         etc=root.etc,
         environment={**root.environment, "PYTHONPATH": SITE},
         path=(*(p for p in root.path if p != SITE), SITE),
+        has_own_python=root.has_own_python,
     )
 
 

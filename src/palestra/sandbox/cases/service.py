@@ -1,0 +1,1 @@
+"""The service: placeholders until it is there."""
