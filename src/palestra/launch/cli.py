@@ -235,6 +235,15 @@ def _add_sandbox_commands(commands) -> None:
     run.add_argument("--memory-mb", type=int, default=512, help="default: 512")
     run.add_argument("--stdin", type=Path, metavar="FILE", help="what it reads (default: nothing)")
     _add_json(run)
+    check = _add(inner, "check", _sandbox_check, "attack the sandboxes of this machine, and tell what they withstand")
+    check.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
+    check.add_argument("--backend", metavar="NAME", help="default: the best that works here")
+    check.add_argument("--image", help="what programs see instead of this machine's own")
+    check.add_argument(
+        "--packages", nargs="+", default=[], metavar="NAME", help="installed here, and shown to programs"
+    )
+    check.add_argument("--without", nargs="+", default=[], metavar="WALL", help="taken away, to see what it is for")
+    _add_json(check)
 
 
 def _add_simulate(commands) -> None:
@@ -260,6 +269,9 @@ def _add_bench(commands) -> None:
         parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe: train.lr=1e-5")
         parser.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
         _add_json(parser)
+    sandbox = _add(inner, "sandbox", _bench_sandbox, "programs in sandboxes beside programs without any")
+    sandbox.add_argument("--quick", action="store_true", help="a fifth of everything")
+    _add_json(sandbox)
 
 
 # --- commands
@@ -479,6 +491,20 @@ def _sandbox_run(arguments: argparse.Namespace) -> int:
     return sandbox.run(wish, as_json=arguments.json)
 
 
+def _sandbox_check(arguments: argparse.Namespace) -> int:
+    from palestra.launch import sandbox_check
+    from palestra.sandbox import Isolation, Options
+
+    options = Options(
+        backend=arguments.backend,
+        min_isolation=Isolation.NONE if arguments.backend else Isolation.PROCESS,
+        image=arguments.image,
+        packages=tuple(arguments.packages),
+        without=tuple(arguments.without),
+    )
+    return sandbox_check.show(options, only=arguments.cases, as_json=arguments.json)
+
+
 def _replay(arguments: argparse.Namespace) -> int | None:
     from palestra.core.errors import UserError
     from palestra.launch import replay, replay_env, replay_rewards, replay_weights, runs
@@ -524,6 +550,12 @@ def _bench_env(arguments: argparse.Namespace) -> None:
     from palestra.launch.bench import env
 
     env.show(arguments.overrides, outputs=arguments.outputs, as_json=arguments.json)
+
+
+def _bench_sandbox(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import sandbox
+
+    sandbox.show(quick=arguments.quick, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Ports of a sandbox on this machine: connections are made inside, by its agent, and passed out."""
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable, Coroutine
@@ -87,7 +88,12 @@ class Served:
 
 async def passed(link: Link, request: dict[str, Any], *, backend: str) -> socket.socket:
     """A socket that the agent made in its network. Errors: OSError, SandboxGoneError, UnsupportedError."""
-    _, _, fd = await within(DIAL_S, link.call(request), waiting_for="the agent of a sandbox to pass a socket")
+    try:
+        _, _, fd = await within(DIAL_S, link.call(request), waiting_for="the agent of a sandbox to pass a socket")
+    except OSError as error:
+        if error.errno != errno.EAFNOSUPPORT:
+            raise
+        fd = None  # it is kept from making any
     if fd is None:
         raise UnsupportedError(
             f"the sandbox {backend!r} has neither ports on this machine nor hosts to reach; 'local' and 'bwrap' have"

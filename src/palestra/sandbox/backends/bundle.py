@@ -108,8 +108,7 @@ class Gvisor(Bundle):
         watched = (limits.memory_mb + limits.disk_mb) * MEGABYTE
         root = self.root(kept)
         self.write_bundle(limits, kept, self.agent(limits, watched))
-        platform = "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "ptrace"
-        flags = ["--root", f"{kept.directory}/state", "--network=none", "--ignore-cgroups", f"--platform={platform}"]
+        flags = ["--root", f"{kept.directory}/state", "--network=none", "--ignore-cgroups"]
         flags += ["--rootless"] if os.geteuid() != 0 else []
         return {
             "root": root,
