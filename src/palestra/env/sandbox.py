@@ -18,7 +18,7 @@ from palestra.core.records import Task
 from palestra.sandbox.backends.choose import BACKENDS
 from palestra.sandbox.box import Sandbox
 from palestra.sandbox.host import Options, close_hosts, host_of
-from palestra.sandbox.records import MOST_OUTPUT, Isolation, Limits, Result, UnsupportedError
+from palestra.sandbox.records import MOST_OUTPUT, Isolation, Limits, Result
 
 _DEFAULT = SandboxConfig()
 _here: ContextVar["Sandboxes | None"] = ContextVar("sandboxes", default=None)
@@ -65,14 +65,8 @@ class Sandboxes:
 
     async def _host(self, image: str | None) -> Any:
         """Errors: as of `opened`."""
-        if image is None:
-            return await host_of(self._options)
-        if (self._options.backend or "").startswith(_SERVICE):
-            raise UnsupportedError(
-                f"the service {self._options.backend} gives its own image to all sandboxes, not {image!r}; start one "
-                "with that image, or choose a sandbox of this machine by env.sandbox"
-            )
-        return await host_of(structs.replace(self._options, image=image))
+        options = self._options if image is None else structs.replace(self._options, image=image)
+        return await host_of(options)
 
     async def __aenter__(self) -> Self:
         self._before = _here.get(None)
