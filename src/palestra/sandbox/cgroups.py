@@ -106,11 +106,14 @@ def _settings(limits: Limits, version: int) -> list[tuple[str, str, int | str]]:
     ]
 
 
+_names = itertools.count(1)  # two backends of one process share none
+
+
 class Cgroups:
     """Those of this process. `version` is 0 where there are none to be had."""
 
     def __init__(self, name: str | None = None):
-        self._name = name or f"palestra-{os.getpid()}"
+        self._name = name or f"palestra-{next(_names)}-{os.getpid()}"
         self._numbers, self._free = itertools.count(), list[Cgroup]()
         self._known: list[Cgroup] = []
         self._parents, self.version = _parents(self._name)

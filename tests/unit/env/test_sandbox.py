@@ -214,7 +214,7 @@ ANSWERS = {
     "fails": "raise SystemExit(3)",
     "is too slow": "import time; time.sleep(60)",
     "is killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
-    "takes too much memory": "import time; x = bytearray(b'x') * 250_000_000; time.sleep(0.1); print(len(x) // 50_000_000)",
+    "takes too much memory": "import time; x = b'x' * 250_000_000; time.sleep(0.1); print(len(x) // 50_000_000)",
     "is none": "a\0b",
 }
 
