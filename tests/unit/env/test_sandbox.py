@@ -236,7 +236,7 @@ async def test_the_limits_are_the_recipes(environment):
 
 
 @pytest.mark.parametrize("environment", [Alone, Scorer])
-async def test_a_sandbox_that_fails_makes_the_rollout_invalid_and_the_next_has_another(environment):
+async def test_a_sandbox_that_fails_makes_the_rollout_invalid_and_played_again_it_has_another(environment):
     async with Sandboxes("local") as boxes:
         host = await host_of(boxes._options)
         playing = asyncio.ensure_future(score(environment(), Task(prompt="?"), ["import time; time.sleep(0.9)"]))
@@ -245,8 +245,9 @@ async def test_a_sandbox_that_fails_makes_the_rollout_invalid_and_the_next_has_a
         record = await playing
         assert (record.ending, record.rewards) == (Ending.INVALID, {})
         assert "SandboxGoneError" in record.error
-        again = await score(environment(), Task(prompt="?"), ["print(2 + 3)"])
-        assert (again.ending, again.reward) == (Ending.OK, 1.0)
+        tries = [await score(environment(), Task(prompt="?"), ["print(2 + 3)"]) for _ in range(3)]  # env.retries
+        assert {(one.ending, one.reward) for one in tries} <= {(Ending.OK, 1.0), (Ending.INVALID, 0.0)}
+        assert tries[-1].reward == 1
 
 
 async def test_group_rewards_and_rewards_given_again_run_programs_there_too():

@@ -87,7 +87,7 @@ class Local:
 
     @property
     def is_broken(self) -> bool:
-        return self._process.poll() is not None
+        return self._socket.fileno() < 0 or self._process.poll() is not None
 
     def _plan(self) -> dict:
         root = self._root
