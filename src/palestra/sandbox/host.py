@@ -306,6 +306,7 @@ class Host:
                 )
             finally:
                 waiting.close()
+                self.keep(asyncio.create_task(pool.refill()))
         return result(*end)
 
     def _pool(self, limits: Limits) -> "Pool":
@@ -385,16 +386,12 @@ class Pool:
         while self._ready:
             waiting = self._ready.popleft()
             if not waiting.ended.done():
-                self._host.keep(asyncio.create_task(self._refill()))
                 return waiting
             waiting.close()
-        made = await self._host.backend.interpreter(self._limits)
-        if made is not None:
-            self._host.keep(asyncio.create_task(self._refill()))
-        return made
+        return await self._host.backend.interpreter(self._limits)
 
-    async def _refill(self) -> None:
-        """After this turn of the loop, in which whoever took one gives it its program."""
+    async def refill(self) -> None:
+        """When a program has ended: to make another would slow down one that runs."""
         while not self._is_closed and len(self._ready) < self._size:
             try:
                 made = await self._host.backend.interpreter(self._limits)

@@ -360,11 +360,19 @@ def become_program(plan, link):
     for number, act in ((signal.SIGCHLD, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, act)
     forget_us(plan)
+    rehearse()
     os.write(link, b"1")
     text = receive(link)
     os.closerange(3, _MOST_FDS)
     gc.enable()
     run_program(text)
+
+
+def rehearse():
+    """What a program needs anyway, while nobody waits: the memory that it touches becomes this process's own."""
+    for header, _ in agent_of.frames(bytearray(agent_of.frame({"files": [], "code": 0}, b"x"))):
+        exec(compile("import sys\ndef f(x): return str(x)\nprint(f(1))", "rehearsal", "exec"), {"print": str, **header})
+    sys.stdout.flush()
 
 
 def receive(link):

@@ -20,13 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from palestra.core.deadline import within
 from palestra.launch.bench.loop import state_of_machine
 from palestra.launch.bench.report import say, tell_numbers
-from palestra.launch.ports import free_ports
 from palestra.sandbox import Host, Limits, Options, Result, SandboxError
 from palestra.sandbox.client import RemoteHost
 
@@ -34,7 +33,7 @@ HEAVY = ("asyncio", "unittest.mock", "email.mime.multipart", "http.server", "mul
 LATENCIES, ROUNDS, AT_ONCE_EACH = 60, 5, 2
 IDLE, QUEUED, ASKED_AT_ONCE = 1000, 4000, 64
 _PROGRAM = "print(1)"
-_START_S = 60.0
+_START_S, _PAUSE_S = 60.0, 0.05
 
 
 def show(*, quick: bool, as_json: bool) -> None:
@@ -73,20 +72,21 @@ def _interpreter() -> str:
 
 
 async def latencies(host: Host, count: int) -> dict[str, float]:
-    """One after the other; the pool has time to fill between two of them."""
+    """One after the other; the pool fills in pauses."""
     seconds: dict[str, list[float]] = {"bare": [], "first": [], "full": [], "true": []}
     async with await host.create() as box:
         for _ in range(count):
+            await asyncio.sleep(_PAUSE_S)
             began = time.perf_counter()
             await asyncio.to_thread(bare)
             seconds["bare"].append(time.perf_counter() - began)
-            first_s, full_s = await _one_shot(host)
-            seconds["first"].append(first_s)
-            seconds["full"].append(full_s)
-            await asyncio.sleep(0.03)
             began = time.perf_counter()
             await box.exec(["true"])
             seconds["true"].append(time.perf_counter() - began)
+            await asyncio.sleep(_PAUSE_S)
+            first_s, full_s = await _one_shot(host)
+            seconds["first"].append(first_s)
+            seconds["full"].append(full_s)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "bare_ms": 1000 * medians["bare"],
@@ -169,17 +169,17 @@ async def queue(host: Host, count: int) -> dict[str, float]:
 
 @contextlib.asynccontextmanager
 async def served() -> AsyncIterator[RemoteHost]:
-    """A service of its own, in another process."""
-    port = free_ports("127.0.0.1", 1)[0]
-    command: Sequence[str] = (sys.executable, "-m", "palestra.launch.cli", "serve", "sandbox", "--port", str(port))
-    token = "bench-" + os.urandom(16).hex()
-    process = await asyncio.create_subprocess_exec(
-        *command, env={**os.environ, "PALESTRA_SANDBOX_TOKEN": token}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    """A service of its own, in another process: it says where it answers, and the token."""
+    command = (sys.executable, "-m", "palestra.launch.cli", "serve", "sandbox", "--port", "0")
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
     try:
-        assert process.stdout is not None
-        await within(_START_S, process.stdout.readline(), waiting_for="the service of sandboxes to start")
-        async with RemoteHost(f"http://127.0.0.1:{port}", token) as remote:
+        said = [
+            await within(_START_S, process.stderr.readline(), waiting_for="the service of sandboxes to start")
+            for _ in range(2)
+        ]
+        url, token = said[0].decode().split()[0], said[1].decode().strip().partition("=")[2]
+        async with RemoteHost(url, token) as remote:
             yield remote
     finally:
         if process.returncode is None:
