@@ -68,7 +68,7 @@ class Box:
     def __init__(self, id: str, started: Started, limits: Limits, backend: Backend, labels: Sequence[str]):
         self.id, self.home, self.labels = id, started.home or backend.home, tuple(labels)
         self.limits, self.created = limits, unix_now()
-        self.cpu_s, self.reason = 0.0, "its agent has ended"
+        self.cpu_s, self.reason, self._is_ended = 0.0, "its agent has ended", False
         self._started, self._backend = started, backend
         self._lines: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
         self._timer: asyncio.TimerHandle | None = None
@@ -94,7 +94,7 @@ class Box:
         self, header: dict[str, Any], body: bytes = b"", *, on_stream: OnOutput | None = None
     ) -> tuple[dict[str, Any], bytes]:
         """A program whose sandbox dies of its memory, or that starves the agent, is answered as a program is."""
-        is_program = header["do"] in PROGRAMS
+        is_program, was_gone = header["do"] in PROGRAMS, self.is_gone
         limit = float(header.get("timeout_s") or 0) + _GRACE_S if is_program else header.get("wait_s", 0) + _CALL_S
         try:
             async with Unhurried(limit) as patience:
@@ -107,8 +107,10 @@ class Box:
                 return self._noted(header, {"timed_out": True, "wall_s": limit}), b""
             raise SandboxGoneError(f"sandbox {self.id} did not answer within {limit:g} s, and was deleted") from None
         except SandboxGoneError as error:
-            if is_program and self._started.has_killed():
+            if is_program and not was_gone and self._started.has_killed():
                 return self._noted(header, {"oom": True, "signal": 9}), b""
+            if is_program and not was_gone and not self._is_ended and self._backend.ends_by_programs:
+                return self._noted(header, {"signal": 9}), b""
             raise SandboxGoneError(f"sandbox {self.id}: {error}") from None
         if passed is not None:
             os.close(passed)  # of a request that only this process makes
@@ -162,7 +164,7 @@ class Box:
     def end(self, reason: str) -> None:
         """At once; what it held is given back when the kernel is done with it."""
         if not self.is_gone:
-            self.reason = reason
+            self.reason, self._is_ended = reason, True
         self._lines.append(f"{unix_now():.3f} ended: {reason}")
         self._started.link.close(reason)
         self._started.kill()

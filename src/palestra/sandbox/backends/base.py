@@ -37,12 +37,16 @@ class Started:
 
 
 class Backend(Protocol):
-    """`layers` names the walls that stand, such as `seccomp`. `home` is where programs start."""
+    """`layers` names the walls that stand, such as `seccomp`. `home` is where programs start.
+
+    `ends_by_programs`: a program can end its sandbox, by killing the agent for one; then that was its own failure.
+    """
 
     name: str
     isolation: Isolation
     layers: tuple[str, ...]
     home: str
+    ends_by_programs: bool
 
     async def start(self, limits: Limits) -> Started:
         """Before its agent is ready. Errors: SandboxStartError."""

@@ -87,6 +87,7 @@ class Gvisor(Bundle):
     """A kernel of its own, in user space. Its cgroup, where there is one, counts that kernel too."""
 
     name, isolation = "gvisor", Isolation.KERNEL
+    ends_by_programs = True  # its kernel lets them kill the first process, and ends where it is out of threads
 
     def __init__(self, root: Root):
         """Errors: SandboxStartError, where there is no runsc."""

@@ -72,6 +72,7 @@ class KeptBackend:
     isolation: Isolation
     home = "/home/user"
     has_users = has_cgroups = True
+    ends_by_programs = False
 
     def __init__(self):
         self._kept: dict[int, Kept] = {}

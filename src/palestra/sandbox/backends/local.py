@@ -34,7 +34,7 @@ _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from palestra.sandbox.zygo
 class Local:
     """`without` takes walls away, by their names in `LAYERS`: for tests that prove that each is needed."""
 
-    name, isolation, home = "local", Isolation.NAMESPACES, HOME
+    name, isolation, home, ends_by_programs = "local", Isolation.NAMESPACES, HOME, False
 
     def __init__(self, root: Root, *, preload: Sequence[str] = (), without: Sequence[str] = ()):
         self._root, self._preload, self._without = root, tuple(preload), frozenset(without)

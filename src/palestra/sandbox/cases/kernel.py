@@ -108,7 +108,7 @@ async def rights(bench: Bench) -> str:
     code = """
 import os
 status = dict(line.split(":\\t") for line in open("/proc/self/status").read().splitlines() if ":\\t" in line)
-found = [name for name in ("CapInh", "CapPrm", "CapEff", "CapAmb") if int(status[name], 16)]
+found = [name for name in ("CapInh", "CapPrm", "CapEff", "CapAmb") if int(status.get(name, "0"), 16)]
 if status.get("NoNewPrivs", "1").strip() != "1": found.append("NoNewPrivs")
 for act in (lambda: os.setuid(0), lambda: os.setgid(0), lambda: os.setgroups([0])):
     try: act(); found.append("set")
