@@ -67,6 +67,27 @@ class Sandbox:
 
         return Creating(create(**options))
 
+    @staticmethod
+    async def list(*, labels: Sequence[str] = (), **options: Any) -> "Sequence[Sandbox]":
+        """Those that were made with the same options of `host.Options`, and have all of `labels`."""
+        from palestra.sandbox.host import default_host
+
+        return await (await default_host(options)).list(labels=labels)
+
+    @staticmethod
+    async def bulk_create(count: int, **options: Any) -> "Sequence[Sandbox]":
+        """All, or none and the error of the first that failed. Options and errors: as of `create`."""
+        from palestra.sandbox.host import bulk_create
+
+        return await bulk_create(count, **options)
+
+    @staticmethod
+    async def bulk_delete(*, labels: Sequence[str], **options: Any) -> int:
+        """As `list` finds them; how many they were. Errors: UserError, for no labels."""
+        from palestra.sandbox.host import default_host
+
+        return await (await default_host(options)).bulk_delete(labels=labels)
+
     # --- programs
 
     async def exec(

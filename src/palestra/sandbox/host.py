@@ -6,10 +6,11 @@ with a deadline. Ends when: it is closed; with it, or with this process, all its
 
 import asyncio
 import collections
+import difflib
 import itertools
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -415,13 +416,14 @@ class Pool:
 
 # --- without a host at hand
 
-_hosts: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Options, "asyncio.Future[Host]"]] = WeakKeyDictionary()
+_Hosts = dict[Options, "asyncio.Future[Any]"]
+_hosts: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[_Hosts, AsyncGenerator[None]]] = WeakKeyDictionary()
 
 
 async def host_of(options: Options) -> Any:
     """The host of this event loop with these options, opened when first asked for, and again when its backend is
     broken; it ends with this process."""
-    hosts = _hosts.setdefault(asyncio.get_running_loop(), {})
+    hosts = await _hosts_here()
     if options not in hosts:
         hosts[options] = asyncio.ensure_future(_opened(options))
     try:
@@ -446,10 +448,30 @@ async def _opened(options: Options) -> Any:
     return await Host(options).open()
 
 
+async def _hosts_here() -> _Hosts:
+    loop = asyncio.get_running_loop()
+    if loop not in _hosts:
+        hosts: _Hosts = {}
+        until = _until_the_loop_ends(hosts)
+        await anext(until)
+        _hosts[loop] = hosts, until
+    return _hosts[loop][0]
+
+
+async def _until_the_loop_ends(hosts: _Hosts) -> AsyncGenerator[None]:
+    """`asyncio.run` ends what is suspended in its loop, and this ends the hosts."""
+    try:
+        yield
+    finally:
+        while hosts:
+            await (await hosts.popitem()[1]).close()
+
+
 async def close_hosts() -> None:
-    """Of this event loop: all sandboxes that `create` and `run_code` made in it end."""
-    for host in (_hosts.pop(asyncio.get_running_loop(), None) or {}).values():
-        await (await host).close()
+    """Of this event loop: all sandboxes that `create` and `run_code` made in it end. So they do with the loop."""
+    here = _hosts.pop(asyncio.get_running_loop(), None)
+    if here is not None:
+        await here[1].aclose()
 
 
 async def create(**options: Any) -> Sandbox:
@@ -458,14 +480,37 @@ async def create(**options: Any) -> Sandbox:
     return await (await host_of(mine)).create(limits=limits, **rest)
 
 
+async def bulk_create(count: int, **options: Any) -> Sequence[Sandbox]:
+    """Behind `Sandbox.bulk_create`."""
+    mine, limits, rest = _parted(options)
+    return await (await host_of(mine)).bulk_create(count, limits=limits, **rest)
+
+
+async def default_host(options: dict[str, Any]) -> Any:
+    """Of these options. Errors: UserError, for options that are not a host's."""
+    return await host_of(_parted(options)[0])
+
+
 async def run_code(code: str, **options: Any) -> Result:
     """`Host.run_code` of this event loop's host: `run_code(code, stdin=..., files=..., timeout_s=4, memory_mb=256)`."""
     mine, limits, rest = _parted(options)
     return await (await host_of(mine)).run_code(code, limits=limits, **rest)
 
 
+_REST = (
+    *("limits", "timeout_s", "labels", "egress", "key"),  # of `Host.create`
+    *("stdin", "files", "max_output", "on_output"),  # of `Host.run_code`
+)
+
+
 def _parted(options: dict[str, Any]) -> tuple[Options, Limits, dict[str, Any]]:
-    """Errors: UserError, for values that no option has."""
+    """Errors: UserError, for options that there are not, and for values that none has."""
+    known = [*Options.__struct_fields__, *Limits.__struct_fields__, *_REST]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+            raise UserError(f"a sandbox has no option {name!r}{meant}")
     of_host = {name: options.pop(name) for name in Options.__struct_fields__ if name in options}
     for name in ("packages", "preload", "without"):
         if name in of_host:
