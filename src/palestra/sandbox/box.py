@@ -135,7 +135,7 @@ class Sandbox:
             raise OSError(answer["unstarted"], answer["message"])
         return Process(self._connection, int(answer["process"]), int(answer["pid"]))
 
-    async def processes(self) -> list["Process"]:
+    async def processes(self) -> Sequence["Process"]:
         """Those that were opened and not forgotten; also what has ended."""
         answer, _ = await self._connection.call({"do": "processes"})
         return [Process(self._connection, p["process"], p["pid"]) for p in answer["processes"]]
@@ -166,7 +166,7 @@ class Sandbox:
                 break
         return b"".join(pieces)
 
-    async def list_files(self, path: str = "", *, recursive: bool = False, most: int = 10_000) -> list[File]:
+    async def list_files(self, path: str = "", *, recursive: bool = False, most: int = 10_000) -> Sequence[File]:
         """Paths are relative to `path`, in order; links are named, not followed.
 
         Errors: OSError; ValueError, for more than `most`.
@@ -191,7 +191,7 @@ class Sandbox:
                     content = await asyncio.to_thread(file.read_bytes)
                     await self.write(str(inside), content, mode=file.stat().st_mode & 0o777)
 
-    async def download(self, path: str, target: str | Path, *, max_bytes: int = _DOWNLOAD_BYTES) -> list[Path]:
+    async def download(self, path: str, target: str | Path, *, max_bytes: int = _DOWNLOAD_BYTES) -> Sequence[Path]:
         """A file, or a directory: its regular files alone, written below `target`; no links, pipes or devices.
 
         Errors: OSError; ValueError, for more than `max_bytes`, and before anything is written, or for a name that leads
