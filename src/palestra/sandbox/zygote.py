@@ -175,7 +175,11 @@ class Zygote:
         self._watched, self._killed = {}, set()
         self._selector = selectors.DefaultSelector()
         self._seccomp = {
-            counted: kernel.Seccomp(kernel.seccomp_program(uncounted_memory=counted)) for counted in (True, False)
+            (counted, is_program): kernel.Seccomp(
+                kernel.seccomp_program(uncounted_memory=counted, is_first_ours=not is_program)
+            )
+            for counted in (True, False)
+            for is_program in (True, False)
         }
         self._namespaces = _FRESH & ~(0 if plan["own_network"] else kernel.NEWNET)
         self._namespaces |= 0 if plan["is_root"] else kernel.NEWUSER
@@ -306,7 +310,7 @@ def become_sandbox(plan, message, streams, groups, seccomp):
     if plan["landlock"]:
         kernel.landlock(readable=["/"], writable=[HOME, "/tmp", "/var/tmp", "/dev", "/box"])
     if plan["seccomp"]:
-        seccomp[bool(groups)].install()
+        seccomp[bool(groups), message["program"]].install()
     os.chdir(HOME)
     if message["program"]:
         become_program(plan, link)
