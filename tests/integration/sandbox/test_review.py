@@ -53,3 +53,35 @@ async def test_a_program_changes_neither_limits_nor_share_of_the_agent(host: Hos
         assert (await box.exec("echo well")).stdout == "well\n"
     alone = await host.run_code(CHANGE.replace("(1, 1)", "(2**40, 2**40)").replace("PRIO_USER, 0", "PRIO_PROCESS, 0"))
     assert alone.stdout.split() == ["limit", "idle", "nice", "nice_all", "pinned"]  # it is the first itself
+
+
+DEEP = """
+import os
+for _ in range(3000):
+    os.mkdir("d")
+    os.chdir("d")
+"""
+
+
+async def test_directories_too_deep_are_an_error_of_their_files_and_not_of_the_sandbox(host: Host):
+    async with await host.create(limits=SMALL, timeout_s=60) as box:
+        assert (await box.exec(["python3", "-c", DEEP])).exit_code == 0
+        with pytest.raises(OSError, match="recursion"):
+            await box.remove("d")
+        assert (await box.exec("echo well")).stdout == "well\n"
+
+
+async def test_what_a_program_cannot_be_given_is_no_failure_of_the_program(host: Host):
+    """Nothing of it has run: it would be scored for what its host did."""
+    large = Limits(memory_mb=512, disk_mb=256)
+    with pytest.raises(ValueError, match="67108876 bytes of code, input and 0 files"):
+        await host.run_code("print('ran')", stdin=bytes(2**26), limits=large)
+    with pytest.raises(ValueError, match="12000 files"):
+        await host.run_code("print('ran')", files={f"{number:0100}": b"" for number in range(12_000)}, limits=large)
+    for files in ({"a": b"x", "a/b": b"y"}, {"a": bytes(2**25 + 1)}):
+        with pytest.raises(ValueError, match=r"its files and input: .*(File exists|File too large|No space)"):
+            await host.run_code("print('ran')", files=files, limits=SMALL)
+    with pytest.raises(ValueError, match=r"File too large|No space"):
+        await host.run_code("print('ran')", stdin=bytes(2**25 + 1), limits=SMALL)
+    forged = "import os\nfor fd in range(3, 1024):\n  try: os.write(fd, b'x')\n  except OSError: pass\nos._exit = print"
+    assert (await host.run_code(forged, limits=SMALL)).status in ("ok", "failed")  # it cannot say so itself
