@@ -77,10 +77,6 @@ def bind(source: str, target: str, *, flags: int = RDONLY | NOSUID | NODEV) -> N
     mount("none", target, flags=REMOUNT | BIND | flags | locked | times)
 
 
-def unmount(target: str) -> None:
-    _checked(_libc.umount2(target.encode(), _DETACH), f"umount {target}")
-
-
 def enter_root(directory: str) -> None:
     """Make `directory`, a mount, the root of this mount namespace; what was the root is gone."""
     os.chdir(directory)

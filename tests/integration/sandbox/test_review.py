@@ -3,13 +3,20 @@
 Each was found to work against walls without what keeps it out now.
 """
 
+import os
+import select
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from palestra.sandbox import Host, Limits, Options, SandboxStartError
 
 pytestmark = pytest.mark.slow
+ENDS_WITHIN_S = 2.0
 SMALL = Limits(memory_mb=128, disk_mb=32, inodes=8192, processes=64)
 
 
@@ -85,3 +92,56 @@ async def test_what_a_program_cannot_be_given_is_no_failure_of_the_program(host:
         await host.run_code("print('ran')", stdin=bytes(2**25 + 1), limits=SMALL)
     forged = "import os\nfor fd in range(3, 1024):\n  try: os.write(fd, b'x')\n  except OSError: pass\nos._exit = print"
     assert (await host.run_code(forged, limits=SMALL)).status in ("ok", "failed")  # it cannot say so itself
+
+
+HOST = """
+import asyncio
+from palestra.sandbox import Host, Options
+
+async def main():
+    async with Host(Options(backend="local"), warm=0) as host:
+        on_output = lambda name, piece: print(piece.decode(), flush=True)
+        await host.run_code({code!r}, timeout_s=60, on_output=on_output)
+
+asyncio.run(main())
+"""
+FORGETFUL = """
+import os, threading
+line = "echo became another; sleep 30; : MARK"
+threading.Thread(target=lambda: os.execv("/bin/sh", ["sh", "-c", line])).start()
+threading.Event().wait()
+"""
+
+
+def _pids_of(mark: str) -> set[int]:
+    found = set()
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if place.read_bytes().startswith(b"sh\0") and mark.encode() in place.read_bytes():
+                found.add(int(place.parent.name))
+        except OSError:
+            pass
+    return found
+
+
+async def test_a_program_that_forgets_its_parent_ends_with_a_host_that_was_killed(host: Host):
+    """A thread that becomes another program is the first process from then on, and no signal of its parent's end is
+    meant for it.
+    """
+    mark = f"mark-{os.getpid()}"
+    code = HOST.format(code=FORGETFUL.replace("MARK", mark))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"became another\n"
+        fds = [os.pidfd_open(pid) for pid in _pids_of(mark)]
+        running.kill()
+    try:
+        left = [fd for fd in fds if not select.select([fd], [], [], ENDS_WITHIN_S)[0]]
+        assert (len(fds), left) == (1, [])
+    finally:
+        for fd in fds:
+            try:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            os.close(fd)
