@@ -145,3 +145,12 @@ async def test_a_program_that_forgets_its_parent_ends_with_a_host_that_was_kille
             except ProcessLookupError:
                 pass
             os.close(fd)
+
+
+async def test_arguments_of_the_first_process_do_not_tell_where_the_host_has_its_files(host: Host):
+    """A program that is the first process could read them of itself, and any of the agent."""
+    async with await host.create(limits=SMALL, timeout_s=60) as box:
+        seen = [(await box.exec(["cat", "/proc/1/cmdline"])).stdout]
+    seen.append((await host.run_code("print(open('/proc/self/cmdline').read())")).stdout)
+    assert all("zygote" in one for one in seen)
+    assert not [one for one in seen if str(Path(__file__).resolve().parents[3]) in one]

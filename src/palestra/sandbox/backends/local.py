@@ -28,7 +28,7 @@ from palestra.sandbox.zygote import HOME
 LAYERS = ("uid", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup", "watchdog")
 _OPEN_S, _CLOSE_S = 60.0, 10.0
 _MOST_MESSAGE = 65_536
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from palestra.sandbox.zygote import main; main(int(sys.argv[2]))"
+_BOOT = "import os, sys; sys.path[:0] = [os.getcwd()]; from palestra.sandbox.zygote import main; main(int(sys.argv[1]))"
 
 
 class Local:
@@ -56,11 +56,12 @@ class Local:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         source = str(Path(__file__).resolve().parents[3])
-        argv = [base_python(), "-I", "-S", "-c", _BOOT, source, str(theirs.fileno())]
+        argv = [base_python(), "-I", "-S", "-c", _BOOT, str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
                 argv,
                 env={},
+                cwd=source,  # which no argument tells: programs can read those
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
