@@ -3,6 +3,7 @@
 Each was found to work against walls without what keeps it out now.
 """
 
+import asyncio
 import os
 import select
 import signal
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from palestra.sandbox import Host, Limits, Options, SandboxStartError
+from palestra.sandbox.agent import children_of
+from palestra.sandbox.backends.base import Started
+from palestra.sandbox.backends.local import Local
 
 pytestmark = pytest.mark.slow
 ENDS_WITHIN_S = 2.0
@@ -154,3 +158,35 @@ async def test_arguments_of_the_first_process_do_not_tell_where_the_host_has_its
     seen.append((await host.run_code("print(open('/proc/self/cmdline').read())")).stdout)
     assert all("zygote" in one for one in seen)
     assert not [one for one in seen if str(Path(__file__).resolve().parents[3]) in one]
+
+
+async def test_a_zygote_that_is_busy_hears_of_every_program_that_is_to_end(host: Host):
+    """One that it did not hear of ran on, and was a failure of the machine instead of a program that took too long."""
+    assert isinstance(host.backend, Local)
+    (zygote,) = children_of(host.backend._process.pid)
+    running = asyncio.create_task(host.run_code("while True: pass", timeout_s=0.6))
+    await asyncio.sleep(0.3)
+    os.kill(zygote, signal.SIGSTOP)
+    try:
+        while True:
+            host.backend._socket.send(b'{"kill":0}')
+    except BlockingIOError:
+        pass
+    await asyncio.sleep(0.6)
+    os.kill(zygote, signal.SIGCONT)
+    ended = await asyncio.wait_for(running, 5.0)
+    assert (ended.status, ended.exit_code) == ("timed_out", None)
+
+
+async def test_all_programs_of_a_sandbox_that_died_of_its_memory_are_told_so(host: Host):
+    assert isinstance(host.backend, Local)
+    async with await host.create(limits=SMALL, timeout_s=60) as box:
+        running = [asyncio.create_task(box.exec("sleep 20", timeout_s=10)) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        (number,) = host.backend._started
+        started = host.backend._started[number]
+        assert isinstance(started, Started)
+        counts = iter([True])  # as the kernel's counter: it has grown since it was last asked, and then not
+        started._has_killed = lambda: next(counts, False)
+        started.kill()
+        assert [result.status for result in await asyncio.gather(*running)] == ["oom"] * 3

@@ -1,6 +1,7 @@
 """The backend `local`: Linux namespaces, made by a zygote of our own. No binaries, and no root needed."""
 
 import asyncio
+import collections
 import itertools
 import json
 import os
@@ -40,6 +41,7 @@ class Local:
         self._root, self._preload, self._without = root, tuple(preload), frozenset(without)
         self._numbers, self._started = itertools.count(1), dict[int, Started | Interpreter]()
         self._groups_of: dict[int, Cgroup] = {}
+        self._doomed = collections.deque[int]()
         self._is_root = os.geteuid() == 0
         self._user_of: dict[int, int] = {}
         self.layers: tuple[str, ...] = ()
@@ -185,10 +187,22 @@ class Local:
     def _kill(self, number: int) -> None:
         if number not in self._started:
             return
+        self._doomed.append(number)
+        self._tell_doomed()
+
+    def _tell_doomed(self) -> None:
+        """The zygote, now or when it takes more: a program that waits for nothing ends in no other way."""
         try:
-            self._socket.send(json.dumps({"kill": number}).encode())
+            while self._doomed:
+                self._socket.send(json.dumps({"kill": self._doomed[0]}).encode())
+                self._doomed.popleft()
+        except BlockingIOError:
+            self._loop.add_writer(self._socket.fileno(), self._tell_doomed)
+            return
         except OSError:
-            pass  # the zygote is gone, and all its sandboxes with it; or it is full, and the agent ends by itself
+            self._doomed.clear()  # the zygote is gone, and all its sandboxes with it
+        if self._socket.fileno() >= 0:
+            self._loop.remove_writer(self._socket.fileno())
 
     def _on_message(self) -> None:
         """All that is there: a burst of ends costs one turn of the loop."""
@@ -214,6 +228,7 @@ class Local:
 
     def _on_gone(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         if not self._opened.done():
             stderr = self._process.stderr
@@ -248,6 +263,7 @@ class Local:
                 pass  # the zygote's end is theirs
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
             self._socket.close()
         self._process.kill()
         await asyncio.to_thread(self._process.wait, _CLOSE_S)
