@@ -264,6 +264,7 @@ ENDS_ALL_THE_SAME = {
     ("sandbox.host._until_the_loop_ends", "await hosts.popitem()[1]"): "as above",
     ("sandbox.host._hosts_here", "await anext(...)"): "it waits for nothing",
     ("sandbox.link.Link.call", "await future"): "whoever asks has a deadline: `Box.call`, `ports.passed`",
+    ("sandbox.zygote.become_first", "os.waitpid(...)"): "it stays for as long as its host wants",
     ("sandbox.zygote.main", "link.recv(...)"): "whoever started it says what it is to be before anything else",
     ("sandbox.backends.choose.open_backend", "await opener(...)"): "backends have deadlines of their own",
     ("sandbox.backends.kept.KeptBackend.open", "await asyncio.to_thread(...)"): _DISK,

@@ -205,6 +205,9 @@ class Agent:
             answer = act(self, header, body)
         except OSError as error:
             answer = {"error": "os", "errno": error.errno, "message": str(error)}, b""
+        except (RecursionError, MemoryError) as error:  # of directories too deep, or what is too large for this sandbox
+            number = errno.ENOMEM if isinstance(error, MemoryError) else errno.ENAMETOOLONG
+            answer = {"error": "os", "errno": number, "message": f"{type(error).__name__}: {error}"}, b""
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             answer = {"error": "value", "message": f"{type(error).__name__}: {error}"}, b""
         if answer is not None:

@@ -294,7 +294,8 @@ class Host:
     ) -> Result:
         """A Python program in a sandbox of its own, which ends with it. `timeout_s` counts the program alone.
 
-        Errors: SandboxError: of the machine, not of the program.
+        Errors: SandboxError: of the machine, not of the program. ValueError: of `files` and `stdin`, too large for it,
+        or names that cannot be there together.
         """
         text, given = code.encode("utf-8", "surrogatepass"), encoded(stdin)
         contents = {_relative(path): encoded(content) for path, content in (files or {}).items()}

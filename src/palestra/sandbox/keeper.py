@@ -244,7 +244,6 @@ def make_root(plan):
         os.close(proc)
     kernel.mount("none", "/", flags=kernel.REC | kernel.PRIVATE)
     zygote.fill_root(plan["root"])
-    kernel.unmount(plan["root"]["directory"] + "/proc")
     for source, target in plan["tools"]:
         os.makedirs(target)
         kernel.bind(source, target)

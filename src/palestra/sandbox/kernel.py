@@ -77,10 +77,6 @@ def bind(source: str, target: str, *, flags: int = RDONLY | NOSUID | NODEV) -> N
     mount("none", target, flags=REMOUNT | BIND | flags | locked | times)
 
 
-def unmount(target: str) -> None:
-    _checked(_libc.umount2(target.encode(), _DETACH), f"umount {target}")
-
-
 def enter_root(directory: str) -> None:
     """Make `directory`, a mount, the root of this mount namespace; what was the root is gone."""
     os.chdir(directory)
@@ -139,6 +135,8 @@ def limit(*, files: int, processes: int | None, file_bytes: int) -> None:
         resource.RLIMIT_MEMLOCK: 1 << 20,
         resource.RLIMIT_MSGQUEUE: 1 << 19,
         resource.RLIMIT_SIGPENDING: 1024,
+        resource.RLIMIT_RTPRIO: 0,
+        resource.RLIMIT_NICE: 0,
     }
     if processes is not None:
         wanted[resource.RLIMIT_NPROC] = processes
@@ -160,7 +158,9 @@ reboot=169 swapon=167 swapoff=168 syslog=103 acct=163 quotactl=179 quotactl_fd=4
 clock_settime=227 clock_adjtime=305 adjtimex=159 sethostname=170 setdomainname=171 iopl=172 ioperm=173
 modify_ldt=154 lookup_dcookie=212 name_to_handle_at=303 open_by_handle_at=304 fanotify_init=300 vhangup=153
 memfd_secret=447 migrate_pages=256 move_pages=279 process_madvise=440 memfd_create=319 shmget=29 msgget=68
-landlock_create_ruleset=444 landlock_add_rule=445 landlock_restrict_self=446
+landlock_create_ruleset=444 landlock_add_rule=445 landlock_restrict_self=446 open_tree_attr=467 listns=470
+semget=64 socketpair=53 prlimit64=302 setpriority=141 sched_setparam=142 sched_setscheduler=144 sched_setaffinity=203
+sched_setattr=314
 """
 _AARCH64 = """
 clone=220 socket=198 ioctl=29 clone3=435 ptrace=117 process_vm_readv=270 process_vm_writev=271 kcmp=272
@@ -172,15 +172,18 @@ reboot=142 swapon=224 swapoff=225 syslog=116 acct=89 quotactl=60 quotactl_fd=443
 clock_adjtime=266 adjtimex=171 sethostname=161 setdomainname=162 lookup_dcookie=18 name_to_handle_at=264
 open_by_handle_at=265 fanotify_init=262 vhangup=58 memfd_secret=447 migrate_pages=238 move_pages=239
 process_madvise=440 memfd_create=279 shmget=194 msgget=186 landlock_create_ruleset=444 landlock_add_rule=445
-landlock_restrict_self=446
+landlock_restrict_self=446 open_tree_attr=467 listns=470 semget=190 socketpair=199 prlimit64=261 setpriority=140
+sched_setparam=118 sched_setscheduler=119 sched_setaffinity=122 sched_setattr=274
 """
 _NUMBERS = {name: int(n) for name, n in (w.split("=") for w in (_AARCH64 if _ARM else _X86).split())}
 _ARCHITECTURE = 0xC000_00B7 if _ARM else 0xC000_003E
 _X32 = 0x4000_0000
 
 _NO_SUCH_CALL = ("clone3", "memfd_secret", "io_uring_setup", "io_uring_enter", "io_uring_register")
-_UNCOUNTED = ("memfd_create", "shmget", "msgget")
-_LOOKED_AT = {"clone", "socket", "ioctl", *_UNCOUNTED}
+_UNCOUNTED = ("memfd_create", "shmget", "msgget", "semget")
+OF_OTHERS = ("prlimit64", "sched_setparam", "sched_setscheduler", "sched_setaffinity", "sched_setattr")
+"""What one process may set of another of its user; their first argument is that one."""
+_LOOKED_AT = {"clone", "socket", "socketpair", "ioctl", "setpriority", *OF_OTHERS, *_UNCOUNTED}
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 NAMESPACES = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET | _NEWTIME
 TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: typing into another's terminal
@@ -200,12 +203,13 @@ def refused_calls(*, uncounted_memory: bool = True) -> dict[str, int]:
     return refused
 
 
-def seccomp_program(*, no_network: bool = False, uncounted_memory: bool = True) -> bytes:
+def seccomp_program(*, no_network: bool = False, uncounted_memory: bool = True, is_first_ours: bool = True) -> bytes:
     """A classic BPF program. Calls that reach into the kernel's rarely used parts, or out of the sandbox, are refused.
 
     `clone3` answers ENOSYS, so that libraries use `clone`, whose flags can be looked at.
     `no_network`: no sockets but pairs, where there is no network namespace; those with a path lead to services here.
     `uncounted_memory`: allow memory that belongs to no process (memfd, System V), which needs a cgroup to count it.
+    `is_first_ours`: process 1 is the agent, whose limits and share of processors are not the programs' to set.
     """
     refused = refused_calls(uncounted_memory=uncounted_memory)
     families = () if no_network else FAMILIES
@@ -218,9 +222,19 @@ def seccomp_program(*, no_network: bool = False, uncounted_memory: bool = True) 
     known = [(_EQUALS, len(families) - i, 0, int(family)) for i, family in enumerate(families)]
     refusal = [(_RETURN, 0, 0, _ERRNO | _EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]
     code += _where("socket", [(_LOAD, 0, 0, _FIRST), *known, *refusal])
+    code += _where("socketpair", [(_LOAD, 0, 0, _FIRST), (_EQUALS, 1, 0, int(socket.AF_UNIX)), *refusal])
+    code += _first_is_left_alone() if is_first_ours else []
     types = [(_LOAD, 0, 0, _SECOND), (_EQUALS, 1, 0, TERMINAL_INPUT[0]), (_EQUALS, 0, 1, TERMINAL_INPUT[1])]
     code += _where("ioctl", [*types, (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)])
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in [*code, (_RETURN, 0, 0, _ALLOW)])
+
+
+def _first_is_left_alone() -> list[tuple[int, int, int, int]]:
+    """Process 1; a priority is set for single processes only, since it may belong to a group's or a user's."""
+    if_first = [(_EQUALS, 0, 1, 1), (_RETURN, 0, 0, _ERRNO | _EPERM), (_RETURN, 0, 0, _ALLOW)]
+    code = [step for name in OF_OTHERS for step in _where(name, [(_LOAD, 0, 0, _FIRST), *if_first])]
+    if_process = [(_LOAD, 0, 0, _FIRST), (_EQUALS, 0, 2, os.PRIO_PROCESS)]
+    return code + _where("setpriority", [*if_process, (_LOAD, 0, 0, _SECOND), *if_first])
 
 
 def _where(name: str, block: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:

@@ -2,7 +2,7 @@
 
 Consumes: messages on a SOCK_SEQPACKET pair, `start` with the sandbox's descriptors, `kill`. Produces: `ended`. Waits
 for: messages, and ends of its children. Ends when: that pair is closed, or whoever started it is gone; all sandboxes
-end with it.
+end with it, since it is the first process of a namespace that they are in.
 
 Each sandbox is one fork away, into fresh namespaces, of which it is the first process. It joins the cgroups, mounts
 what is private, becomes a user of its own, gives up every right, and becomes the agent, or an interpreter that waits
@@ -48,8 +48,7 @@ def main(fd):
     try:
         if plan["has_own_python"]:
             bring_along()
-        enter_own_root(plan)
-        kernel.die_with_parent()
+        enter_own_root(plan, link)
         if not plan["has_own_python"]:
             sys.path += [place for place in plan["path"] if place not in sys.path]
             preload(plan["preload"])
@@ -69,20 +68,35 @@ def main(fd):
 # --- the root that all sandboxes share
 
 
-def enter_own_root(plan):
+def enter_own_root(plan, link):
     """Errors: OSError, where the kernel refuses; then this backend cannot work here."""
     is_root = plan["is_root"]
     uid, gid = os.getuid(), os.getgid()
-    kernel.unshare(kernel.NEWNS if is_root else kernel.NEWNS | kernel.NEWUSER)
+    kernel.unshare(kernel.NEWNS | kernel.NEWPID | (0 if is_root else kernel.NEWUSER))
     if not is_root:
         proc = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
         map_user(proc, 0, uid, gid)
         os.close(proc)
     kernel.mount("none", "/", flags=kernel.REC | kernel.PRIVATE)
+    become_first(link)
     fill_root(plan)
+    kernel.mount("proc", plan["directory"] + "/proc", "proc", kernel.NOSUID | kernel.NODEV | kernel.NOEXEC)
     kernel.enter_root(plan["directory"])
     if plan["read_only"]:
         kernel.mount("none", "/", flags=kernel.REMOUNT | kernel.BIND | kernel.RDONLY | kernel.NOSUID | kernel.NODEV)
+
+
+def become_first(link):
+    """The first process of a namespace that has all sandboxes: with it, the kernel ends them, whatever they did about
+    the signal that tells of a parent's end. Whoever was started stays behind, and ends with it.
+    """
+    kernel.die_with_parent()
+    pid = os.fork()
+    if pid != 0:
+        link.close()
+        _, status = os.waitpid(pid, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    kernel.die_with_parent()
 
 
 def fill_root(plan):
@@ -110,7 +124,6 @@ def fill_root(plan):
     for place in plan["hidden"]:
         if os.path.isdir(top + place):
             kernel.mount("tmpfs", top + place, "tmpfs", kernel.RDONLY | kernel.NOSUID | kernel.NODEV, "size=4k")
-    kernel.mount("/proc", top + "/proc", flags=kernel.BIND | kernel.REC)
 
 
 def _bind_into(top, source, target, flags=kernel.RDONLY | kernel.NOSUID | kernel.NODEV):
@@ -175,7 +188,11 @@ class Zygote:
         self._watched, self._killed = {}, set()
         self._selector = selectors.DefaultSelector()
         self._seccomp = {
-            counted: kernel.Seccomp(kernel.seccomp_program(uncounted_memory=counted)) for counted in (True, False)
+            (counted, is_program): kernel.Seccomp(
+                kernel.seccomp_program(uncounted_memory=counted, is_first_ours=not is_program)
+            )
+            for counted in (True, False)
+            for is_program in (True, False)
         }
         self._namespaces = _FRESH & ~(0 if plan["own_network"] else kernel.NEWNET)
         self._namespaces |= 0 if plan["is_root"] else kernel.NEWUSER
@@ -306,7 +323,7 @@ def become_sandbox(plan, message, streams, groups, seccomp):
     if plan["landlock"]:
         kernel.landlock(readable=["/"], writable=[HOME, "/tmp", "/var/tmp", "/dev", "/box"])
     if plan["seccomp"]:
-        seccomp[bool(groups)].install()
+        seccomp[bool(groups), message["program"]].install()
     os.chdir(HOME)
     if message["program"]:
         become_program(plan, link)

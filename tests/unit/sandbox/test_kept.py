@@ -85,12 +85,17 @@ def _fits(condition: dict, arguments: tuple[int, int]) -> bool:
     }[condition["op"]]
 
 
+LEFT_ALONE = (*kernel.OF_OTHERS, "setpriority")
+
+
 @pytest.mark.parametrize("uncounted", [True, False])
 def test_runc_is_told_what_the_program_for_seccomp_does(uncounted: bool):
     program, rules = kernel.seccomp_program(uncounted_memory=uncounted), bundle._seccomp(uncounted_memory=uncounted)
     calls = [(name, (0, 0)) for name in kernel._NUMBERS]
     calls += [("clone", (1 << bit, 0)) for bit in range(32)] + [("clone", (17, 0)), ("clone", (0x1000_0011, 0))]
     calls += [("socket", (family, 1)) for family in range(50)] + [("ioctl", (0, r)) for r in (0x5412, 0x541C, 0x5413)]
+    calls += [("socketpair", (family, 1)) for family in range(50)]
+    calls += [(name, (first, second)) for name in LEFT_ALONE for first in range(3) for second in range(3)]
     answers = [_answer(program, kernel._NUMBERS[name], arguments) for name, arguments in calls]
     assert answers == [_answer_in_words(rules, name, arguments) for name, arguments in calls]
     assert {0, errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT} == set(answers)

@@ -68,6 +68,24 @@ def test_families_of_sockets() -> None:
     assert {f for f in families if answer(closed, number, [f]) == ALLOW} == set()
 
 
+def test_pairs_of_sockets_are_of_one_family() -> None:
+    """Others cannot be used as pairs, but to ask for them loads the kernel's modules."""
+    number = kernel._NUMBERS["socketpair"]
+    assert [f for f in range(46) if answer(PLAIN, number, [f]) == ALLOW] == [socket.AF_UNIX]
+
+
+def test_what_is_set_of_the_first_process_is_refused_unless_it_is_the_program() -> None:
+    of_program = kernel.seccomp_program(is_first_ours=False)
+    for name in kernel.OF_OTHERS:
+        number = kernel._NUMBERS[name]
+        assert [answer(PLAIN, number, [pid]) for pid in (0, 1, 2)] == [ALLOW, ERRNO | EPERM, ALLOW]
+        assert answer(of_program, number, [1]) == ALLOW
+    number = kernel._NUMBERS["setpriority"]
+    assert [answer(PLAIN, number, [0, pid]) for pid in (0, 1, 2)] == [ALLOW, ERRNO | EPERM, ALLOW]
+    assert [answer(PLAIN, number, [which, 0]) for which in (1, 2)] == [ERRNO | EPERM] * 2
+    assert answer(of_program, number, [0, 1]) == ALLOW
+
+
 def test_typing_into_terminals_is_refused_and_other_controls_pass() -> None:
     number = kernel._NUMBERS["ioctl"]
     assert answer(PLAIN, number, [0, 0x5412]) == ERRNO | EPERM
@@ -77,7 +95,7 @@ def test_typing_into_terminals_is_refused_and_other_controls_pass() -> None:
 
 def test_uncounted_memory_is_refused_where_nothing_counts_it() -> None:
     strict = kernel.seccomp_program(uncounted_memory=False)
-    for name in ("memfd_create", "shmget", "msgget"):
+    for name in ("memfd_create", "shmget", "msgget", "semget"):
         assert answer(PLAIN, kernel._NUMBERS[name]) == ALLOW
         assert answer(strict, kernel._NUMBERS[name]) == ERRNO | ENOSYS
 

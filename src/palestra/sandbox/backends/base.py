@@ -27,7 +27,12 @@ class Started:
         self.cpu_s: float | None = None
 
     def has_killed(self) -> bool:
-        return self._is_killed if self.ended.done() else self._has_killed()
+        """Of its end, every program that it took with it is told, not only the one that asks first."""
+        if not self.link.closed.done():
+            return self._has_killed()
+        if not self.ended.done():
+            self._is_killed |= self._has_killed()
+        return self._is_killed
 
     def set_ended(self, reason: str, *, is_killed: bool = False) -> None:
         self._is_killed |= is_killed

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,11 @@ def _seccomp(*, uncounted_memory: bool) -> dict[str, Any]:
     unknown = [family for family in range(most) if family not in kernel.FAMILIES]
     rules += [_refusal(["socket"], errno.EAFNOSUPPORT, 0, "SCMP_CMP_EQ", family) for family in unknown]
     rules.append(_refusal(["socket"], errno.EAFNOSUPPORT, 0, "SCMP_CMP_GT", int(most)))
+    rules += [_refusal(["socketpair"], errno.EAFNOSUPPORT, 0, "SCMP_CMP_EQ", 0)]
+    rules += [_refusal(["socketpair"], errno.EAFNOSUPPORT, 0, "SCMP_CMP_GT", int(socket.AF_UNIX))]
+    rules += [_refusal(list(kernel.OF_OTHERS), errno.EPERM, 0, "SCMP_CMP_EQ", 1)]
+    rules += [_refusal(["setpriority"], errno.EPERM, 0, "SCMP_CMP_GT", os.PRIO_PROCESS)]
+    rules += [_refusal(["setpriority"], errno.EPERM, 1, "SCMP_CMP_EQ", 1)]
     rules += [_refusal(["ioctl"], errno.EPERM, 1, "SCMP_CMP_EQ", request) for request in kernel.TERMINAL_INPUT]
     return {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from palestra.core.deadline import Unhurried, within
-from palestra.sandbox.agent import frame, frames
+from palestra.sandbox.agent import MOST_BODY, MOST_HEADER, frame, frames
 from palestra.sandbox.records import SandboxGoneError, SandboxStartError
 
 _CHUNK = 65_536
@@ -61,9 +61,17 @@ class Interpreter:
         most: int,
         on_output: Callable[[str, bytes], None] | None,
     ) -> tuple[dict[str, Any], bytes]:
-        """Once. Errors: SandboxStartError, if it could not be made; SandboxGoneError, if nobody knows how it ended."""
+        """Once. Errors: ValueError, for files and input that it has no room for, or that are too many at once;
+        SandboxStartError, if it could not be made; SandboxGoneError, if nobody knows how it ended.
+        """
         header = {"code": len(code), "files": [[path, len(content)] for path, content in files.items()]}
-        said = frame(header, b"".join((*files.values(), code, stdin)))
+        body = b"".join((*files.values(), code, stdin))
+        said = frame(header, body)
+        if len(body) > MOST_BODY or len(said) - len(body) > MOST_HEADER:
+            raise ValueError(
+                f"{len(body)} bytes of code, input and {len(files)} files are more than a program is given at once: "
+                f"{MOST_BODY} bytes, and {MOST_HEADER} of names; create a sandbox and write them in parts"
+            )
         is_late, began = False, time.monotonic()
         for stream in self._streams:
             stream.most, stream.on_output = most, on_output
@@ -117,16 +125,17 @@ class Interpreter:
         return header, bytes(out.kept + err.kept)
 
     def _complaint(self) -> str | None:
-        """What kept it from waiting for a program; None if it did."""
+        """What kept it from waiting for a program; None if it did. Errors: ValueError, of what it was given."""
         try:
             said = self._link.recv(_CHUNK)
         except (BlockingIOError, OSError):
             said = b""
-        if said[:1] == b"1":
-            return None
-        for header, _ in frames(bytearray(said)):
+        was_ready = said[:1] == b"1"
+        for header, _ in frames(bytearray(said[was_ready:])):
+            if was_ready:
+                raise ValueError(f"a program could not be given its files and input: {header.get('failed')}")
             return str(header.get("failed"))
-        return "it ended before it was ready"
+        return None if was_ready else "it ended before it was ready"
 
     def set_ended(self, end: dict[str, Any] | None) -> None:
         if not self.ended.done():

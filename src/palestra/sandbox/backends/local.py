@@ -1,6 +1,7 @@
 """The backend `local`: Linux namespaces, made by a zygote of our own. No binaries, and no root needed."""
 
 import asyncio
+import collections
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ from palestra.sandbox.zygote import HOME
 LAYERS = ("uid", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup", "watchdog")
 _OPEN_S, _CLOSE_S = 60.0, 10.0
 _MOST_MESSAGE = 65_536
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from palestra.sandbox.zygote import main; main(int(sys.argv[2]))"
+_BOOT = "import os, sys; sys.path[:0] = [os.getcwd()]; from palestra.sandbox.zygote import main; main(int(sys.argv[1]))"
 
 
 class Local:
@@ -40,6 +41,7 @@ class Local:
         self._root, self._preload, self._without = root, tuple(preload), frozenset(without)
         self._numbers, self._started = itertools.count(1), dict[int, Started | Interpreter]()
         self._groups_of: dict[int, Cgroup] = {}
+        self._doomed = collections.deque[int]()
         self._is_root = os.geteuid() == 0
         self._user_of: dict[int, int] = {}
         self.layers: tuple[str, ...] = ()
@@ -56,11 +58,12 @@ class Local:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         source = str(Path(__file__).resolve().parents[3])
-        argv = [base_python(), "-I", "-S", "-c", _BOOT, source, str(theirs.fileno())]
+        argv = [base_python(), "-I", "-S", "-c", _BOOT, str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
                 argv,
                 env={},
+                cwd=source,  # which no argument tells: programs can read those
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -184,10 +187,22 @@ class Local:
     def _kill(self, number: int) -> None:
         if number not in self._started:
             return
+        self._doomed.append(number)
+        self._tell_doomed()
+
+    def _tell_doomed(self) -> None:
+        """The zygote, now or when it takes more: a program that waits for nothing ends in no other way."""
         try:
-            self._socket.send(json.dumps({"kill": number}).encode())
+            while self._doomed:
+                self._socket.send(json.dumps({"kill": self._doomed[0]}).encode())
+                self._doomed.popleft()
+        except BlockingIOError:
+            self._loop.add_writer(self._socket.fileno(), self._tell_doomed)
+            return
         except OSError:
-            pass  # the zygote is gone, and all its sandboxes with it; or it is full, and the agent ends by itself
+            self._doomed.clear()  # the zygote is gone, and all its sandboxes with it
+        if self._socket.fileno() >= 0:
+            self._loop.remove_writer(self._socket.fileno())
 
     def _on_message(self) -> None:
         """All that is there: a burst of ends costs one turn of the loop."""
@@ -213,6 +228,7 @@ class Local:
 
     def _on_gone(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         if not self._opened.done():
             stderr = self._process.stderr
@@ -247,6 +263,7 @@ class Local:
                 pass  # the zygote's end is theirs
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
             self._socket.close()
         self._process.kill()
         await asyncio.to_thread(self._process.wait, _CLOSE_S)
