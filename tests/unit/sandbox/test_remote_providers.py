@@ -23,6 +23,8 @@ from palestra.sandbox.host import Options
 
 LIMITS = Limits(memory_mb=1000, disk_mb=1500, cpus=1.5)
 NAMES = ["prime", "e2b", "modal", "daytona"]
+WITH_ONE = pytest.mark.parametrize("far", ["modal"], indirect=True)
+"""Of what is the same for all of them."""
 
 
 class Far:
@@ -33,7 +35,7 @@ class Far:
         self.directory, self.made, self.commands, self.deleted = directory, dict[str, Any](), list[str](), list[str]()
         self.calls = list[str]()
         self.forged: str | None = None
-        self.has_begun = asyncio.Event()
+        self.has_begun, self.has_ended = asyncio.Event(), asyncio.Event()
 
     async def run(self, line: str) -> tuple[int, str, str]:
         if self.is_broken:
@@ -52,6 +54,7 @@ class Far:
             if shell.returncode is None:
                 os.killpg(shell.pid, signal.SIGKILL)
                 await shell.communicate()
+            self.has_ended.set()
         return shell.returncode or 0, out.decode(), err.decode()
 
     def write(self, path: str, content: bytes) -> None:
@@ -376,6 +379,7 @@ async def test_what_is_long_goes_by_files(far: Far, host: Host) -> None:
         assert not (far.directory / "far" / "request-0").exists()
 
 
+@WITH_ONE
 async def test_requests_at_once_do_not_mix(far: Far, host: Host) -> None:
     async with await host.create() as box:
         contents = [bytes([number]) * 60_000 for number in range(3)]
@@ -383,6 +387,7 @@ async def test_requests_at_once_do_not_mix(far: Far, host: Host) -> None:
         assert await asyncio.gather(*(box.read(str(number)) for number in range(3))) == contents
 
 
+@WITH_ONE
 async def test_a_program_of_code_runs_once(far: Far, host: Host) -> None:
     end = await host.run_code("print(input() + open('f').read())", stdin="a", files={"f": "b"})
     assert end.stdout == "ab\n"
@@ -390,6 +395,7 @@ async def test_a_program_of_code_runs_once(far: Far, host: Host) -> None:
     assert len(far.deleted) == 1
 
 
+@WITH_ONE
 async def test_what_a_command_cannot_do_is_refused(far: Far, host: Host) -> None:
     async with await host.create() as box:
         for asking in (box.background("sleep 1"), box.expose_port(80), box.processes()):
@@ -412,6 +418,7 @@ async def test_a_provider_that_fails_ends_the_sandbox(far: Far, host: Host) -> N
     assert len(far.deleted) == 1
 
 
+@WITH_ONE
 @pytest.mark.parametrize("forged", ["", "no base 64!", "AAAA", "aGVsbG8gd29ybGQgdGhpcyBpcyBub25l"])
 async def test_what_is_no_answer_ends_the_sandbox(forged: str, far: Far, host: Host) -> None:
     box = await host.create()
@@ -422,14 +429,17 @@ async def test_what_is_no_answer_ends_the_sandbox(forged: str, far: Far, host: H
     assert host.boxes == {}
 
 
+@WITH_ONE
 async def test_a_sandbox_that_ends_tells_who_waits(far: Far, host: Host) -> None:
     box = await host.create()
     far.has_begun.clear()
+    far.has_ended.clear()
     waiting = asyncio.ensure_future(box.exec("sleep 3", timeout_s=60))
     await asyncio.wait_for(far.has_begun.wait(), 10)
     await box.delete()
     with pytest.raises(SandboxGoneError, match="it was deleted"):
         await asyncio.wait_for(waiting, 10)
+    await asyncio.wait_for(far.has_ended.wait(), 10)
 
 
 async def test_a_sandbox_that_cannot_start_is_deleted(far: Far, host: Host) -> None:
@@ -460,6 +470,7 @@ async def test_limits_are_asked_for_as_each_provider_counts(far: Far, host: Host
         assert (made["ttl_minutes"], made["ephemeral"], made["network_block_all"]) == (60, True, True)
 
 
+@WITH_ONE
 async def test_memory_is_watched_inside(far: Far, host: Host) -> None:
     grow = "x = bytearray(300_000_000)\nimport time\ntime.sleep(20)"
     async with await host.create(limits=Limits(memory_mb=64)) as box:
