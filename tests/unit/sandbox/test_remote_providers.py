@@ -41,13 +41,13 @@ class Far:
         if self.is_broken:
             raise RuntimeError("502 Bad Gateway")
         self.commands.append(line)
-        self.has_begun.set()
         if self.forged is not None:
             return 0, self.forged, ""
         pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
         shell = await asyncio.create_subprocess_shell(
             line, stdin=nothing, stdout=pipe, stderr=pipe, start_new_session=True
         )
+        self.has_begun.set()
         try:
             out, err = await shell.communicate()
         finally:
