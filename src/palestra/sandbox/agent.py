@@ -24,6 +24,7 @@ _HEAD = struct.Struct("!II")
 MOST_HEADER, MOST_BODY = 2**20, 2**26
 _CHUNK, _AT_ONCE = 65_536, 4
 _DIAL_S = 5.0
+_TOKEN_S = 5.0
 _PIPE_BYTES = 2**20  # the most that the kernel lets a pipe hold
 WATCH_S = 0.02
 _SOFT_ERRORS = (BlockingIOError, InterruptedError)
@@ -815,11 +816,16 @@ def kill_descendants(pid):
 
 
 def main(argv):
-    """`agent.py HOME [MEMORY_BYTES [PLACE...]]`, on its standard input and output, which programs do not inherit.
+    """`agent.py [--listen PORT] HOME [MEMORY_BYTES [PLACE...]]`, on its standard input and output, or on the first
+    connection to PORT that begins with the environment's PALESTRA_TOKEN. Programs inherit neither.
 
     Its environment is that of the programs; a PLACE is a file system in memory, counted with it.
     """
-    read_fd, write_fd = os.dup(0), os.dup(1)
+    if argv[1] == "--listen":
+        read_fd = write_fd = awaited(int(argv[2]), os.environ.pop("PALESTRA_TOKEN", "").encode())
+        argv = argv[2:]
+    else:
+        read_fd, write_fd = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
@@ -838,6 +844,41 @@ def main(argv):
         is_first=is_first,
     )
     agent.serve()
+
+
+def awaited(port, token):
+    """A descriptor of the first connection to `port` that begins with `token`. Before it, others are closed, one after
+    the other; after it, nobody is answered. Errors: SystemExit, without a token.
+    """
+    if not token:
+        raise SystemExit("PALESTRA_TOKEN is empty: set it to what the host's connection begins with")
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.create_server(
+        ("", port), family=family, backlog=16, dualstack_ipv6=family == socket.AF_INET6
+    ) as listening:
+        while True:
+            link, _ = listening.accept()
+            if _begins_with(link, token):
+                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # else a host that is gone is never missed
+                return link.detach()
+            link.close()
+
+
+def _begins_with(link, token):
+    from hmac import compare_digest
+
+    said, deadline = b"", time.monotonic() + _TOKEN_S
+    try:
+        while len(said) < len(token):
+            link.settimeout(max(deadline - time.monotonic(), 0.001))
+            piece = link.recv(len(token) - len(said))
+            if not piece:
+                return False
+            said += piece
+    except OSError:
+        return False
+    return compare_digest(said, token)
 
 
 def _hide():

@@ -28,7 +28,7 @@ from palestra.sandbox import (
     UnsupportedError,
 )
 from palestra.sandbox.agent import children_of
-from palestra.sandbox.backends.choose import BACKENDS
+from palestra.sandbox.backends.choose import BACKENDS, ELSEWHERE
 
 pytestmark = pytest.mark.slow
 SECRET = "the-secret-of-the-host-7341"
@@ -41,7 +41,7 @@ def _options(name: str) -> Options:
     return Options(backend=name, min_isolation=Isolation.NONE)
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=[name for name in BACKENDS if name not in ELSEWHERE])
 async def host(request, monkeypatch) -> AsyncIterator[Host]:
     monkeypatch.setenv("PALESTRA_SECRET", SECRET)
     host = Host(_options(request.param), warm=0)

@@ -72,6 +72,33 @@ async def _unsafe(options: "Options") -> Backend:
     return await _opened(Unsafe())
 
 
+async def _kubernetes(options: "Options") -> Backend:
+    from palestra.sandbox.backends.kubernetes import Kubernetes
+
+    if options.image is not None:
+        raise UserError(f"the sandbox 'kubernetes' has the image of its pool, and no {options.image!r}; omit `image`")
+    _require_no_packages("kubernetes", options)
+    backend = Kubernetes()
+    await backend.open()
+    return backend
+
+
+def _of_provider(name: str) -> Opener:
+    async def opened(options: "Options") -> Backend:
+        from palestra.sandbox.backends.providers import PROVIDERS
+        from palestra.sandbox.backends.remote import Remote
+
+        _require_no_packages(name, options)
+        return Remote(PROVIDERS[name](options.image))
+
+    return opened
+
+
+def _require_no_packages(name: str, options: "Options") -> None:
+    if options.packages:
+        raise UserError(f"the sandbox {name!r} has the packages of its image, and none of packages={options.packages}")
+
+
 def _require_no_image(name: str, options: "Options") -> None:
     if options.image is not None:
         raise UserError(f"the sandbox {name!r} has this machine's files, and no image {options.image!r}; 'local' has")
@@ -84,10 +111,17 @@ BACKENDS: dict[str, tuple[Isolation, Opener]] = {
     "oci": (Isolation.NAMESPACES, _oci),
     "process": (Isolation.PROCESS, _process),
     "unsafe": (Isolation.NONE, _unsafe),
+    "kubernetes": (Isolation.KERNEL, _kubernetes),
+    "prime": (Isolation.NAMESPACES, _of_provider("prime")),
+    "e2b": (Isolation.KERNEL, _of_provider("e2b")),
+    "modal": (Isolation.KERNEL, _of_provider("modal")),
+    "daytona": (Isolation.NAMESPACES, _of_provider("daytona")),
 }
 """By name, best first: how much it isolates, and how it is opened."""
 
-_ONLY_BY_NAME = {"unsafe"}
+ELSEWHERE = {"kubernetes", "prime", "e2b", "modal", "daytona"}
+"""Not on this machine: they need a cluster or an account, and cost money."""
+_ONLY_BY_NAME = {"unsafe", *ELSEWHERE}
 
 
 async def open_backend(options: "Options") -> Backend:
