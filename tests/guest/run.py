@@ -85,7 +85,10 @@ PLACES = ("root", "service", "session", "container")
 def report(
     cases: list[str], *, without: tuple[str, ...] = (), place: str = "root", limit_s: float = _LIMIT_S
 ) -> dict[str, Any]:
-    """Of a check in a guest, with how many cgroups a sweep removed afterwards, and those that it left. Errors: Unavailable; RuntimeError with the console's end, where there is no report."""
+    """Of a check in a guest, with how many cgroups a sweep removed afterwards, and those that it left.
+
+    Errors: Unavailable; RuntimeError with the console's end, where there is no report.
+    """
     found = pieces()
     with tempfile.TemporaryDirectory(prefix="palestra-guest-") as directory:
         working = Path(directory)
