@@ -4,6 +4,7 @@ A cgroup is used again by the next sandbox: making and removing one costs more t
 process, so that what a killed one left behind is known and removed by the next that starts.
 """
 
+import errno
 import itertools
 import os
 from pathlib import Path
@@ -12,6 +13,10 @@ from palestra.sandbox.records import Limits
 
 MEGABYTE = 2**20
 _TOP = Path("/sys/fs/cgroup")
+_MINE = Path("/proc/self/cgroup")
+_NESTED = ("", "unified", "memory", "pids", "cpu")  # where hierarchies are mounted below the top; "" is version 2 alone
+_CONTROLLERS = ("memory", "pids", "cpu")
+_WAY_MADE, _MOST_ANCESTORS = "palestra-self", 256
 _OVERHEAD_MB = 32  # of the agent, and of what the kernel keeps for it
 
 
@@ -58,8 +63,9 @@ class Cgroup:
         """Errors: OSError."""
         if limits != self._limits:
             for controller, name, value in _settings(limits, self._version):
-                if controller in self.directories:
-                    (self.directories[controller] / name).write_text(str(value))
+                file = self.directories[controller] / name if controller in self.directories else None
+                if file is not None and (name not in _OPTIONAL or file.exists()):
+                    file.write_text(str(value))
             self._limits = limits
         self._kills_before = self._kills()
 
@@ -106,17 +112,21 @@ def _settings(limits: Limits, version: int) -> list[tuple[str, str, int | str]]:
     ]
 
 
+_OPTIONAL = ("memory.swap.max",)  # a kernel that counts no swap has none
 _names = itertools.count(1)  # two backends of one process share none
 
 
 class Cgroups:
-    """Those of this process. `version` is 0 where there are none to be had."""
+    """Those of this process. `version` is 0 where there are none to be had.
 
-    def __init__(self, name: str | None = None):
+    `top` is where they are mounted, and `mine` tells which this process is in.
+    """
+
+    def __init__(self, name: str | None = None, *, top: Path = _TOP, mine: Path = _MINE):
         self._name = name or f"palestra-{next(_names)}-{os.getpid()}"
         self._numbers, self._free = itertools.count(), list[Cgroup]()
         self._known: list[Cgroup] = []
-        self._parents, self.version = _parents(self._name)
+        self._parents, self.version = _parents(self._name, top, _own_paths(mine))
         self.error = ""
 
     def take(self, limits: Limits) -> Cgroup | None:
@@ -151,46 +161,87 @@ class Cgroups:
                 pass
 
 
-def _parents(name: str) -> tuple[dict[str, Path], int]:
+def _parents(name: str, top: Path, own: dict[str, str]) -> tuple[dict[str, Path], int]:
     """Where this process may make cgroups, by controller, and the version."""
-    own = _own_paths()
     if "" in own:
-        parents = _version_2(own[""], name)
+        parents = _version_2(top, own[""], name)
         if parents:
             return parents, 2
     found: dict[str, Path] = {}
-    for controller in ("memory", "pids", "cpu"):
+    for controller in _CONTROLLERS:
         if controller in own:
-            parent = _TOP / controller / own[controller].lstrip("/") / name
+            parent = top / controller / own[controller].lstrip("/") / name
             if _made(parent):
                 found[controller] = parent
     return (found, 1) if {"memory", "pids"} <= set(found) else ({}, 0)
 
 
-def _version_2(own: str, name: str) -> dict[str, Path]:
-    """A child of the cgroup that is ours, or of the one above where the processes of ours are in the way."""
-    for top in (_TOP, _TOP / "unified"):
-        for place in (top / own.lstrip("/"), (top / own.lstrip("/")).parent):
+def _version_2(top: Path, own: str, name: str) -> dict[str, Path]:
+    """A child of the cgroup that is ours, or of the one above it where others' processes are in the way."""
+    for mounted in (top, top / "unified"):
+        mine = mounted / own.lstrip("/")
+        for place in (mine, mine.parent) if mine != mounted else (mine,):
             try:
                 available = set((place / "cgroup.controllers").read_text().split())
                 if not {"memory", "pids"} <= available:
                     continue
-                wanted = [c for c in ("memory", "pids", "cpu") if c in available]
-                (place / "cgroup.subtree_control").write_text(" ".join(f"+{c}" for c in wanted))
+                wanted = [c for c in _CONTROLLERS if c in available]
+                _hand_down(place, wanted)
                 parent = place / name
                 parent.mkdir(exist_ok=True)
-                (parent / "cgroup.subtree_control").write_text(" ".join(f"+{c}" for c in wanted))
+                (parent / "cgroup.subtree_control").write_text(_plus(wanted))
                 return dict.fromkeys(wanted, parent)
             except OSError:
                 continue
     return {}
 
 
-def _own_paths() -> dict[str, str]:
+def _plus(controllers: list[str]) -> str:
+    return " ".join(f"+{controller}" for controller in controllers)
+
+
+def _hand_down(place: Path, controllers: list[str]) -> None:
+    """Let children of `place` have them. The kernel refuses that where processes are in `place` itself; if all of those
+    are this process and what it started, they move into a child. Errors: OSError.
+    """
+    control = place / "cgroup.subtree_control"
+    try:
+        control.write_text(_plus(controllers))
+    except OSError as error:
+        inside = [int(number) for number in (place / "cgroup.procs").read_text().split()]
+        if error.errno != errno.EBUSY or not all(map(_is_ours, inside)):
+            raise
+        child = place / _WAY_MADE
+        child.mkdir(exist_ok=True)
+        for number in inside:
+            _move(number, child)
+        control.write_text(_plus(controllers))
+
+
+def _is_ours(number: int) -> bool:
+    """Whether it is this process or descends from it. 0 is one that cannot be seen from here."""
+    seen = 0
+    while number > 1 and number != os.getpid() and seen < _MOST_ANCESTORS:
+        try:
+            stat = Path(f"/proc/{number}/stat").read_text()
+        except OSError:
+            return True  # it has ended
+        number, seen = int(stat.rpartition(")")[2].split()[1]), seen + 1
+    return number == os.getpid()
+
+
+def _move(number: int, place: Path) -> None:
+    try:
+        (place / "cgroup.procs").write_text(str(number))
+    except ProcessLookupError:
+        pass  # it has ended
+
+
+def _own_paths(mine: Path) -> dict[str, str]:
     """By controller; version 2 under the empty name."""
     found = {}
     try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in mine.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             for controller in controllers.split(","):
                 found[controller] = path
@@ -207,17 +258,25 @@ def _made(directory: Path) -> bool:
     return os.access(directory, os.W_OK)
 
 
-def sweep() -> int:
+def sweep(*, top: Path = _TOP, mine: Path = _MINE) -> int:
     """Remove what processes that are gone left behind; how many cgroups that were."""
     count = 0
-    tops = {_TOP / "unified", *(_TOP / name for name in ("memory", "pids", "cpu"))}
-    for top in tops:
-        for path in {*_own_paths().values()}:
-            for directory in (top / path.lstrip("/")).glob("palestra-*"):
-                owner = directory.name.rpartition("-")[2]
-                if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                    count += _removed(directory)
+    for place in _places(top, mine):
+        for directory in place.glob("palestra-*"):
+            owner = directory.name.rpartition("-")[2]
+            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+                count += _removed(directory)
     return count
+
+
+def _places(top: Path, mine: Path) -> set[Path]:
+    """Where they are made: in the cgroups of this process, in those above, and by container runtimes at the top."""
+    found = set()
+    for mounted in (top / name for name in _NESTED):
+        for path in _own_paths(mine).values():
+            place = mounted / path.lstrip("/")
+            found |= {mounted, place, place.parent} if place != mounted else {mounted}
+    return found
 
 
 def _removed(directory: Path) -> int:
