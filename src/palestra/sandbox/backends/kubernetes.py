@@ -41,6 +41,7 @@ class Kubernetes:
     """
 
     name, isolation, home = "kubernetes", Isolation.KERNEL, HOME
+    ends_by_programs = True  # as in any gVisor
     layers: tuple[str, ...] = ("kernel", "network", "read_only", "no_capabilities", "cgroup")
     _cluster: Cluster
 

@@ -51,6 +51,7 @@ class Place(Protocol):
 class Provider(Protocol):
     name: str
     isolation: Isolation
+    ends_by_programs = False  # each request starts an agent of its own
 
     def __init__(self, image: str | None): ...
 
