@@ -51,7 +51,6 @@ class Place(Protocol):
 class Provider(Protocol):
     name: str
     isolation: Isolation
-    ends_by_programs = False  # each request starts an agent of its own
 
     def __init__(self, image: str | None): ...
 
@@ -175,6 +174,8 @@ class Remote:
     """A backend over a provider. `memory_mb` is watched by the agent; more exactly than a provider can be asked for."""
 
     home = HOME
+
+    ends_by_programs = False  # each request starts an agent of its own
 
     def __init__(self, provider: Provider):
         self._provider, self._endings = provider, Endings()
