@@ -190,3 +190,13 @@ async def test_all_programs_of_a_sandbox_that_died_of_its_memory_are_told_so(hos
         started._has_killed = lambda: next(counts, False)
         started.kill()
         assert [result.status for result in await asyncio.gather(*running)] == ["oom"] * 3
+
+
+async def test_a_zygote_that_is_busy_with_ends_makes_others_wait_and_fails_nobody() -> None:
+    """Its socket takes some two hundred messages: a thousand ends fill it, and what is asked for then was refused."""
+    async with Host(Options(backend="local")) as host:
+        boxes = await host.bulk_create(600, limits=Limits(memory_mb=64, disk_mb=16))
+        for box in boxes:
+            await box.delete()
+        done = await asyncio.gather(*(host.run_code("print(1)", timeout_s=30) for _ in range(40)))
+    assert {one.stdout for one in done} == {"1\n"}

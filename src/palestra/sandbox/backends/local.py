@@ -27,7 +27,7 @@ from palestra.sandbox.users import users
 from palestra.sandbox.zygote import HOME
 
 LAYERS = ("uid", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup", "watchdog")
-_OPEN_S, _CLOSE_S = 60.0, 10.0
+_OPEN_S, _CLOSE_S, _ROOM_S = 60.0, 10.0, 30.0
 _MOST_MESSAGE = 65_536
 _BOOT = "import os, sys; sys.path[:0] = [os.getcwd()]; from palestra.sandbox.zygote import main; main(int(sys.argv[1]))"
 
@@ -42,6 +42,7 @@ class Local:
         self._numbers, self._started = itertools.count(1), dict[int, Started | Interpreter]()
         self._groups_of: dict[int, Cgroup] = {}
         self._doomed = collections.deque[int]()
+        self._waiting: list[asyncio.Future[None]] = []  # until the zygote takes more
         self._is_root = os.geteuid() == 0
         self._user_of: dict[int, int] = {}
         self.layers: tuple[str, ...] = ()
@@ -119,7 +120,7 @@ class Local:
             has_killed = group.has_killed if group is not None else lambda: False
             started = Started(Link(ours), kill=lambda: self._kill(number), has_killed=has_killed)
             self._started[number] = started
-            self._ask(number, limits, group, [theirs.fileno()], program=False)
+            await self._ask(number, limits, group, [theirs.fileno()], program=False)
         return started
 
     async def interpreter(self, limits: Limits) -> Interpreter | None:
@@ -135,8 +136,8 @@ class Local:
                 os.set_blocking(err, False)
                 made = Interpreter(ours, out, err, kill=lambda: self._kill(number))
                 self._started[number] = made
-                self._ask(number, limits, group, [theirs.fileno(), out_there, err_there], program=True)
-        except SandboxStartError:
+                await self._ask(number, limits, group, [theirs.fileno(), out_there, err_there], program=True)
+        except BaseException:
             for fd, _ in pipes:
                 os.close(fd)
             raise
@@ -166,8 +167,8 @@ class Local:
         self._user_of[number] = user
         return number, group
 
-    def _ask(self, number: int, limits: Limits, group: Cgroup | None, fds: list[int], *, program: bool) -> None:
-        """Of the zygote. Errors: SandboxStartError."""
+    async def _ask(self, number: int, limits: Limits, group: Cgroup | None, fds: list[int], *, program: bool) -> None:
+        """Of the zygote, when it takes more. Errors: SandboxStartError."""
         watched = (limits.memory_mb + limits.disk_mb) * MEGABYTE
         wish = {
             "start": number,
@@ -178,11 +179,30 @@ class Local:
             "processes": limits.processes,
             "watched_bytes": 0 if group or "watchdog" in self._without else watched,
         }
+        data, passed = json.dumps(wish).encode(), [*fds, *(group.fds if group else [])]
         try:
-            socket.send_fds(self._socket, [json.dumps(wish).encode()], [*fds, *(group.fds if group else [])])
-        except OSError as error:
+            while not self._sent(data, passed):
+                await within(_ROOM_S, self._room(), waiting_for="the zygote of the sandboxes to take a request")
+        except (OSError, DeadlineError) as error:
             self._on_ended(number, "the zygote does not answer")
             raise SandboxStartError(f"the zygote of the sandboxes does not take more: {error}") from error
+        except BaseException:
+            self._on_ended(number, "nobody waits for it")
+            raise
+
+    def _sent(self, data: bytes, fds: list[int]) -> bool:
+        """Errors: OSError, if nobody is there."""
+        try:
+            socket.send_fds(self._socket, [data], fds)
+        except BlockingIOError:
+            return False
+        return True
+
+    async def _room(self) -> None:
+        room: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append(room)
+        self._loop.add_writer(self._socket.fileno(), self._on_writable)
+        await room
 
     def _kill(self, number: int) -> None:
         if number not in self._started:
@@ -197,12 +217,22 @@ class Local:
                 self._socket.send(json.dumps({"kill": self._doomed[0]}).encode())
                 self._doomed.popleft()
         except BlockingIOError:
-            self._loop.add_writer(self._socket.fileno(), self._tell_doomed)
-            return
+            self._loop.add_writer(self._socket.fileno(), self._on_writable)
         except OSError:
             self._doomed.clear()  # the zygote is gone, and all its sandboxes with it
-        if self._socket.fileno() >= 0:
-            self._loop.remove_writer(self._socket.fileno())
+
+    def _on_writable(self) -> None:
+        """What is to end goes first: it makes room."""
+        self._loop.remove_writer(self._socket.fileno())
+        self._tell_doomed()
+        if not self._doomed:
+            self._let_wait_no_more()
+
+    def _let_wait_no_more(self) -> None:
+        for room in self._waiting:
+            if not room.done():
+                room.set_result(None)
+        self._waiting.clear()
 
     def _on_message(self) -> None:
         """All that is there: a burst of ends costs one turn of the loop."""
@@ -230,6 +260,7 @@ class Local:
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
+        self._let_wait_no_more()
         if not self._opened.done():
             stderr = self._process.stderr
             said = stderr.read().decode("utf-8", "replace").strip().splitlines() if stderr else []
