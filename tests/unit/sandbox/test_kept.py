@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import struct
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from palestra.sandbox import Limits, SandboxStartError, agent, kernel
 from palestra.sandbox.backends import bundle, bwrap, engine, kept
 from palestra.sandbox.backends.plain import _closed_above
 from palestra.sandbox.keeper import remove_tree
+from tests.unit.sandbox.bpf import ALLOW, KILL, answer
 
 LIMITS = Limits(memory_mb=300, disk_mb=100, inodes=5000, processes=40, cpus=1.5)
 
@@ -54,19 +54,8 @@ def test_an_engine_is_found_podman_first(tmp_path: Path, monkeypatch):
 
 def _answer(program: bytes, number: int, arguments: tuple[int, int] = (0, 0)) -> int:
     """What the kernel does with a call: 0 for allowed, an error, or -1 for killed."""
-    architecture, code = kernel._ARCHITECTURE, list(struct.iter_unpack("=HBBI", program))
-    data = struct.pack("=IIQQQ", number, architecture, 0, *arguments)
-    at = value = 0
-    while True:
-        operation, then, otherwise, constant = code[at]
-        at += 1
-        if operation == 0x20:
-            value = struct.unpack_from("=I", data, constant)[0]
-        elif operation == 0x06:
-            return 0 if constant == 0x7FFF_0000 else -1 if constant == 0x8000_0000 else constant & 0xFFFF
-        else:
-            holds = {0x15: value == constant, 0x35: value >= constant, 0x45: bool(value & constant)}[operation]
-            at += then if holds else otherwise
+    said = answer(program, number, arguments)
+    return {ALLOW: 0, KILL: -1}.get(said, said & 0xFFFF)
 
 
 def _answer_in_words(rules: dict, name: str, arguments: tuple[int, int] = (0, 0)) -> int:
