@@ -275,7 +275,7 @@ ENDS_ALL_THE_SAME = {
     ("sandbox.host.Host.run_code", "self._running"): "programs before it have deadlines, and it has its turn",
     ("sandbox.host.Host.bulk_create", "await asyncio.gather(...)"): "each start has a deadline",
     ("sandbox.host.host_of", "await asyncio.shield(...)"): "a backend's opening has a deadline",
-    ("sandbox.host._until_the_loop_ends", "await hosts.popitem()[1]"): "as above",
+    ("sandbox.host._until_the_loop_ends", "await host"): "as above",
     ("sandbox.backends.local.Local._room", "await room"): "`_ask` bounds it",
     ("sandbox.host._hosts_here", "await anext(...)"): "it waits for nothing",
     ("sandbox.link.Link.call", "await future"): "whoever asks has a deadline: `Box.call`, `ports.passed`",

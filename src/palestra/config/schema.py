@@ -382,7 +382,8 @@ class SandboxConfig(Section):
     processes: int = Field(default=128, ge=4, le=2**22)
     cpus: float | None = Field(default=None, ge=0.01, le=1024)  # of one core; default: as many as there are
     timeout_s: float = Field(default=3600, gt=0, le=86_400)  # a rollout whose sandbox is older is invalid
-    min_isolation: Literal["none", "process", "namespaces", "kernel"] = "namespaces"  # `unsafe`, by name, needs none
+    # None: namespaces, or what a sandbox has that `env.sandbox` names
+    min_isolation: Literal["none", "process", "namespaces", "kernel"] | None = None
     most: int = Field(default=256, ge=1, le=2048)  # at once, of a worker; rollouts wait for their turn
     packages: tuple[str, ...] = ()  # installed here, and shown to programs
     image: str | None = None  # what programs find around them; default: this machine's /usr. A task may have its own

@@ -30,7 +30,7 @@ class Sandboxes:
     def __init__(self, backend: str | None = None, wish: SandboxConfig = _DEFAULT):
         """Errors: UserError, for a name that there is not."""
         require_backend(backend)
-        least = Isolation.NONE if backend == "unsafe" else Isolation[wish.min_isolation.upper()]
+        least = None if wish.min_isolation is None else Isolation[wish.min_isolation.upper()]
         self._options = Options(backend=backend, min_isolation=least, image=wish.image, packages=wish.packages)
         self._limits = Limits(memory_mb=wish.memory_mb, disk_mb=wish.disk_mb, processes=wish.processes, cpus=wish.cpus)
         self._timeout_s, self._most = wish.timeout_s, wish.most

@@ -497,7 +497,7 @@ def _sandbox_check(arguments: argparse.Namespace) -> int:
 
     options = Options(
         backend=arguments.backend,
-        min_isolation=Isolation.NONE if arguments.backend else Isolation.PROCESS,
+        min_isolation=None if arguments.backend else Isolation.PROCESS,
         image=arguments.image,
         packages=tuple(arguments.packages),
         without=tuple(arguments.without),

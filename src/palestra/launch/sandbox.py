@@ -42,7 +42,8 @@ def print_token(name: str) -> None:
     from palestra.sandbox.tenants import lines_for
 
     token, lines = lines_for(name)
-    print(f"# give {name} this token, which is not kept: {token}\n{lines}", end="")
+    print(f"give {name} this token, which is not kept: {token}", file=sys.stderr)
+    print(lines, end="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ async def _run(wish: Wish, as_json: bool) -> int:
 
     if not wish.timeout_s > 0:
         raise UserError(f"--timeout-s={wish.timeout_s:g} must be above 0")
-    code = _read(wish.file, "FILE").decode("utf-8", "surrogateescape")
+    code = _read(wish.file, "FILE")
     stdin = _read(wish.stdin, "--stdin") if wish.stdin else b""
     limits = Limits(memory_mb=wish.memory_mb)
     try:

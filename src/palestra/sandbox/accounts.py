@@ -12,13 +12,14 @@ the newest alone is read at the start. Older ones are for whoever wants to keep 
 import asyncio
 import fcntl
 import os
+import sys
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from palestra.core.clock import unix_now
-from palestra.core.errors import UserError
+from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.files import AppendFile, write_atomically
 
 _SYNC_S = 0.5
@@ -106,7 +107,10 @@ class Accounts:
             self._dirty.set()
         self._sum(line)
         if self._file is not None and self._num_bytes > self._most_bytes:
-            self._turn_over(self._file)
+            try:
+                self._turn_over(self._file)
+            except (OSError, InfrastructureError):
+                pass  # it is written all the same; the next one tries again
 
     def _sum(self, line: _Line) -> None:
         self.sums.setdefault(line.tenant, Usage()).add(line.used)
@@ -129,8 +133,12 @@ class Accounts:
             await self._dirty.wait()
             await asyncio.sleep(_SYNC_S)
             self._dirty.clear()
-            if self._file is not None:
-                await asyncio.to_thread(_sync, self._file.path)
+            try:
+                if self._file is not None:
+                    await asyncio.to_thread(_sync, self._file.path)
+            except OSError as error:
+                print(f"accounts are not synced to the disk, tried again later: {error}", file=sys.stderr, flush=True)
+                self._dirty.set()
 
     def close(self) -> None:
         """With all on the disk."""

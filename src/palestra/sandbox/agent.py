@@ -437,6 +437,8 @@ class Agent:
         if program.exec_id is not None:
             out, err = (bytes(stream.data) for stream in program.streams)
             self._send(dict(program.result(), id=program.exec_id, stdout_bytes=len(out)), out + err)
+            for stream in program.streams:
+                stream.data.clear()  # its timer knows the program until its time would be over
         self._tell_waiting(program)
 
     # --- programs in the background

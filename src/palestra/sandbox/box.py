@@ -105,7 +105,7 @@ class Sandbox:
 
         `max_output`: bytes that are kept of each stream, from its beginning. One that takes longer than `timeout_s` is
         killed, with all that came from it.
-        Errors: SandboxGoneError; FileNotFoundError, NotADirectoryError, for `cwd`.
+        A program or a `cwd` that there is not is exit code 127, one that may not be used 126. Errors: SandboxGoneError.
         """
         header = {**_program(command, cwd, env), "do": "exec", "timeout_s": timeout_s, "most": max_output}
         return result(
@@ -182,7 +182,7 @@ class Sandbox:
         await self._connection.call({"do": "remove", "path": path})
 
     async def upload_dir(self, source: str | Path, path: str = "") -> None:
-        """The regular files below `source`, links followed. Errors: OSError, of either side."""
+        """The regular files below `source`; links to files are followed, those to directories not. Errors: OSError."""
         for directory, _, names in os.walk(source):
             for name in sorted(names):
                 file = Path(directory) / name
@@ -220,7 +220,7 @@ class Sandbox:
         await self._connection.set_timeout(seconds)
 
     async def expose_port(self, port: int) -> Port:
-        """Where programs of this machine reach a TCP port that is listened to on 127.0.0.1 in there.
+        """Where programs reach a TCP port that is listened to on 127.0.0.1 in there: on this machine, or the service's.
 
         Errors: OSError, if nobody listens; UnsupportedError.
         """

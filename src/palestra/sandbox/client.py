@@ -31,6 +31,7 @@ from palestra.sandbox.records import (
     Limits,
     Port,
     Result,
+    SandboxGoneError,
     SandboxUnreachableError,
 )
 from palestra.sandbox.refusals import error_of, heard
@@ -57,7 +58,8 @@ class RemoteHost:
         for name in ("image", "packages", "preload", "without"):
             if getattr(options, name):
                 raise UserError(f"{name} is chosen where the service is started, not by who uses {url}; leave it out")
-        self.url, self._least = url.rstrip("/"), options.min_isolation
+        self.url = url.rstrip("/")
+        self._least = options.min_isolation or Isolation.NONE
         self._http = _Http(self.url, given.strip())
 
     async def open(self) -> Self:
@@ -117,7 +119,7 @@ class RemoteHost:
 
     async def run_code(
         self,
-        code: str,
+        code: str | bytes,
         *,
         stdin: str | bytes = "",
         files: Mapping[str, str | bytes] | None = None,
@@ -130,7 +132,8 @@ class RemoteHost:
 
         Errors: SandboxError: of the machine or the network, not of the program.
         """
-        asked: dict[str, Any] = {"code": _text(code.encode("utf-8", "surrogateescape")), "timeout_s": timeout_s}
+        text = code if isinstance(code, bytes) else code.encode("utf-8", "surrogatepass")
+        asked: dict[str, Any] = {"code": _text(text), "timeout_s": timeout_s}
         if stdin:
             asked["stdin"] = _text(encoded(stdin))
         if files:
@@ -198,7 +201,10 @@ class FarBox:
         return (await self._http.ask("GET", f"{self._place}/logs")).decode()
 
     async def delete(self) -> None:
-        await self._http.ask("DELETE", self._place)
+        try:
+            await self._http.ask("DELETE", self._place)
+        except SandboxGoneError:
+            pass  # it was deleted before, or has ended
 
 
 class _Told(Exception):

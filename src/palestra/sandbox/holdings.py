@@ -35,10 +35,16 @@ class Holding:
         self.memory_mb = memory_of(box.limits)
         self._accounted_at, self._accounted_cpu_s = time.monotonic(), 0.0
         self.began = self._accounted_at
+        self._ended_at: float | None = None
+
+    def ended(self) -> None:
+        """What comes after is not accounted for."""
+        self._ended_at = time.monotonic()
 
     def account(self, accounts: Accounts) -> None:
         """For what it used since the last time. Errors: InfrastructureError; then it is accounted for later."""
-        now, cpu_s = time.monotonic(), max(self.box.total_cpu_s, self._accounted_cpu_s)
+        now = self._ended_at or time.monotonic()
+        cpu_s = max(self.box.total_cpu_s, self._accounted_cpu_s)
         passed_s, cpu_more_s = now - self._accounted_at, cpu_s - self._accounted_cpu_s
         used = Usage(sandbox_s=passed_s, memory_mb_s=passed_s * self.memory_mb, cpu_s=cpu_more_s)
         accounts.add(self.tenant.name, used, sandbox=self.box.id)
@@ -88,6 +94,7 @@ class Holdings:
         self._host, self._admission, self._accounts, self._metrics = host, admission, accounts, metrics
         self._most_lifetime_s = most_lifetime_s
         self._held: dict[str, Holding] = {}
+        self._owed: list[Holding] = []  # ended, and not accounted for yet
         self._gone: collections.OrderedDict[str, tuple[str, str]] = collections.OrderedDict()
         self._wished: collections.OrderedDict[tuple[str, str], _Wished] = collections.OrderedDict()
 
@@ -166,7 +173,11 @@ class Holdings:
         self._metrics.live.set(len(self._held))
         self._admission.give_back(tenant, 1, holding.memory_mb)
         self._on_room()
-        holding.account(self._accounts)
+        holding.ended()
+        try:
+            holding.account(self._accounts)
+        except InfrastructureError:
+            self._owed.append(holding)  # the next beat tries again
 
     def find(self, tenant: Tenant, id: str) -> Holding:
         """Errors: UnknownError; SandboxGoneError, if it was there."""
@@ -189,8 +200,10 @@ class Holdings:
 
     async def delete(self, holding: Holding) -> None:
         """When this returns, it is accounted for, and what it held is given back, unless the kernel is slow."""
-        holding.account(self._accounts)
-        await holding.box.delete()
+        try:
+            await holding.box.delete()
+        finally:
+            holding.account(self._accounts)
         try:
             await within(_END_S, asyncio.shield(holding.box.ended), waiting_for=f"sandbox {holding.box.id} to end")
         except DeadlineError:
@@ -204,7 +217,13 @@ class Holdings:
         await holding.box.set_timeout(seconds)
 
     def beat(self) -> None:
-        """Account for those that are there."""
+        """Account for those that are there, and for those that could not be accounted for at their end.
+
+        Errors: InfrastructureError; the next beat tries again.
+        """
+        while self._owed:
+            self._owed[-1].account(self._accounts)
+            self._owed.pop()
         for holding in tuple(self._held.values()):
             holding.account(self._accounts)
 

@@ -18,7 +18,7 @@ from msgspec import Struct, structs
 
 from palestra.core.clock import unix_now
 from palestra.core.deadline import Unhurried, within
-from palestra.core.errors import UserError
+from palestra.core.errors import DeadlineError, UserError
 from palestra.sandbox.backends.base import Backend, Started
 from palestra.sandbox.backends.choose import open_backend
 from palestra.sandbox.backends.interpreter import Interpreter
@@ -38,7 +38,6 @@ from palestra.sandbox.records import (
 
 READY_S = 30.0
 _CALL_S = 30.0
-_GRACE_S = 2.0  # beyond its timeout, until an agent that says nothing is taken for starved by its programs
 _LOG_LINES = 1000
 _LONGEST_S = 24 * 3600.0
 _MOST_POOLS = 8
@@ -53,7 +52,7 @@ class Options(Struct, frozen=True, kw_only=True):
     """
 
     backend: str | None = None
-    min_isolation: Isolation = Isolation.NAMESPACES
+    min_isolation: Isolation | None = None  # None: namespaces, or what a backend has that was named
     image: str | None = None
     packages: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
@@ -96,7 +95,7 @@ class Box:
     ) -> tuple[dict[str, Any], bytes]:
         """A program whose sandbox dies of its memory, or that starves the agent, is answered as a program is."""
         is_program, was_gone = header["do"] in PROGRAMS, self.is_gone
-        limit = float(header.get("timeout_s") or 0) + _GRACE_S if is_program else header.get("wait_s", 0) + _CALL_S
+        limit = _patience(header, self._backend.grace_s)
         try:
             async with Unhurried(limit) as patience:
                 answer, data, passed = await self._started.link.call(header, body, on_stream=on_stream)
@@ -203,7 +202,7 @@ class Host:
         self._boxes: dict[str, Box] = {}
         self._by_key: dict[str, asyncio.Future[Box]] = {}
         self._names = itertools.count(1)
-        self._num_oneshots = 0
+        self._num_making = 0
         self._pools: collections.OrderedDict[Limits, Pool] = collections.OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -240,24 +239,33 @@ class Host:
             return Sandbox(await self._made(limits, timeout_s, labels, egress))
         if key in self._by_key and self._is_known(key):
             return Sandbox(await asyncio.shield(self._by_key[key]))
+        self._forget_gone_keys()
         self._by_key[key] = asyncio.ensure_future(self._made(limits, timeout_s, labels, egress))
         try:
             return Sandbox(await asyncio.shield(self._by_key[key]))
         except BaseException:
-            if self._by_key[key].done():
+            if key in self._by_key and self._by_key[key].done():
                 self._by_key.pop(key)
             raise
+
+    def _forget_gone_keys(self) -> None:
+        for key in [key for key in self._by_key if not self._is_known(key)]:
+            del self._by_key[key]
 
     def _is_known(self, key: str) -> bool:
         made = self._by_key[key]
         return not made.done() or (made.exception() is None and not made.result().is_gone)
 
     async def _made(self, limits: Limits, timeout_s: float, labels: Sequence[str], egress: Sequence[str]) -> Box:
-        if len(self._boxes) >= self.most:
+        if len(self._boxes) + self._num_making >= self.most:
             raise SandboxFullError(f"there are {self.most} sandboxes already, as many as may be; delete some, or wait")
         id = f"{next(self._names)}-{secrets.token_hex(8)}"
-        async with self._starting:
-            started = await self._ready(limits)
+        self._num_making += 1
+        try:
+            async with self._starting:
+                started = await self._ready(limits)
+        finally:
+            self._num_making -= 1
         box = self._boxes[id] = Box(id, started, limits, self.backend, labels)
         started.link.closed.add_done_callback(lambda _: self._boxes.pop(id, None))
         try:
@@ -273,7 +281,7 @@ class Host:
         started = await self.backend.start(limits)
         try:
             await within(READY_S, asyncio.shield(started.link.ready), waiting_for="a sandbox's agent to be ready")
-        except SandboxGoneError as error:
+        except (SandboxGoneError, DeadlineError) as error:
             started.kill()
             raise SandboxStartError(f"{self.backend.name}: {error}") from None
         except BaseException:
@@ -283,7 +291,7 @@ class Host:
 
     async def run_code(
         self,
-        code: str,
+        code: str | bytes,
         *,
         stdin: str | bytes = "",
         files: Mapping[str, str | bytes] | None = None,
@@ -297,7 +305,7 @@ class Host:
         Errors: SandboxError: of the machine, not of the program. ValueError: of `files` and `stdin`, too large for it,
         or names that cannot be there together.
         """
-        text, given = code.encode("utf-8", "surrogatepass"), encoded(stdin)
+        text, given = code if isinstance(code, bytes) else code.encode("utf-8", "surrogatepass"), encoded(stdin)
         contents = {_relative(path): encoded(content) for path, content in (files or {}).items()}
         pool = self._pool(limits)
         async with self._running:
@@ -326,9 +334,11 @@ class Host:
     async def _run_by_agent(self, text, given, contents, timeout_s, limits, max_output, on_output) -> Result:
         """Where no interpreter waits."""
         async with Sandbox(await self._made(limits, timeout_s + 2 * READY_S, (), ())) as box:
-            for path, content in contents.items():
-                await box.write(path, content)
-            await box.write("main.py", text)
+            try:
+                for path, content in {**contents, "main.py": text}.items():
+                    await box.write(path, content)
+            except OSError as error:
+                raise ValueError(f"the program's files have no room or no place: {error}") from error
             return await box.exec(
                 ["python3", "main.py"], stdin=given, timeout_s=timeout_s, max_output=max_output, on_output=on_output
             )
@@ -464,8 +474,10 @@ async def _until_the_loop_ends(hosts: _Hosts) -> AsyncGenerator[None]:
     try:
         yield
     finally:
-        while hosts:
-            await (await hosts.popitem()[1]).close()
+        opened = [host for host in hosts.values() if not host.done() or host.exception() is None]
+        hosts.clear()
+        for host in opened:
+            await (await host).close()
 
 
 async def close_hosts() -> None:
@@ -492,7 +504,7 @@ async def default_host(options: dict[str, Any]) -> Any:
     return await host_of(_parted(options)[0])
 
 
-async def run_code(code: str, **options: Any) -> Result:
+async def run_code(code: str | bytes, **options: Any) -> Result:
     """`Host.run_code` of this event loop's host: `run_code(code, stdin=..., files=..., timeout_s=4, memory_mb=256)`."""
     mine, limits, rest = _parted(options)
     return await (await host_of(mine)).run_code(code, limits=limits, **rest)
@@ -517,8 +529,20 @@ def _parted(options: dict[str, Any]) -> tuple[Options, Limits, dict[str, Any]]:
         if name in of_host:
             of_host[name] = tuple(of_host[name])
     of_box = {name: options.pop(name) for name in Limits.__struct_fields__ if name in options}
+    if isinstance(least := of_host.get("min_isolation"), str):
+        if least.upper() not in Isolation.__members__:
+            known = ", ".join(level.name.lower() for level in Isolation)
+            raise UserError(f"min_isolation={least!r} of a sandbox must be one of {known}")
+        of_host["min_isolation"] = Isolation[least.upper()]
     limits = options.pop("limits", Limits())
     return Options(**of_host), structs.replace(limits, **of_box) if of_box else limits, options
+
+
+def _patience(header: Mapping[str, Any], grace_s: float) -> float:
+    """Seconds until an agent must have answered."""
+    if header["do"] in PROGRAMS:
+        return float(header.get("timeout_s") or 0) + grace_s
+    return float(header.get("wait_s", 0)) + max(_CALL_S, grace_s)
 
 
 def _relative(path: str) -> str:

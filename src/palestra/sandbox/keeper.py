@@ -143,13 +143,15 @@ def remove_tree(path):
     """However deep it is: what lies in a directory of it is first moved to its top."""
     top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     count = before = 0
-    while names := os.listdir(top):
-        for name in names:
-            count += _removed(top, name, count)
-        if count == before:
-            return  # what cannot be removed, stays
-        before = count
-    os.close(top)
+    try:
+        while names := os.listdir(top):
+            for name in names:
+                count += _removed(top, name, count)
+            if count == before:
+                return  # what cannot be removed, stays
+            before = count
+    finally:
+        os.close(top)
     os.rmdir(path)
 
 

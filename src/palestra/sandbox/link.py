@@ -150,10 +150,18 @@ class Link:
             wait = self._waits.get(header.get("id", 0))
             passed = self._fds.pop(0) if header.get("passes") and self._fds else None
             if wait is not None and "stream" in header:
-                if wait.on_stream is not None:
-                    wait.on_stream(str(header["stream"]), body)
+                self._tell(wait, str(header["stream"]), body)
             elif wait is not None and not wait.future.done():
                 wait.future.set_result((header, body, passed))
                 return
             if passed is not None:
                 os.close(passed)  # nobody waits for it any more
+
+    def _tell(self, wait: _Wait, name: str, body: bytes) -> None:
+        """An error of whoever listens is theirs alone."""
+        if wait.on_stream is None or wait.future.done():
+            return
+        try:
+            wait.on_stream(name, body)
+        except Exception as error:
+            wait.future.set_exception(error)

@@ -19,7 +19,7 @@ class Isolation(IntEnum):
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """Of one sandbox. `disk_mb` is all that it can write, in memory; it does not count against `memory_mb`."""
+    """Of one sandbox. `disk_mb` is all that it can write, in memory: what is held is both together."""
 
     memory_mb: int = 512
     disk_mb: int = 256

@@ -185,7 +185,11 @@ async def _serve(settings: Settings, options: Options) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    tenants, token = (Tenants.read(settings.tokens), "") if settings.tokens else only()
+    tenants, token = (
+        (Tenants.read(settings.tokens), "")
+        if settings.tokens
+        else only(most_sandboxes=settings.most, most_memory_mb=settings.most_memory_mb or _memory_mb())
+    )
     num_swept = sweep()
     running = settings.running or 2 * (os.cpu_count() or 1)
     host = Host(options, most=settings.most, starting=settings.starting, running=running)

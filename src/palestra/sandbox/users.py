@@ -4,7 +4,7 @@ import os
 
 from palestra.sandbox.records import SandboxStartError
 
-_FIRST = 2**28 + 2**27  # above those of the backend `local`
+_FIRST = 2**28 + 2**27
 _EACH = 4096  # of one process: two for each sandbox, whose own root is the second
 
 

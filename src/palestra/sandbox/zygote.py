@@ -52,6 +52,9 @@ def main(fd):
         if not plan["has_own_python"]:
             sys.path += [place for place in plan["path"] if place not in sys.path]
             preload(plan["preload"])
+    except ImportError as error:
+        link.send(json.dumps({"missing": str(error)}).encode())
+        raise SystemExit(1) from None
     except Exception as error:
         link.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
         raise SystemExit(1) from None

@@ -491,7 +491,7 @@ async def test_a_library_that_is_missing_is_named(name: str, monkeypatch) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_packages_are_those_of_the_image(name: str) -> None:
-    with pytest.raises(UserError, match="has the packages of its image"):
+    with pytest.raises(UserError, match="has packages of its own"):
         await choose.open_backend(Options(backend=name, packages=("numpy",)))
 
 

@@ -45,6 +45,7 @@ class Backend(Protocol):
     """`layers` names the walls that stand, such as `seccomp`. `home` is where programs start.
 
     `ends_by_programs`: a program can end its sandbox, by killing the agent for one; then that was its own failure.
+    `grace_s`: beyond a program's time, until an agent that says nothing is taken for starved by its programs.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Backend(Protocol):
     layers: tuple[str, ...]
     home: str
     ends_by_programs: bool
+    grace_s: float
 
     async def start(self, limits: Limits) -> Started:
         """Before its agent is ready. Errors: SandboxStartError."""

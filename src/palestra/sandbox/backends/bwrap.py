@@ -51,8 +51,8 @@ class Bwrap(Rooted):
 
     def __init__(self, root: Root):
         """Errors: SandboxStartError, where there is no bubblewrap."""
-        super().__init__(root)
         self._program, self._tools = find_bubblewrap()
+        super().__init__(root)
         uid = ("uid",) if os.geteuid() == 0 else ()
         self.layers = (*uid, "namespaces", "network", "read_only", "no_capabilities", "seccomp", self.counts)
 

@@ -62,6 +62,7 @@ async def _process(options: "Options") -> Backend:
     from palestra.sandbox.backends.plain import Process
 
     _require_no_image("process", options)
+    _require_no_packages("process", options)
     return await _opened(Process())
 
 
@@ -69,6 +70,7 @@ async def _unsafe(options: "Options") -> Backend:
     from palestra.sandbox.backends.plain import Unsafe
 
     _require_no_image("unsafe", options)
+    _require_no_packages("unsafe", options)
     return await _opened(Unsafe())
 
 
@@ -96,7 +98,9 @@ def _of_provider(name: str) -> Opener:
 
 def _require_no_packages(name: str, options: "Options") -> None:
     if options.packages:
-        raise UserError(f"the sandbox {name!r} has the packages of its image, and none of packages={options.packages}")
+        raise UserError(
+            f"the sandbox {name!r} has packages of its own, and takes none: omit packages={options.packages}"
+        )
 
 
 def _require_no_image(name: str, options: "Options") -> None:
@@ -130,19 +134,22 @@ async def open_backend(options: "Options") -> Backend:
         if options.backend not in BACKENDS:
             raise UserError(f"there is no sandbox {options.backend!r}; there are {', '.join(BACKENDS)}")
         isolation, opener = BACKENDS[options.backend]
-        _require(options.backend, isolation, options.min_isolation)
+        _require(options.backend, isolation, options.min_isolation or Isolation.NONE)
+        if options.backend != "local" and (options.without or options.preload):
+            wish = f"without={options.without}" if options.without else f"preload={options.preload}"
+            raise UserError(f"the sandbox {options.backend!r} knows no {wish}; 'local' does")
         return await opener(options)
+    least = Isolation.NAMESPACES if options.min_isolation is None else options.min_isolation
     reasons = []
     for name, (isolation, opener) in BACKENDS.items():
-        if isolation < options.min_isolation or name in _ONLY_BY_NAME:
+        if isolation < least or name in _ONLY_BY_NAME:
             continue
         try:
             return await opener(options)
         except (SandboxStartError, DeadlineError) as error:
             reasons.append(f"{name}: {error}")
     raise IsolationError(
-        f"no sandbox here isolates by {options.min_isolation.name.lower()} or more: {'; '.join(reasons) or 'none does'}"
-        "; `palestra sandbox check` tells what works"
+        f"no sandbox here isolates by {least.name.lower()} or more: {'; '.join(reasons) or 'none does'}"
     )
 
 

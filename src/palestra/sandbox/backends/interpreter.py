@@ -26,18 +26,24 @@ class _Stream:
         self.name, self.fd = name, fd
         self.kept, self.most, self.is_cut = bytearray(), 0, False
         self.on_output: Callable[[str, bytes], None] | None = None
+        self.error: Exception | None = None  # of whoever listens
+        self.is_over = False
 
     def read(self) -> bool:
-        """Whether there may be more."""
+        """Whether there was something."""
         try:
             piece = os.read(self.fd, _CHUNK)
         except (BlockingIOError, InterruptedError):
             return False
+        self.is_over = not piece
         fits = piece[: self.most - len(self.kept)]
         self.is_cut |= len(fits) < len(piece)
         self.kept += fits
-        if fits and self.on_output is not None:
-            self.on_output(self.name, fits)
+        if fits and self.on_output is not None and self.error is None:
+            try:
+                self.on_output(self.name, fits)
+            except Exception as error:
+                self.error = error
         return bool(piece)
 
 
@@ -88,6 +94,9 @@ class Interpreter:
         for stream in self._streams:
             while stream.read():
                 pass
+        error = next((stream.error for stream in self._streams if stream.error is not None), None)
+        if error is not None:
+            raise error
         return self._told(is_late, wall_s)
 
     async def _send(self, data: bytes) -> None:
@@ -99,8 +108,9 @@ class Interpreter:
             pass  # it has ended; why, is told by how
 
     def _on_readable(self, stream: _Stream) -> None:
-        if not stream.read():
-            self._loop.remove_reader(stream.fd)  # its end: every writer has closed it
+        stream.read()
+        if stream.is_over:
+            self._loop.remove_reader(stream.fd)  # every writer has closed it
 
     def _told(self, is_late: bool, wall_s: float) -> tuple[dict[str, Any], bytes]:
         end, reason = self.ended.result(), self._complaint()

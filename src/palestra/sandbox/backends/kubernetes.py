@@ -41,7 +41,8 @@ class Kubernetes:
     """
 
     name, isolation, home = "kubernetes", Isolation.KERNEL, HOME
-    ends_by_programs = True  # as in any gVisor
+    grace_s = 10.0
+    ends_by_programs = False  # a pod that is lost looks the same, and is no failure of a program
     layers: tuple[str, ...] = ("kernel", "network", "read_only", "no_capabilities", "cgroup")
     _cluster: Cluster
 

@@ -36,6 +36,7 @@ class Local:
     """`without` takes walls away, by their names in `LAYERS`: for tests that prove that each is needed."""
 
     name, isolation, home, ends_by_programs = "local", Isolation.NAMESPACES, HOME, False
+    grace_s = 2.0
 
     def __init__(self, root: Root, *, preload: Sequence[str] = (), without: Sequence[str] = ()):
         self._root, self._preload, self._without = root, tuple(preload), frozenset(without)
@@ -77,7 +78,7 @@ class Local:
         self._loop.add_reader(ours.fileno(), self._on_message)
         try:
             await within(_OPEN_S, self._opened, waiting_for="the zygote of the sandboxes to be ready")
-        except (DeadlineError, SandboxStartError):
+        except BaseException:
             await self.close()
             raise
         finally:
@@ -250,7 +251,10 @@ class Local:
             if "ended" in message:
                 self._on_ended(message["ended"], "it has ended", message if "status" in message else None)
             elif not self._opened.done():
-                if "failed" in message:
+                if "missing" in message:
+                    reason = f"preload={list(self._preload)} of a sandbox: {message['missing']}; name what is there"
+                    self._opened.set_exception(UserError(reason))
+                elif "failed" in message:
                     reason = f"the kernel does not let the backend 'local' work: {message['failed']}"
                     self._opened.set_exception(SandboxStartError(reason))
                 else:

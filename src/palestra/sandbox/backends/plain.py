@@ -21,6 +21,8 @@ _PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 
 
 class Plain(KeptBackend):
+    ends_by_programs = True  # they are of the agent's own user, and may kill it
+
     def __init__(self):
         super().__init__()
         self._pythons = list(dict.fromkeys([sys.prefix, os.path.realpath(sys.base_prefix)]))

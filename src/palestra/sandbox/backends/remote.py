@@ -174,8 +174,8 @@ class Remote:
     """A backend over a provider. `memory_mb` is watched by the agent; more exactly than a provider can be asked for."""
 
     home = HOME
-
     ends_by_programs = False  # each request starts an agent of its own
+    grace_s = _PATIENCE_S
 
     def __init__(self, provider: Provider):
         self._provider, self._endings = provider, Endings()

@@ -83,8 +83,7 @@ async def host_files(bench: Bench) -> str:
 @case(Isolation.NAMESPACES)
 async def installed_packages(bench: Bench) -> str:
     """What is installed beside us, answers of tests perhaps, cannot be imported or found."""
-    code = "import palestra" if bench.host else ""
-    done = await bench.python(code)
+    done = await bench.python("import palestra")
     require("ModuleNotFoundError" in done.stderr, done)
     found = await bench.box.exec("find / -name 'palestra*' -not -path '/proc/*' 2>/dev/null | head -3", timeout_s=60)
     require(not found.stdout.strip(), found.stdout)
@@ -216,6 +215,16 @@ async def signals_to_the_agent(bench: Bench) -> str:
     return "it does not care"
 
 
+@case()
+async def killed_agent(bench: Bench) -> str:
+    """A program that kills what started it has an answer of its own: it stands, or has failed; nothing to try again."""
+    async with await bench.host.create(timeout_s=60) as box:
+        killing = ["python3", "-c", "import os, time; os.kill(os.getppid(), 9); time.sleep(0.5); print('on')"]
+        done = await box.exec(killing, timeout_s=10)
+    require(done.stdout == "on\n" or (done.signal == 9 and bench.host.backend.ends_by_programs), done)
+    return "it does not care" if done.stdout else "it ends, and that is the program's own failure"
+
+
 @case(Isolation.NAMESPACES)
 async def memory_of_the_agent(bench: Bench) -> str:
     own = bench.isolation == Isolation.KERNEL  # there, names of descriptors may be seen, but none can be opened
@@ -287,7 +296,7 @@ async def killed_service(bench: Bench) -> str:
     """`kill -9` of the process that owns sandboxes: none of them is left after a second."""
     options = bench.host.options
     word = f"864{secrets.randbelow(10**6):06d}"
-    code = _OWNER.format(backend=bench.host.backend.name, packages=options.packages, word=word, without=options.without)
+    code = _OWNER.format(word=word, backend=bench.host.backend.name, options=options)
     owner = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
@@ -308,10 +317,10 @@ async def killed_service(bench: Bench) -> str:
 
 _OWNER = """
 import asyncio
-from palestra.sandbox import Host, Isolation, Options
+from palestra.sandbox import Host, Options
 async def main():
     options = Options(
-        backend={backend!r}, packages={packages!r}, without={without!r}, min_isolation=Isolation.NONE
+        backend={backend!r}, image={options.image!r}, packages={options.packages!r}, without={options.without!r}
     )
     async with Host(options) as host:
         for _ in range(2):
