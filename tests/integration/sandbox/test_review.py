@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from palestra.core.errors import UserError
 from palestra.sandbox import Host, Limits, Options, SandboxStartError
 from palestra.sandbox.agent import children_of
 from palestra.sandbox.backends.base import Started
@@ -200,3 +201,18 @@ async def test_a_zygote_that_is_busy_with_ends_makes_others_wait_and_fails_nobod
             await box.delete()
         done = await asyncio.gather(*(host.run_code("print(1)", timeout_s=30) for _ in range(40)))
     assert {one.stdout for one in done} == {"1\n"}
+
+
+async def test_whoever_listens_to_a_one_shot_program_fails_alone(host: Host):
+    def deaf(name: str, piece: bytes) -> None:
+        raise LookupError("not for me")
+
+    with pytest.raises(LookupError, match="not for me"):
+        await host.run_code("print(1)", on_output=deaf)
+    assert (await host.run_code("print(2)")).stdout == "2\n"
+
+
+async def test_a_module_that_is_not_there_is_told_to_whoever_wants_it_loaded():
+    with pytest.raises(UserError, match=r"preload=.*nmupy"):
+        async with Host(Options(backend="local", preload=("nmupy",))):
+            pass

@@ -79,3 +79,21 @@ async def test_without_a_directory_nothing_is_written():
         accounts.open()
         accounts.add("a", Usage(sandboxes=2))
         assert accounts.of("a").sandboxes == 2
+
+
+async def test_a_file_that_cannot_follow_counts_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The line is written; whoever added it is told nothing else."""
+
+    def full(*_: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    with closing(opened(tmp_path, most_bytes=100)) as accounts:
+        monkeypatch.setattr("palestra.sandbox.accounts.write_atomically", full)
+        for _ in range(5):
+            accounts.add("a", Usage(sandboxes=1))
+        assert accounts.of("a").sandboxes == 5
+        monkeypatch.undo()
+        accounts.add("a", Usage(sandboxes=1))
+        assert len(list(tmp_path.glob("usage-*.jsonl"))) == 2
+    with closing(opened(tmp_path)) as later:
+        assert later.of("a").sandboxes == 6

@@ -154,3 +154,19 @@ async def test_answers_that_nobody_waits_for_are_forgotten() -> None:
     link = await heard(frame({"ready": True}) + frame({"id": 1, "exit_code": 0}) + frame({"id": [3]}))
     assert link.ready.done() or link.closed.done()
     link.close("the test is over")
+
+
+async def test_output_that_was_told_is_not_kept(tmp_path: Path) -> None:
+    """Also where the program's time would be over much later."""
+
+    async def held() -> int:
+        _, out, _ = await ended(link, argv=["sh", "-c", "cat /proc/$PPID/statm"], timeout_s=3600)
+        return int(out.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    flood = ["sh", "-c", "head -c 4000000 /dev/zero"]
+    async with agent(tmp_path) as link:
+        await ended(link, argv=flood, timeout_s=3600, most=4_000_000)
+        before = await held()
+        for _ in range(15):
+            await ended(link, argv=flood, timeout_s=3600, most=4_000_000)
+        assert await held() - before < 20_000_000

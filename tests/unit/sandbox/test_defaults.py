@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from palestra.core.errors import UserError
-from palestra.sandbox import Sandbox, close_hosts, run_code
+from palestra.sandbox import IsolationError, Sandbox, close_hosts, run_code
 
 _SCRIPT = """
 import asyncio
@@ -36,4 +36,34 @@ async def test_options_that_there_are_not() -> None:
         await Sandbox.create(memroy_mb=64)
     with pytest.raises(UserError, match="there is no sandbox 'moat'"):
         await run_code("print(1)", backend="moat")
+    await close_hosts()
+
+
+async def test_an_error_of_whoever_listens_is_theirs_and_harms_no_sandbox() -> None:
+    def deaf(name: str, piece: bytes) -> None:
+        raise LookupError("not for me")
+
+    box = await Sandbox.create(backend="unsafe", timeout_s=60)
+    with pytest.raises(LookupError, match="not for me"):
+        await box.exec("echo words", timeout_s=10, on_output=deaf)
+    assert (await box.exec("echo on", timeout_s=10)).stdout == "on\n"
+    await close_hosts()
+
+
+async def test_a_key_is_free_again_when_its_sandbox_is_gone() -> None:
+    first = await Sandbox.create(backend="unsafe", timeout_s=60, key="one")
+    assert (await Sandbox.create(backend="unsafe", timeout_s=60, key="one")).id == first.id
+    await first.delete()
+    assert (await Sandbox.create(backend="unsafe", timeout_s=60, key="one")).id != first.id
+    await close_hosts()
+
+
+async def test_a_name_needs_no_more_isolation_than_it_has_unless_that_is_asked_for() -> None:
+    assert (await run_code("print(1)", backend="unsafe")).stdout == "1\n"
+    with pytest.raises(IsolationError, match="isolates by none, less than min_isolation=process"):
+        await run_code("print(1)", backend="unsafe", min_isolation="process")
+    with pytest.raises(UserError, match="must be one of none, process, namespaces, kernel"):
+        await run_code("print(1)", min_isolation="much")
+    with pytest.raises(UserError, match="'unsafe' knows no without"):
+        await run_code("print(1)", backend="unsafe", without=["seccomp"])
     await close_hosts()
