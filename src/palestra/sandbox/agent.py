@@ -472,7 +472,7 @@ class Agent:
             program.status is not None
             and not (out or err)
             and all(
-                stream.fd is None or stream.mode != "block" or not _is_readable(stream.fd) for stream in program.streams
+                stream.fd is None or stream.mode != "block" or not is_readable(stream.fd) for stream in program.streams
             )
         )
         if is_patient and not (out or err or is_over):
@@ -700,7 +700,7 @@ def _require_regular(fd, place):
         raise OSError(errno.EINVAL, "no regular file", place)
 
 
-def _is_readable(fd):
+def is_readable(fd):
     import select
 
     poll = select.poll()
