@@ -257,13 +257,13 @@ async def test_group_rewards_and_rewards_given_again_run_programs_there_too():
         assert [record.reward for record in await rescore(environment, played)] == [1.0, 0.0]
 
 
-async def test_too_little_isolation_is_refused_unless_it_is_called_unsafe():
-    async with Sandboxes("process") as boxes:
+async def test_too_little_isolation_is_refused_and_a_name_needs_no_more_than_it_has():
+    async with Sandboxes("process", SandboxConfig(min_isolation="namespaces")) as boxes:
         with pytest.raises(IsolationError, match="isolates by process, less than min_isolation=namespaces"):
             await boxes.open()
         record = await score(Alone(), Task(prompt="?"), ["print(5)"])
         assert (record.ending, "IsolationError" in record.error) == (Ending.INVALID, True)
-    for name, least in (("process", "process"), ("unsafe", "kernel")):
+    for name, least in (("process", "process"), ("process", None), ("unsafe", None)):
         async with Sandboxes(name, SandboxConfig(min_isolation=least)) as boxes:
             await boxes.open()
 
