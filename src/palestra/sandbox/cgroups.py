@@ -9,9 +9,8 @@ import itertools
 import os
 from pathlib import Path
 
-from palestra.sandbox.records import Limits
+from palestra.sandbox.records import MEGABYTE, Limits
 
-MEGABYTE = 2**20
 _TOP = Path("/sys/fs/cgroup")
 _MINE = Path("/proc/self/cgroup")
 _NESTED = ("", "unified", "memory", "pids", "cpu")  # where hierarchies are mounted below the top; "" is version 2 alone
@@ -95,7 +94,7 @@ class Cgroup:
 
 def _settings(limits: Limits, version: int) -> list[tuple[str, str, int | str]]:
     """All of a sandbox's files are in memory: they are counted with it."""
-    memory = (limits.memory_mb + limits.disk_mb + _OVERHEAD_MB) * MEGABYTE
+    memory = limits.held_bytes + _OVERHEAD_MB * MEGABYTE
     period = 100_000
     quota = None if limits.cpus is None else max(int(limits.cpus * period), 1000)
     if version == 2:
@@ -127,7 +126,6 @@ class Cgroups:
         self._numbers, self._free = itertools.count(), list[Cgroup]()
         self._known: list[Cgroup] = []
         self._parents, self.version = _parents(self._name, top, _own_paths(mine))
-        self.error = ""
 
     def take(self, limits: Limits) -> Cgroup | None:
         """None where there are none. Errors: OSError."""

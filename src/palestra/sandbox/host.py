@@ -41,7 +41,6 @@ _CALL_S = 30.0
 _LOG_LINES = 1000
 _LONGEST_S = 24 * 3600.0
 _MOST_POOLS = 8
-PROGRAMS = ("exec", "code")
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -94,7 +93,7 @@ class Box:
         self, header: dict[str, Any], body: bytes = b"", *, on_stream: OnOutput | None = None
     ) -> tuple[dict[str, Any], bytes]:
         """A program whose sandbox dies of its memory, or that starves the agent, is answered as a program is."""
-        is_program, was_gone = header["do"] in PROGRAMS, self.is_gone
+        is_program, was_gone = header["do"] == "exec", self.is_gone
         limit = _patience(header, self._backend.grace_s)
         try:
             async with Unhurried(limit) as patience:
@@ -121,7 +120,7 @@ class Box:
         return answer, data
 
     def _noted(self, header: Mapping[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-        words = " ".join(header.get("argv", ["python3", "main.py"]))[:200]
+        words = " ".join(header.get("argv", ()))[:200]
         end = result(answer, b"")
         told = end.status if end.exit_code is None else f"exit code {end.exit_code}"
         self._lines.append(f"{unix_now():.3f} {words}: {told} after {end.wall_s:.3f} s")
@@ -540,7 +539,7 @@ def _parted(options: dict[str, Any]) -> tuple[Options, Limits, dict[str, Any]]:
 
 def _patience(header: Mapping[str, Any], grace_s: float) -> float:
     """Seconds until an agent must have answered."""
-    if header["do"] in PROGRAMS:
+    if header["do"] == "exec":
         return float(header.get("timeout_s") or 0) + grace_s
     return float(header.get("wait_s", 0)) + max(_CALL_S, grace_s)
 

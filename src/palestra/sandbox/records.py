@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from palestra.core.errors import InfrastructureError, UserError
 
+MEGABYTE = 2**20
 MOST_OUTPUT = 2**20  # bytes that are kept of each stream
 
 
@@ -26,6 +27,15 @@ class Limits(Struct, frozen=True, kw_only=True):
     inodes: int = 65_536
     processes: int = 128
     cpus: float | None = None  # of one core; None: as many as there are
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.disk_mb * MEGABYTE
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all that it holds: memory and files."""
+        return (self.memory_mb + self.disk_mb) * MEGABYTE
 
     def __post_init__(self) -> None:
         for name, least in (("memory_mb", 16), ("disk_mb", 1), ("inodes", 64), ("processes", 4)):

@@ -29,7 +29,7 @@ _FRESH = kernel.NEWNS | kernel.NEWPID | kernel.NEWNET | kernel.NEWIPC | kernel.N
 _MOST_MESSAGE = 65_536
 _CLOSE_ON_EXEC = 0x4000_0000  # MSG_CMSG_CLOEXEC
 _FIRST_FREE, _MOST_FDS = 4, 1024
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICES = ("null", "zero", "full", "random", "urandom")
 _KEPT = []
 ETC = {
     "passwd": "root:x:0:0:root:/:/sbin/nologin\nuser:x:1000:1000:user:/home/user:/bin/sh\n",
@@ -115,7 +115,7 @@ def fill_root(plan):
         if not os.path.lexists(place):
             os.makedirs(os.path.dirname(place), exist_ok=True)
             os.symlink(link, place)
-    for name in _DEVICES:
+    for name in DEVICES:
         _bind_into(top, "/dev/" + name, "/dev/" + name, flags=kernel.NOSUID)
     for name, text in (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
         os.symlink(text, top + "/dev/" + name)

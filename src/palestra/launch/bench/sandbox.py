@@ -27,6 +27,7 @@ from palestra.core.deadline import within
 from palestra.launch.bench.loop import state_of_machine
 from palestra.launch.bench.report import say, tell_numbers
 from palestra.sandbox import Host, Limits, Options, Result, SandboxError
+from palestra.sandbox.backends.local import base_python
 from palestra.sandbox.client import RemoteHost
 
 HEAVY = ("asyncio", "unittest.mock", "email.mime.multipart", "http.server", "multiprocessing.pool")
@@ -64,11 +65,7 @@ async def measure(share: float) -> dict[str, Any]:
 
 
 def bare(code: str = _PROGRAM) -> None:
-    subprocess.run([_interpreter(), "-I", "-S", "-c", code], stdout=subprocess.PIPE, check=True, timeout=_START_S)
-
-
-def _interpreter() -> str:
-    return getattr(sys, "_base_executable", None) or sys.executable
+    subprocess.run([base_python(), "-I", "-S", "-c", code], stdout=subprocess.PIPE, check=True, timeout=_START_S)
 
 
 async def latencies(host: Host, count: int) -> dict[str, float]:

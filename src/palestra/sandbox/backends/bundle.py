@@ -18,8 +18,8 @@ from palestra.sandbox import kernel
 from palestra.sandbox.backends.bwrap import PLACES, Rooted
 from palestra.sandbox.backends.kept import Kept
 from palestra.sandbox.backends.root import Root
-from palestra.sandbox.cgroups import MEGABYTE, KillCount
-from palestra.sandbox.records import Isolation, Limits, SandboxStartError
+from palestra.sandbox.cgroups import KillCount
+from palestra.sandbox.records import MEGABYTE, Isolation, Limits, SandboxStartError
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _NAMESPACES = ("pid", "network", "ipc", "uts", "mount")
@@ -55,7 +55,7 @@ class Bundle(Rooted):
 
     def _process(self, limits: Limits, argv: list[str]) -> dict[str, Any]:
         environment = {**self._root.environment, "HOME": self.home}
-        size, files = limits.disk_mb * MEGABYTE, 1024
+        size, files = limits.disk_bytes, 1024
         bounds = (("CORE", 0), ("NOFILE", files), ("FSIZE", size), ("MEMLOCK", MEGABYTE), ("NPROC", limits.processes))
         return {
             "terminal": False,
@@ -70,7 +70,7 @@ class Bundle(Rooted):
 
 
 def _mounts(home: str, user: int, limits: Limits) -> list[dict[str, Any]]:
-    bounds = [f"size={limits.disk_mb * MEGABYTE}", f"nr_inodes={limits.inodes}", f"uid={user}", f"gid={user}"]
+    bounds = [f"size={limits.disk_bytes}", f"nr_inodes={limits.inodes}", f"uid={user}", f"gid={user}"]
     private = [(home, [*bounds, "mode=0755"]), *((place, [*bounds, "mode=1777"]) for place in PLACES)]
     devices = {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"]}
     proc = {"destination": "/proc", "type": "proc", "source": "proc", "options": [*_NOSUID, "noexec"]}
@@ -107,7 +107,7 @@ class Gvisor(Bundle):
         return {"namespaces": [{"type": kind} for kind in _NAMESPACES]}
 
     def plan(self, limits: Limits, kept: Kept) -> dict[str, Any]:
-        watched = (limits.memory_mb + limits.disk_mb) * MEGABYTE
+        watched = limits.held_bytes
         root = self.root(kept)
         self.write_bundle(limits, kept, self.agent(limits, watched))
         flags = ["--root", f"{kept.directory}/state", "--network=none", "--ignore-cgroups"]
@@ -140,7 +140,7 @@ class Runc(Bundle):
     def linux(self, limits: Limits, kept: Kept) -> dict[str, Any]:
         maps = [{"containerID": 0, "hostID": kept.uid + 1, "size": 1}]
         maps += [{"containerID": self.user, "hostID": kept.uid, "size": 1}]
-        memory = (limits.memory_mb + limits.disk_mb) * MEGABYTE
+        memory = limits.held_bytes
         resources: dict[str, Any] = {"memory": {"limit": memory}, "pids": {"limit": limits.processes + 2}}
         if limits.cpus is not None:
             resources["cpu"] = {"quota": max(int(limits.cpus * 100_000), 1000), "period": 100_000}
@@ -156,7 +156,7 @@ class Runc(Bundle):
         }
 
     def plan(self, limits: Limits, kept: Kept) -> dict[str, Any]:
-        watched = 0 if self._has_cgroups else (limits.memory_mb + limits.disk_mb) * MEGABYTE
+        watched = 0 if self._has_cgroups else limits.held_bytes
         root = self.root(kept)
         self.write_bundle(limits, kept, self.agent(limits, watched))
         command, name = [self._program, "--root", f"{kept.directory}/state"], _name(kept)

@@ -15,9 +15,8 @@ from palestra.sandbox import agent
 from palestra.sandbox.backends.kept import Kept, KeptBackend
 from palestra.sandbox.backends.local import base_python
 from palestra.sandbox.backends.root import Root
-from palestra.sandbox.cgroups import MEGABYTE
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
-from palestra.sandbox.zygote import _DEVICES
+from palestra.sandbox.zygote import DEVICES
 
 AGENT = "/run/agent.py"
 PLACES = ("/tmp", "/dev/shm")
@@ -59,19 +58,19 @@ class Bwrap(Rooted):
     def plan(self, limits: Limits, kept: Kept) -> dict[str, Any]:
         tools = [(str(place), f"{kept.directory}/tools/{place.name}") for place in self._tools]
         program = f"{kept.directory}/tools/{self._program}" if tools else self._program
-        watched = 0 if kept.group else (limits.memory_mb + limits.disk_mb) * MEGABYTE
+        watched = 0 if kept.group else limits.held_bytes
         return {
             "root": self.root(kept),
             "tools": tools,
             "drops_user": True,
             "argv": [program, *self._walls(f"{kept.directory}/root", limits), "--", *self.agent(limits, watched)],
             "environment": {**self._root.environment, "HOME": self.home},
-            "limits": {"files": 1024, "processes": limits.processes, "file_bytes": limits.disk_mb * MEGABYTE},
+            "limits": {"files": 1024, "processes": limits.processes, "file_bytes": limits.disk_bytes},
         }
 
     def _walls(self, top: str, limits: Limits) -> list[str]:
-        size = str(limits.disk_mb * MEGABYTE)
-        devices = [word for name in _DEVICES for word in ("--dev-bind", f"{top}/dev/{name}", f"/dev/{name}")]
+        size = str(limits.disk_bytes)
+        devices = [word for name in DEVICES for word in ("--dev-bind", f"{top}/dev/{name}", f"/dev/{name}")]
         private = [("0755", self.home), *(("1777", place) for place in PLACES)]
         return [
             *("--unshare-all", "--unshare-user", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"),

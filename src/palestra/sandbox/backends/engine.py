@@ -7,7 +7,6 @@ from typing import Any
 from palestra.sandbox import agent
 from palestra.sandbox.backends.bwrap import PLACES
 from palestra.sandbox.backends.kept import Kept, KeptBackend
-from palestra.sandbox.cgroups import MEGABYTE
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
 
 ENGINES = ("podman", "docker")
@@ -37,7 +36,7 @@ class Engine(KeptBackend):
 
 
 def command(program: str, image: str, name: str, limits: Limits, home: str) -> list[str]:
-    size = f"size={limits.disk_mb * MEGABYTE},nr_inodes={limits.inodes}"
+    size = f"size={limits.disk_bytes},nr_inodes={limits.inodes}"
     memory, source = f"{limits.memory_mb + limits.disk_mb}m", os.path.realpath(agent.__file__)
     writable = [f"{home}:rw,exec,mode=0755,uid=1000,gid=1000,{size}"]
     writable += [f"{place}:rw,exec,mode=1777,{size}" for place in PLACES]
@@ -46,7 +45,7 @@ def command(program: str, image: str, name: str, limits: Limits, home: str) -> l
         *("--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
         *("--user", "1000:1000", "--hostname", "sandbox", "--workdir", home),
         *("--memory", memory, "--memory-swap", memory, "--pids-limit", str(limits.processes + 2)),
-        *("--ulimit", "core=0", "--ulimit", "nofile=1024:1024", "--ulimit", f"fsize={limits.disk_mb * MEGABYTE}"),
+        *("--ulimit", "core=0", "--ulimit", "nofile=1024:1024", "--ulimit", f"fsize={limits.disk_bytes}"),
         *(() if limits.cpus is None else ("--cpus", f"{limits.cpus:g}")),
         *(word for place in writable for word in ("--tmpfs", place)),
         *("--volume", f"{source}:{_AGENT}:ro", "--env", f"HOME={home}", "--env", "TMPDIR=/tmp"),

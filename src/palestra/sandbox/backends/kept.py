@@ -23,13 +23,12 @@ from palestra.core.errors import DeadlineError
 from palestra.sandbox import keeper
 from palestra.sandbox.backends.base import Started
 from palestra.sandbox.backends.interpreter import Interpreter
-from palestra.sandbox.backends.local import base_python
-from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups
+from palestra.sandbox.backends.local import SOURCE, base_python
+from palestra.sandbox.cgroups import Cgroup, Cgroups
 from palestra.sandbox.link import Link
 from palestra.sandbox.records import Isolation, Limits, SandboxGoneError, SandboxStartError
 from palestra.sandbox.users import users
 
-SOURCE = str(Path(__file__).resolve().parents[3])
 _BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from palestra.sandbox.keeper import main; main(sys.argv[2])"
 _OPEN_S, _CLOSE_S, _REAP_S = 30.0, 10.0, 5.0
 _YOUNG_S = 60.0  # until then, a directory may not have its keeper yet
@@ -163,7 +162,7 @@ class KeptBackend:
             "control": control.fileno(),
             "lock": lock,  # held for as long as the keeper is there
             "groups": groups,
-            "watched_bytes": 0 if kept.group else (limits.memory_mb + limits.disk_mb) * MEGABYTE,
+            "watched_bytes": 0 if kept.group else limits.held_bytes,
             **_NOTHING,
             **self.plan(limits, kept),
         }

@@ -20,13 +20,14 @@ from palestra.sandbox import kernel
 from palestra.sandbox.backends.base import Started
 from palestra.sandbox.backends.interpreter import Interpreter
 from palestra.sandbox.backends.root import Root
-from palestra.sandbox.cgroups import MEGABYTE, Cgroup, Cgroups, sweep
+from palestra.sandbox.cgroups import Cgroup, Cgroups, sweep
 from palestra.sandbox.link import Link
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
 from palestra.sandbox.users import users
 from palestra.sandbox.zygote import HOME
 
 LAYERS = ("uid", "network", "read_only", "no_capabilities", "seccomp", "landlock", "cgroup", "watchdog")
+SOURCE = str(Path(__file__).resolve().parents[3])
 _OPEN_S, _CLOSE_S, _ROOM_S = 60.0, 10.0, 30.0
 _MOST_MESSAGE = 65_536
 _BOOT = "import os, sys; sys.path[:0] = [os.getcwd()]; from palestra.sandbox.zygote import main; main(int(sys.argv[1]))"
@@ -59,13 +60,12 @@ class Local:
         self._directory = tempfile.mkdtemp(prefix="palestra-root-")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        source = str(Path(__file__).resolve().parents[3])
         argv = [base_python(), "-I", "-S", "-c", _BOOT, str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
                 argv,
                 env={},
-                cwd=source,  # which no argument tells: programs can read those
+                cwd=SOURCE,  # which no argument tells: programs can read those
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -139,6 +139,7 @@ class Local:
                 self._started[number] = made
                 await self._ask(number, limits, group, [theirs.fileno(), out_there, err_there], program=True)
         except BaseException:
+            ours.close()
             for fd, _ in pipes:
                 os.close(fd)
             raise
@@ -170,12 +171,12 @@ class Local:
 
     async def _ask(self, number: int, limits: Limits, group: Cgroup | None, fds: list[int], *, program: bool) -> None:
         """Of the zygote, when it takes more. Errors: SandboxStartError."""
-        watched = (limits.memory_mb + limits.disk_mb) * MEGABYTE
+        watched = limits.held_bytes
         wish = {
             "start": number,
             "program": program,
             "uid": 0 if "uid" in self._without else self._user_of.get(number, 0),
-            "disk_bytes": limits.disk_mb * MEGABYTE,
+            "disk_bytes": limits.disk_bytes,
             "inodes": limits.inodes,
             "processes": limits.processes,
             "watched_bytes": 0 if group or "watchdog" in self._without else watched,

@@ -12,10 +12,9 @@ from typing import Any
 from palestra.sandbox import kernel
 from palestra.sandbox.backends.kept import Kept, KeptBackend
 from palestra.sandbox.backends.root import system_root
-from palestra.sandbox.cgroups import MEGABYTE
 from palestra.sandbox.records import Isolation, Limits, SandboxStartError
+from palestra.sandbox.zygote import DEVICES
 
-_DEVICES = ("null", "zero", "full", "random", "urandom")
 _ETC = ("passwd", "group", "hosts", "nsswitch.conf")
 _PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 
@@ -80,7 +79,7 @@ class Process(Plain):
         uid, landlock = ("uid",) if os.geteuid() == 0 else (), ("landlock",) if self._has_landlock else ()
         self.layers = (*uid, "no_capabilities", "seccomp", *landlock, self.counts)
         system = [source for source, _ in system_root().binds]
-        etc, devices = [f"/etc/{name}" for name in _ETC], [f"/dev/{name}" for name in _DEVICES]
+        etc, devices = [f"/etc/{name}" for name in _ETC], [f"/dev/{name}" for name in DEVICES]
         self._readable = [*system, *self._pythons, *etc, *devices, "/proc"] if self._has_landlock else []
 
     def walls(self, limits: Limits, kept: Kept) -> dict[str, Any]:
@@ -90,7 +89,7 @@ class Process(Plain):
             "limits": {
                 "files": 1024,
                 "processes": limits.processes if kept.uid else None,
-                "file_bytes": limits.disk_mb * MEGABYTE,
+                "file_bytes": limits.disk_bytes,
             },
             "readable": self._readable,
             "writable": [*own, "/dev/null", "/dev/zero", "/dev/full"],

@@ -21,7 +21,7 @@ from palestra.sandbox.backends import once
 from palestra.sandbox.backends.base import Started
 from palestra.sandbox.backends.endings import Endings
 from palestra.sandbox.link import Answer, Link, OnStream
-from palestra.sandbox.records import Isolation, Limits, SandboxGoneError, SandboxStartError, UnsupportedError
+from palestra.sandbox.records import MEGABYTE, Isolation, Limits, SandboxGoneError, SandboxStartError, UnsupportedError
 
 START_S = 300.0
 DIRECTORY = "/tmp/palestra"
@@ -29,7 +29,6 @@ HOME = f"{DIRECTORY}/home"
 _ANSWERED = ("exec", "write", "read", "list", "remove", "ping")
 _PATIENCE_S = 60.0  # beyond a program's own time, for the way there and back
 _MOST_IN_LINE = 45 * 1024  # bytes of a request that goes in the command itself
-_MEGABYTE = 2**20
 
 T = TypeVar("T")
 
@@ -185,7 +184,7 @@ class Remote:
     async def start(self, limits: Limits) -> Started:
         """Errors: SandboxStartError; UserError, of the provider's settings."""
         place = await self._created(limits)
-        link = FarLink(place, self.name, limits.memory_mb * _MEGABYTE)
+        link = FarLink(place, self.name, limits.memory_mb * MEGABYTE)
         started = Started(cast(Link, link), kill=lambda: link.close("it was killed"))
         link.closed.add_done_callback(lambda _: self._endings.begin(self._deleted(place, started), "a sandbox"))
         try:
