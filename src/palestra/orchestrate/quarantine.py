@@ -26,7 +26,9 @@ class Quarantine:
         return self._known.get(name_of(source, task), "")
 
     def is_suspect(self, source: str, task: Task) -> bool:
-        return len(self._deaths.get(name_of(source, task), [])) >= _SUSPECT
+        """Not of a quarantined one: there is nothing to wait for."""
+        name = name_of(source, task)
+        return name not in self._known and len(self._deaths.get(name, [])) >= _SUSPECT
 
     def worker_died(self, at_work: Set[str], why: str) -> str:
         """`at_work` are the names of the tasks whose code the worker ran. Returns the one that is quarantined for it,

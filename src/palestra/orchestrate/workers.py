@@ -238,13 +238,14 @@ class WorkerPool:
     async def play(self, order: PlayOrder) -> RolloutRecord:
         """To its end. A rollout without progress for `stall_s`, and one of a quarantined task, ends `invalid`."""
         while True:
-            if reason := self.quarantine.reason(order.source, order.task):
-                return _invalid(order, f"its task is quarantined: {reason}")
             async with self._room_for(order.source, order.task):
+                if reason := self.quarantine.reason(order.source, order.task):
+                    return _invalid(order, f"its task is quarantined: {reason}")
                 if (record := await self._try(order)) is not None:
                     return record
 
     def _room_for(self, source: str, task: Task | None) -> AbstractAsyncContextManager[Any]:
+        """What is asked inside is true when its turn has come: while it waited, a task may have been quarantined."""
         return self._alone if task is not None and self.quarantine.is_suspect(source, task) else nullcontext()
 
     async def _try(self, order: PlayOrder) -> RolloutRecord | None:
@@ -367,9 +368,9 @@ class WorkerPool:
         """Until a worker lives long enough to answer. Errors: DeadlineError; InfrastructureError, if the task is
         quarantined."""
         while True:
-            if task is not None and (reason := self.quarantine.reason(source, task)):
-                raise InfrastructureError(f"its task is quarantined: {reason}")
             async with self._room_for(source, task):
+                if task is not None and (reason := self.quarantine.reason(source, task)):
+                    raise InfrastructureError(f"its task is quarantined: {reason}")
                 answer = await self._ask_one(message, waiting_for=waiting_for, source=source, task=task)
             if isinstance(answer, Tasks | GroupScored):
                 return answer

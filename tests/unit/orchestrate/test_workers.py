@@ -290,6 +290,24 @@ async def test_suspects_are_played_one_at_a_time():
     assert bench.quarantined == {}
 
 
+async def test_what_waits_for_its_turn_when_its_task_is_quarantined_is_not_played():
+    """The third death is the last that the task costs, however many of its rollouts and scorings wait."""
+    bench, scored = Bench(0), [record(9, Task(prompt="t", key="t"))]
+    playing = [bench.play("t", number) for number in range(3)]
+    scoring = asyncio.create_task(bench.pool.score_group("s", scored))
+    for life in range(3):
+        await bench.settle()
+        bench.die(0, life)
+        bench.ready(0, life + 1)
+    await bench.settle()
+    assert list(bench.quarantined) == ["s/t"]
+    assert [(await each).ending for each in playing] == [Ending.INVALID] * 3
+    with pytest.raises(InfrastructureError, match="quarantined"):
+        await scoring
+    tried = [message for _, message in bench.sent if isinstance(message, Play | ScoreGroup)]
+    assert len(tried) == 4 + 4 + 1  # all at once, twice; then one alone
+
+
 async def test_rewards_of_a_suspects_group_wait_for_the_other_suspect():
     """The third death tells the two apart."""
     bench, scored = Bench(0), [record(1, Task(prompt="scored", key="scored"))]
