@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers.utils.logging import disable_progress_bar
 
 from palestra.algo.losses import policy_loss
@@ -18,6 +17,7 @@ from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model.export import iterate_weights
 from palestra.model.load import set_gradient_sync
+from palestra.model.mesh import make_meshes
 from palestra.train import ranks as trainer_ranks
 from palestra.train.packs import plan_step
 from palestra.train.step import Readings, pack_loss
@@ -33,20 +33,16 @@ SAVED_AT = 2
 
 def main(models: Path, out: Path) -> None:
     disable_progress_bar()
-    joined = trainer_ranks.join(replicate=1, shard=2, threads=1, deadline_s=120)
+    joined = trainer_ranks.join(Train(shard=2), deadline_s=120)
     for model in sorted(models.iterdir()):
         for replicate, shard in ((1, 2), (2, 1)):
             name = f"{model.name}-{replicate}x{shard}"
-            ranks = dataclasses.replace(joined, mesh=make_mesh(replicate, shard))
+            ranks = dataclasses.replace(joined, meshes=make_meshes("cpu", replicate=replicate, shard=shard))
             found = measure(model, out / name, ranks)
             again = measure(model, out / name, ranks, resume_from=SAVED_AT)
             if ranks.is_first:
                 torch.save({"straight": found, "resumed": again}, out / f"{name}.pt")
     trainer_ranks.leave()
-
-
-def make_mesh(replicate: int, shard: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def measure(model: Path, out: Path, ranks: trainer_ranks.Ranks, resume_from: int | None = None) -> dict[str, Any]:

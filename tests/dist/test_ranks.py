@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from palestra.train.ranks import Ranks
-from tests.dist.steps_worker import SAVED_AT, make_mesh, measure
+from palestra.model.mesh import make_meshes
+from tests.dist.steps_worker import SAVED_AT, measure
 from tests.unit.model import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def two_ranks(models, tmp_path_factory) -> Path:
 def one_rank() -> Ranks:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(rank=0, num=1, device=torch.device("cpu"), mesh=make_mesh(1, 1))
+    return Ranks(rank=0, num=1, device=torch.device("cpu"), meshes=make_meshes("cpu"))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from palestra.model.attention import documents_of, packed_attention
+from palestra.model.attention import packed_attention
+from palestra.model.documents import documents_of
 from palestra.model.head import LogitMap, token_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

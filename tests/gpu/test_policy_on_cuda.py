@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from palestra.model.attention import documents_of
+from palestra.model.documents import documents_of
 from palestra.model.load import _load, read_config
 from palestra.model.policy import Policy
 from tests.unit.model import tiny

@@ -164,6 +164,7 @@ _LISTENS = "it listens for whatever comes; a peer that is silent is missed by wh
 _DISK = "the disk takes it or refuses it; a kernel that does neither holds every process of the machine"
 
 ENDS_ALL_THE_SAME = {
+    ("model.ring._Blocks.pass_on", "work.wait()"): "the process group ends a collective after its timeout",
     ("core.deadline.within", "scope"): "this is the deadline",
     ("core.deadline.within", "await awaited"): "this is what has the deadline",
     ("env.aside.limited", "await asyncio.wrap_future(...)"): "the pool ends what takes longer than `timeout`",

@@ -12,6 +12,13 @@ AdvantageScale = Literal["none", "std"]
 Dtype = Literal["float32", "bfloat16"]
 
 
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` next to `wanted`, for messages: "2 or 4"."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
+    return " or ".join(map(str, [*below, *above]))
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -205,6 +212,9 @@ class Train(Section):
     seed: int = Field(default=0, ge=0)
     shard: PositiveInt = 1  # ranks that share one copy of the weights (FSDP2)
     replicate: PositiveInt = 1  # copies
+    context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
+    context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
+    expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
     lr: PositiveFloat = 1e-6
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -221,9 +231,34 @@ class Train(Section):
     threads: PositiveInt = 1  # CPU threads of each rank
     batch_deadline_s: PositiveFloat = 1800  # a wait for a batch longer than this is an error
 
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        sharing = self.shard * self.context_parallel
+        if sharing % self.expert_parallel:
+            raise ValueError(
+                f"train.expert_parallel={self.expert_parallel} does not divide the {sharing} ranks of train.shard="
+                f"{self.shard} x train.context_parallel={self.context_parallel}; set it to "
+                f"{nearest_divisors(sharing, self.expert_parallel)}, or train.shard to "
+                f"{-(-self.shard // self.expert_parallel) * self.expert_parallel}"
+            )
+        pieces = self.context_parallel * (2 if self.context_kind == "ring" and self.context_parallel > 1 else 1)
+        if self.max_pack_tokens % pieces:
+            lower = self.max_pack_tokens // pieces * pieces
+            raise ValueError(
+                f"train.max_pack_tokens={self.max_pack_tokens} cannot be cut into {pieces} equal pieces for "
+                f"train.context_parallel={self.context_parallel} ({self.context_kind}); set it to "
+                f"{' or '.join(str(tokens) for tokens in (lower, lower + pieces) if tokens)}"
+            )
+        return self
+
     @property
     def num_ranks(self) -> int:
-        return self.shard * self.replicate
+        return self.num_data_ranks * self.context_parallel
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Ranks, or groups of them with one context, that train different packs."""
+        return self.replicate * self.shard
 
 
 class Engine(Section):

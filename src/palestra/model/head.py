@@ -70,13 +70,13 @@ class _TokenLogprobs(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_KD, weight_VD, target_K, temperature_K, logz_K = ctx.saved_tensors
         grad_hidden_KD = torch.empty_like(hidden_KD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=logz_K.dtype)
         for start in range(0, len(target_K), ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
             temperature_C1 = temperature_K[chunk, None]
             logits_CV = ctx.logit_map(_product(hidden_KD[chunk], weight_VD))
             grad_CV = (logits_CV / temperature_C1 - logz_K[chunk, None]).exp_().neg_()  # onehot - probability
-            grad_CV.scatter_add_(1, target_K[chunk, None], torch.ones_like(temperature_C1))
+            grad_CV.scatter_add_(1, target_K[chunk, None], grad_CV.new_ones(len(grad_CV), 1))
             grad_CV *= grads[0][chunk, None] / temperature_C1 * ctx.logit_map.derivative(logits_CV)
             grad_CV = grad_CV.to(weight_VD.dtype)
             grad_hidden_KD[chunk] = grad_CV @ weight_VD
@@ -85,8 +85,8 @@ class _TokenLogprobs(Function):
 
 
 def _product(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """float32 [C, V]; half-precision inputs are multiplied exactly and summed in float32."""
-    if hidden_CD.dtype == torch.float32:
+    """[C, V] in float32 or wider; half-precision inputs are multiplied exactly and summed in float32."""
+    if hidden_CD.dtype in (torch.float32, torch.float64):
         return hidden_CD @ weight_VD.T
     if hidden_CD.is_cuda:
         return torch.mm(hidden_CD, weight_VD.T, out_dtype=torch.float32)
@@ -101,7 +101,7 @@ def token_logprobs(
     logit_map: LogitMap,
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution, at each token's temperature, in float32.
+    """Log-probability of each target and entropy of its distribution, at each token's temperature, in float32 or wider.
 
     Never holds more than `chunk_tokens` rows of logits; the backward pass computes them again. The entropy is a reading
     and carries no gradient. Errors: UserError for hidden states of another precision than the head.

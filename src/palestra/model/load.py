@@ -1,6 +1,6 @@
 """Load a model of transformers, check it, and shard it over the ranks.
 
-Legend: a rank is one trainer process; the mesh is replicate x shard.
+Legend: a rank is one trainer process; `mesh.py` says how they are laid out.
 """
 
 from pathlib import Path
@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from palestra.core.errors import UserError
 from palestra.model import attention
+from palestra.model.experts import expert_modules, split_experts
 from palestra.model.memory import require_memory
+from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
 
 
@@ -24,7 +26,7 @@ def load_policy(
     dtype: torch.dtype,
     experts: str,
     head_chunk_tokens: int,
-    mesh: DeviceMesh,
+    meshes: Meshes,
     device: torch.device,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
@@ -32,12 +34,12 @@ def load_policy(
     Errors: UserError for a path without a model, a family that cannot be packed, or a model that does not fit.
     """
     config = read_config(path)
-    require_memory(config, dtype=dtype, num_shards=mesh["shard"].size(), device=device)
+    require_memory(config, dtype=dtype, num_shards=meshes.num_shards, device=device)
     model = _load(path, config, experts)
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
     check_against_own_forward(policy)
-    shard(policy, dtype=dtype, mesh=mesh)
+    shard(policy, dtype=dtype, experts=experts, meshes=meshes)
     return policy.to(device)
 
 
@@ -78,16 +80,39 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def shard(policy: Policy, *, dtype: torch.dtype, mesh: DeviceMesh) -> None:
-    """Shard each decoder layer, and base and head together as the root. Gradients are summed over all ranks."""
+def shard(policy: Policy, *, dtype: torch.dtype, experts: str, meshes: Meshes) -> None:
+    """Shard each decoder layer, and base and head together as the root; experts over a mesh of their own, if they are
+    split. Gradients are summed over all ranks: those of an expert have met the tokens of its whole group already.
+
+    Errors: UserError for a model that the layout does not divide.
+    """
+    dense, reduce = meshes.dense, torch.promote_types(dtype, torch.float32)
+    policy.context = meshes.context
+    try:
+        meshes.context.require(heads=policy.model.config.get_text_config().num_attention_heads)
+        if meshes.experts["ep"].size() > 1:
+            split_experts(policy.model, meshes.experts["ep"], compute=experts)
+            _shard_experts(policy.model, MixedPrecisionPolicy(dtype, reduce), meshes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     for layer in policy.decoder_layers:
-        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+        fully_shard(layer, mesh=dense, mp_policy=MixedPrecisionPolicy(dtype, reduce))
     # the root is given temperatures, which must not be rounded
-    root = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    fully_shard(policy, mesh=mesh, mp_policy=root)
+    fully_shard(policy, mesh=dense, mp_policy=MixedPrecisionPolicy(dtype, reduce, cast_forward_inputs=False))
     for module in sharded_modules(policy):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+
+
+def _shard_experts(model: PreTrainedModel, precision: MixedPrecisionPolicy, meshes: Meshes) -> None:
+    """Whole experts where every rank gets as many, else a part of each: optimizers may want whole matrices."""
+    owners, among = meshes.experts["ep"].size(), meshes.experts["replicate", "efsdp"]
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(0 if parameter.shape[0] // owners % meshes.experts["efsdp"].size() == 0 else 1)
+
+    for module in expert_modules(model):
+        fully_shard(module, mesh=among, mp_policy=precision, shard_placement_fn=placement)
 
 
 def sharded_modules(policy: nn.Module) -> list[FSDPModule]:

@@ -1,6 +1,7 @@
 """The policy: a decoder of transformers and its head under one root, scoring tokens of a pack.
 
-Legend: T tokens of a pack, K tokens to score, D model.
+Legend: T tokens of a pack, t those of them on this rank, K tokens to score, k those of them whose hidden state is here,
+D model.
 """
 
 import torch
@@ -9,7 +10,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from palestra.core.errors import UserError
-from palestra.model.attention import NAME, Documents, documents_of
+from palestra.model.attention import NAME
+from palestra.model.context import WHOLE, Context
+from palestra.model.documents import Documents, documents_of
 from palestra.model.head import logit_map_of, token_logprobs
 
 
@@ -23,6 +26,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.decoder_layers = _layers_of(model)
+        self.context: Context = WHOLE
         self._logit_map = logit_map_of(model.config)
         self._head_chunk_tokens = head_chunk_tokens
         self.eval()
@@ -32,28 +36,37 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each scored token given its document so far, and the entropy it was drawn with.
 
-        `scored_K` are positions in the pack; none is the first of its document. Float32 [K] each.
+        `scored_K` are positions in the pack; none is the first of its document. Float32 or wider, [K] each, on
+        every rank of the context.
         """
-        hidden_1TD = self.model.get_decoder()(
-            input_ids=token_ids_T.unsqueeze(0), position_ids=documents.positions, use_cache=False, documents=documents
+        hidden_1tD = self.model.get_decoder()(
+            input_ids=documents.take(token_ids_T).unsqueeze(0),
+            position_ids=documents.positions,
+            use_cache=False,
+            documents=documents,
         ).last_hidden_state
         head = self.model.get_output_embeddings()
         assert head is not None
-        return token_logprobs(
-            hidden_1TD[0, scored_K - 1],
+        owner_K = documents.owner[scored_K - 1]
+        is_mine_K = owner_K == self.context.rank
+        logp_k, entropy_k = token_logprobs(
+            hidden_1tD[0, documents.place[scored_K - 1][is_mine_K]],
             head.weight,
-            token_ids_T[scored_K],
-            temperature_K,
+            token_ids_T[scored_K][is_mine_K],
+            temperature_K[is_mine_K],
             self._logit_map,
             self._head_chunk_tokens,
         )
+        return self.context.collect(logp_k, owner_K), self.context.collect(entropy_k.detach(), owner_K)
 
     @torch.no_grad()
     def score(self, token_ids_T: Tensor) -> Tensor:
         """Log-probability of each next token of one document at temperature 1, [T - 1]. A collective."""
         num, device = len(token_ids_T), token_ids_T.device
         ones = torch.ones(num - 1, device=device)
-        logp, _ = self(token_ids_T, documents_of([num], device), torch.arange(1, num, device=device), ones)
+        logp, _ = self(
+            token_ids_T, documents_of([num], device, self.context), torch.arange(1, num, device=device), ones
+        )
         if isinstance(self, FSDPModule):
             self.reshard()  # what a backward pass would have done: no gathered copy outlives the call
         return logp

@@ -60,7 +60,7 @@ def rules_of(config: RunConfig) -> BatchRules:
         sources={entry.label: _source_rules(config, entry.label) for entry in config.env.mix},
         max_age=algo.max_age,
         max_pack_tokens=config.train.max_pack_tokens,
-        num_ranks=config.train.num_ranks,
+        num_ranks=config.train.num_data_ranks,
         reference_weight=algo.reference.weight if algo.reference else 0.0,
         teacher_weight=algo.teacher.weight if algo.teacher else 0.0,
         reward_weight=0.0 if algo.teacher and algo.teacher.replaces_reward else 1.0,

@@ -64,10 +64,7 @@ def _run(
     from palestra.train.supervise import supervise
 
     disable_progress_bar()
-    train = config.train
-    ranks = trainer_ranks.join(
-        replicate=train.replicate, shard=train.shard, threads=train.threads, deadline_s=train.batch_deadline_s + 60
-    )
+    ranks = trainer_ranks.join(config.train, deadline_s=config.train.batch_deadline_s + 60)
     try:
         if config.is_rl:
             reinforce(config, run, attempt, ranks, ledger, supervisor.send)

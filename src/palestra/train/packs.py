@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from palestra.core.errors import InfrastructureError
-from palestra.model.attention import Documents, documents_of
+from palestra.model.context import WHOLE, Context
+from palestra.model.documents import Documents, documents_of
 from palestra.wire.batches import Batch
 
 COMPONENTS = ("rl", "ce", "ref")
@@ -45,12 +46,16 @@ class Plan:
     num_split: int  # rollouts whose samples are in more than one pack: a loss over whole rollouts sees each pack's part
 
 
-def plan_step(batch: Batch, *, rank: int, num_ranks: int, device: torch.device | str = "cpu") -> Plan:
-    """Errors: InfrastructureError for a batch that does not fit these ranks or trains what has no log-probability."""
+def plan_step(
+    batch: Batch, *, rank: int, num_ranks: int, device: torch.device | str = "cpu", context: Context = WHOLE
+) -> Plan:
+    """`rank` is one of `num_ranks` that have other packs each; the ranks of a `context` have the same.
+
+    Errors: InfrastructureError for a batch that does not fit these ranks or trains what has no log-probability."""
     check(batch, num_ranks)
     weights = {name: getattr(batch, f"{name}_weight") for name in COMPONENTS}
     per_rank = batch.num_packs // num_ranks
-    packs = [_pack(batch, index, device) for index in range(rank * per_rank, (rank + 1) * per_rank)]
+    packs = [_pack(batch, index, device, context) for index in range(rank * per_rank, (rank + 1) * per_rank)]
     pairs = np.unique(np.stack([batch.rollout, batch.pack]), axis=1)
     packs_per_rollout = np.unique(pairs[0], return_counts=True)[1]
     return Plan(
@@ -83,10 +88,10 @@ def check(batch: Batch, num_ranks: int) -> None:
         )
 
 
-def _pack(batch: Batch, index: int, device: torch.device | str) -> Pack:
+def _pack(batch: Batch, index: int, device: torch.device | str, context: Context) -> Pack:
     samples = np.flatnonzero(batch.pack == index)
     if not len(samples):
-        return _empty_pack(device)
+        return _empty_pack(device, context)
     offsets = batch.offsets
     tokens = np.concatenate([np.arange(offsets[sample], offsets[sample + 1]) for sample in samples])
     trained_T = np.zeros(len(tokens), bool)
@@ -101,7 +106,7 @@ def _pack(batch: Batch, index: int, device: torch.device | str) -> Pack:
 
     return Pack(
         token_ids=_tensor(batch.token_ids[tokens], np.int64, device),
-        documents=documents_of(batch.lengths[samples].tolist(), device),
+        documents=documents_of(batch.lengths[samples].tolist(), device, context),
         scored=_tensor(scored, np.int64, device),
         temperature=_tensor(batch.temperature[sample_T[scored]], np.float32, device),
         engine_logp=stream("engine_logprobs"),
@@ -113,12 +118,12 @@ def _pack(batch: Batch, index: int, device: torch.device | str) -> Pack:
     )
 
 
-def _empty_pack(device: torch.device | str) -> Pack:
+def _empty_pack(device: torch.device | str, context: Context) -> Pack:
     """Two tokens, none of them trained: a rank without work still takes part in every collective."""
     nothing, no_index = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return Pack(
         token_ids=torch.zeros(2, dtype=torch.int64, device=device),
-        documents=documents_of([2], device),
+        documents=documents_of([2], device, context),
         scored=no_index,
         temperature=nothing,
         engine_logp=nothing,

@@ -1,4 +1,4 @@
-"""The ranks of the trainer: one process each, on a mesh of replicate x shard."""
+"""The ranks of the trainer: one process each, laid out as `model/mesh.py` says."""
 
 import os
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from palestra.config.schema import Train
 from palestra.core.errors import UserError
+from palestra.model.mesh import Meshes, make_meshes
 
 T = TypeVar("T")
 
@@ -22,19 +23,19 @@ class Ranks:
     rank: int
     num: int
     device: torch.device
-    mesh: DeviceMesh
+    meshes: Meshes
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """In place over all ranks."""
-        dist.all_reduce(tensor, dist.ReduceOp.SUM)
+        """In place over the ranks with other packs: those of one context have the same readings."""
+        dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.meshes.data)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.meshes.data)
         return tensor
 
     def from_first(self, thing: T) -> T:
@@ -57,17 +58,18 @@ class Ranks:
         dist.barrier()
 
 
-def join(*, replicate: int, shard: int, threads: int, deadline_s: float) -> Ranks:
+def join(train: Train, *, deadline_s: float) -> Ranks:
     """Meet the other ranks that torchrun started. No collective may take longer than `deadline_s`.
 
-    Errors: UserError, if their number is not replicate x shard.
+    Errors: UserError, if they are not as many as the layout asks for.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(train.threads)
     num = int(os.environ.get("WORLD_SIZE", "1"))
-    if num != replicate * shard:
+    if num != train.num_ranks:
         raise UserError(
-            f"train.replicate={replicate} x train.shard={shard} needs {replicate * shard} ranks, but {num} "
-            f"were started; start with torchrun --nproc-per-node={replicate * shard}, or change them"
+            f"train.replicate={train.replicate} x train.shard={train.shard} x train.context_parallel="
+            f"{train.context_parallel} needs {train.num_ranks} ranks, but {num} were started; start with torchrun "
+            f"--nproc-per-node={train.num_ranks}, or change them"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -76,8 +78,15 @@ def join(*, replicate: int, shard: int, threads: int, deadline_s: float) -> Rank
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = {} if "WORLD_SIZE" in os.environ else {"store": _own_store(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(seconds=deadline_s), **store)
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    return Ranks(rank=dist.get_rank(), num=num, device=device, mesh=mesh)
+    meshes = make_meshes(
+        device.type,
+        replicate=train.replicate,
+        shard=train.shard,
+        context=train.context_parallel,
+        context_kind=train.context_kind,
+        experts=train.expert_parallel,
+    )
+    return Ranks(rank=dist.get_rank(), num=num, device=device, meshes=meshes)
 
 
 def _own_store() -> Any:

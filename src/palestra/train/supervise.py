@@ -90,7 +90,7 @@ def _next_batch(stream: SftStream, trainer: Trainer, config: RunConfig, num_samp
         step=trainer.version,
         attempt=attempt,
         max_pack_tokens=config.train.max_pack_tokens,
-        num_ranks=trainer.ranks.num,
+        num_ranks=trainer.ranks.meshes.num_data,
     )
 
 

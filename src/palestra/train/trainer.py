@@ -41,7 +41,7 @@ class Trainer:
                 dtype=DTYPES[config.model.dtype],
                 experts=config.model.experts,
                 head_chunk_tokens=config.train.head_chunk_tokens,
-                mesh=ranks.mesh,
+                meshes=ranks.meshes,
                 device=ranks.device,
             )
         self.version = 0
@@ -61,7 +61,14 @@ class Trainer:
             )
         started = time.perf_counter()
         with ledger.spend("plan"):
-            plan = plan_step(batch, rank=self.ranks.rank, num_ranks=self.ranks.num, device=self.ranks.device)
+            meshes = self.ranks.meshes
+            plan = plan_step(
+                batch,
+                rank=meshes.data_rank,
+                num_ranks=meshes.num_data,
+                device=self.ranks.device,
+                context=meshes.context,
+            )
         metrics = train_step(
             self.policy,
             self._optimizer,

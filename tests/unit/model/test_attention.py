@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from palestra.model.attention import documents_of, packed_attention
+from palestra.model.attention import packed_attention
+from palestra.model.documents import documents_of
 
 LENGTHS = [[5], [1, 1, 2], [7, 3, 7], [70, 3, 40, 33, 9], [16] * 5]
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8

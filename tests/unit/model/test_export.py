@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palestra.core.errors import InfrastructureError
 from palestra.model import export
-from palestra.model.attention import documents_of
+from palestra.model.documents import documents_of
 from palestra.model.export import iterate_weights, save_huggingface
 from tests.unit.model import tiny
 

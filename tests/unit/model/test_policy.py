@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from palestra.core.errors import UserError
 from palestra.model import policy as policy_module
-from palestra.model.attention import documents_of
+from palestra.model.documents import documents_of
 from palestra.model.head import LogitMap
 from palestra.model.load import _load, read_config
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention

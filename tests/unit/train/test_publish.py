@@ -20,7 +20,7 @@ def policy(qwen, ranks):
         dtype=torch.float32,
         experts="grouped_mm",
         head_chunk_tokens=16,
-        mesh=ranks.mesh,
+        meshes=ranks.meshes,
         device=ranks.device,
     )
 

@@ -1,5 +1,6 @@
 import pytest
 
+from palestra.config.schema import Train
 from palestra.core.errors import UserError
 from palestra.train.ranks import join
 
@@ -13,7 +14,7 @@ def test_the_wrong_number_of_ranks_is_the_users_error(monkeypatch, replicate, sh
     with pytest.raises(
         UserError, match=f"needs {replicate * shard} ranks, but {started or 1} were started; start with"
     ):
-        join(replicate=replicate, shard=shard, threads=1, deadline_s=10)
+        join(Train(replicate=replicate, shard=shard), deadline_s=10)
 
 
 def test_one_rank_is_all_ranks(ranks):

@@ -1,0 +1,171 @@
+"""Every way to lay a model out over ranks, and what is measured of each: used by the ranks and by the tests."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+from palestra.algo.losses import policy_loss
+from palestra.core.ledger import Ledger
+from palestra.core.metrics import values
+from palestra.model import attention, load
+from palestra.model.experts import expert_modules
+from palestra.model.load import set_gradient_sync
+from palestra.model.mesh import Meshes, make_meshes
+from palestra.model.policy import Policy
+from palestra.train.optimizer import adamw
+from palestra.train.packs import Plan, plan_step
+from palestra.train.ranks import Ranks
+from palestra.train.step import Readings, pack_loss, train_step
+from tests.unit.train.batches import make_batch
+
+FAMILIES = ("Qwen3ForCausalLM", "Gemma2ForCausalLM", "Glm4MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM")
+LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
+PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    num_ranks: int
+    axes: dict[str, Any] = field(default_factory=dict)
+    precisions: tuple[str, ...] = ("float64",)
+
+    def meshes(self) -> Meshes:
+        """A collective of all ranks, also of those that have no part in it."""
+        return make_meshes("cpu", ranks=range(self.num_ranks), **self.axes)
+
+
+BOTH = ("float64", "float32")
+LAYOUTS = [
+    Layout("1", 1),
+    Layout("fsdp2", 2, {"shard": 2}),
+    Layout("fsdp4", 4, {"shard": 4}, BOTH),
+    Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}),
+    Layout("ep2", 2, {"shard": 2, "experts": 2}),
+    Layout("ep4", 4, {"shard": 4, "experts": 4}),
+    Layout("ulysses2", 2, {"context": 2}),
+    Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
+    Layout("ring4", 4, {"context": 4, "context_kind": "ring"}),
+    Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH),
+    Layout("ep2-ring2-fsdp2", 4, {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2}, BOTH),
+    Layout("replicate2-ep2", 4, {"replicate": 2, "shard": 2, "experts": 2}),
+]
+FAULTS = {
+    "experts swapped": "ep2",
+    "boundary ignored": "ring2",
+    "wrong divisor": "ep2",
+}
+
+
+def is_split(family: str) -> bool:
+    """Whether it has experts."""
+    return "Moe" in family or family.startswith(("GptOss", "Deepseek", "MiniMax"))
+
+
+def make_policy(model: Path, dtype: torch.dtype, meshes: Meshes | None) -> Policy:
+    """Without meshes: one process, nothing sharded."""
+    experts = "batched_mm" if dtype == torch.float64 else "grouped_mm"  # which has no float64
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=dtype,
+        attn_implementation=attention.NAME,
+        experts_implementation=experts if is_split(model.name) else None,
+    )
+    policy = Policy(loaded, head_chunk_tokens=5)
+    if meshes is not None:
+        load.shard(policy, dtype=dtype, experts=experts, meshes=meshes)
+    return policy
+
+
+def measure(policy: Policy, meshes: Meshes | None, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Gradients at version 0; with `ranks`, metrics and weights of three steps. A collective of the layout."""
+    with NeverNarrower():
+        return _measure(policy, meshes, ranks)
+
+
+def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks | None) -> dict[str, Any]:
+    plan = _plan(meshes, 0)
+    readings = Readings()
+    for index, pack in enumerate(plan.packs):
+        set_gradient_sync(policy, index == len(plan.packs) - 1)
+        pack_loss(policy, pack, plan.counts, _loss(), readings).backward()
+    found: dict[str, Any] = {
+        "gradients": {name: _whole(parameter.grad) for name, parameter in policy.named_parameters()}
+    }
+    policy.zero_grad()
+    if ranks is not None:
+        optimizer = adamw(policy, betas=(0.9, 0.95), weight_decay=0.1)
+        metrics = [_step(policy, optimizer, _plan(meshes, step), ranks) for step in range(STEPS)]
+        found["metrics"] = [values(each) for each in metrics]
+        found["weights"] = {name: _whole(parameter) for name, parameter in policy.named_parameters()}
+    return found
+
+
+class NeverNarrower(TorchFunctionMode):
+    """What is float64 stays it. Families go to float32 in norms and routers, and their rounding there depends on how
+    many rows are computed at once: without it, only the layout can make a difference."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks) -> Any:
+    return train_step(
+        policy, optimizer, plan, rl_loss=_loss(), lr=1e-3, max_grad_norm=1.0, ranks=ranks, ledger=Ledger("test")
+    )
+
+
+def _loss() -> Any:
+    return policy_loss("mis", {"low": 1e-9, "high": 1e9})
+
+
+def _plan(meshes: Meshes | None, step: int) -> Plan:
+    batch = make_batch(LENGTHS, packs=PACKS, supervised=[3], step=step, seed=step)
+    if meshes is None:
+        return plan_step(batch, rank=0, num_ranks=1)
+    return plan_step(batch, rank=meshes.data_rank, num_ranks=meshes.num_data, context=meshes.context)
+
+
+@torch.no_grad()
+def _whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+@contextmanager
+def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
+    """A mistake that the comparison must see."""
+    if fault == "experts swapped":
+        for module in expert_modules(policy.model):
+            for parameter in module.parameters(recurse=False):
+                local = parameter.to_local()  # type: ignore[attr-defined]
+                with torch.no_grad():
+                    local.copy_(local.flip(0))
+    elif fault == "wrong divisor":
+        for module in expert_modules(policy.model):
+            module.set_gradient_divide_factor(meshes.experts["ep"].size())  # type: ignore[operator]
+    elif fault == "boundary ignored":
+        from palestra.train import packs
+
+        documents_of, packs.documents_of = packs.documents_of, lambda lengths, *more: documents_of([sum(lengths)], *more)
+        try:
+            yield
+        finally:
+            packs.documents_of = documents_of
+        return
+    yield

@@ -1,0 +1,48 @@
+"""One of the four ranks of `test_layouts.py`. Arguments: a directory with models, and where to write what was found."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
+
+from palestra.config.schema import Train
+from palestra.model.mesh import Meshes
+from palestra.train import ranks as trainer_ranks
+from palestra.train.ranks import Ranks
+from tests.dist.layouts import FAULTS, LAYOUTS, is_split, make_policy, measure, planted
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def main(models: Path, out: Path) -> None:
+    disable_progress_bar()
+    trainer_ranks.join(Train(shard=4), deadline_s=120)
+    meshes = {layout.name: layout.meshes() for layout in LAYOUTS}
+    for model in sorted(models.iterdir()):
+        for layout in LAYOUTS:
+            if dist.get_rank() < layout.num_ranks and (is_split(model.name) or "experts" not in layout.axes):
+                for precision in layout.precisions:
+                    _run(model, layout.name, precision, meshes[layout.name], out)
+            dist.barrier()
+    trainer_ranks.leave()
+
+
+def _run(model: Path, layout: str, name: str, meshes: Meshes, out: Path) -> None:
+    rank, dtype = dist.get_rank(), DTYPES[name]
+    ranks = Ranks(rank=rank, num=meshes.dense.size(), device=torch.device("cpu"), meshes=meshes)
+    policy = make_policy(model, dtype, meshes)
+    found = measure(policy, meshes, ranks)
+    if rank == 0:
+        torch.save(found, out / f"{model.name}-{layout}-{name}.pt")
+    for fault in [fault for fault, where in FAULTS.items() if where == layout and is_split(model.name)]:
+        policy = make_policy(model, dtype, meshes)
+        with planted(fault, policy, meshes):
+            found = measure(policy, meshes)
+        if rank == 0:
+            torch.save(found, out / f"{model.name}-{fault}-{name}.pt")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

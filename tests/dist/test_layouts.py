@@ -1,0 +1,101 @@
+"""Every layout computes what one process computes: log-probabilities, gradients, and the weights after three steps."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from palestra.model.mesh import make_meshes
+from palestra.train.ranks import Ranks
+from tests.dist.layouts import FAMILIES, FAULTS, LAYOUTS, Layout, is_split, make_policy, measure
+from tests.unit.model import tiny
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+TOLERANCE = {"float64": 1e-8, "float32": 1e-4}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        tiny.build(directory, family)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def found(models, tmp_path_factory) -> Path:
+    """What the first of four ranks found, a file for each family, layout and precision."""
+    out = tmp_path_factory.mktemp("layouts")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command = [*torchrun, str(ROOT / "tests/dist/layouts_worker.py"), str(models), str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, timeout=380, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """What this process finds, with nothing sharded."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    ranks = Ranks(rank=0, num=1, device=torch.device("cpu"), meshes=make_meshes("cpu"))
+
+    @cache
+    def found(family: str, precision: str) -> dict[str, Any]:
+        return measure(make_policy(models / family, DTYPES[precision], None), None, ranks)
+
+    return found
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(family, layout, precision, id=f"{family}-{layout.name}-{precision}")
+        for family in FAMILIES
+        for layout in LAYOUTS
+        for precision in layout.precisions
+        if is_split(family) or "experts" not in layout.axes
+    ]
+
+
+def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference of a tensor over its norm, and which one it is of."""
+    assert ours.keys() == theirs.keys()
+    gaps = [
+        (float((ours[name] - value).norm() / value.norm().clamp_min(1e-12)), name) for name, value in theirs.items()
+    ]
+    return max(gaps)
+
+
+@pytest.mark.parametrize(("family", "layout", "precision"), cases())
+def test_a_layout_equals_one_process(family, layout: Layout, precision, alone, found, record_layout):
+    reference = alone(family, precision)
+    ours = torch.load(found / f"{family}-{layout.name}-{precision}.pt")
+    gaps = {
+        "gradient": worst(ours["gradients"], reference["gradients"]),
+        "weight": worst(ours["weights"], reference["weights"]),
+        "loss": worst(*({"loss": torch.tensor([m[LOSS] for m in f["metrics"]])} for f in (ours, reference))),
+    }
+    record_layout(family, layout.name, precision, {what: gap for what, (gap, _) in gaps.items()})
+    for what, (gap, name) in gaps.items():
+        assert gap <= TOLERANCE[precision], f"{what} of {name} differs by {gap:.2e}"
+
+
+LOSS = "train/rl/loss"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if is_split(family)])
+def test_a_planted_fault_is_seen(family, fault, alone, found):
+    ours = torch.load(found / f"{family}-{fault}-float64.pt")["gradients"]
+    assert worst(ours, alone(family, "float64")["gradients"])[0] > 1e-3

@@ -1,0 +1,55 @@
+"""A layout that divides nothing is refused before a process starts, with the nearest that do."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from palestra.config import RunConfig
+from palestra.config.schema import Train
+from palestra.core.errors import UserError
+from palestra.launch.layout import require_layout
+
+MODEL = {"num_attention_heads": 12, "n_routed_experts": 8}
+
+
+def config_of(tmp_path, model: dict, **train) -> RunConfig:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    return RunConfig.model_validate({"log": {"name": "r"}, "model": {"path": str(tmp_path)}, "train": train})
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"shard": 6, "expert_parallel": 4}, "does not divide the 6 ranks .* set it to 3 or 6, or train.shard to 8"),
+        ({"context_parallel": 3, "max_pack_tokens": 1000}, "set it to 999 or 1002"),
+        (
+            {"context_parallel": 3, "context_kind": "ring", "max_pack_tokens": 1000},
+            "6 equal pieces.*set it to 996 or 1002",
+        ),
+        ({"context_parallel": 4, "max_pack_tokens": 2}, "set it to 4"),
+    ],
+)
+def test_what_does_not_divide_the_ranks_or_the_packs_is_refused(train, says):
+    with pytest.raises(ValidationError, match=says):
+        Train(**train)
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "says"),
+    [
+        (MODEL, {"context_parallel": 8}, "12 attention heads.* set it to 6 or 12, or set train.context_kind=ring"),
+        ({"text_config": MODEL}, {"context_parallel": 8}, "12 attention heads"),
+        (MODEL, {"shard": 16, "expert_parallel": 16}, "the model's 8 experts; set it to 8"),
+        (MODEL, {"shard": 6, "expert_parallel": 3}, "the model's 8 experts; set it to 2 or 4"),
+        ({"num_attention_heads": 12}, {"shard": 2, "expert_parallel": 2}, "has no experts; set it to 1"),
+    ],
+)
+def test_what_does_not_divide_the_model_is_refused(tmp_path, model, train, says):
+    with pytest.raises(UserError, match=says):
+        require_layout(config_of(tmp_path, model, **train))
+
+
+def test_what_divides_passes(tmp_path):
+    require_layout(config_of(tmp_path, MODEL, context_parallel=6, shard=2, expert_parallel=4, max_pack_tokens=6000))
+    require_layout(config_of(tmp_path, MODEL, context_parallel=8, context_kind="ring"))
