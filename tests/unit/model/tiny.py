@@ -33,9 +33,16 @@ GLM_MOE: dict[str, Any] = {
 }
 GEMMA2 = {**QWEN, "query_pre_attn_scalar": 16, "sliding_window": 4}
 GPT_OSS = {**QWEN, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "tie_word_embeddings": False}
+QWEN_MOE = {**QWEN, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+MINIMAX = {**QWEN, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 GRANITE = {key: value for key, value in QWEN.items() if key != "head_dim"} | {"logits_scaling": 4.0}
 FAMILIES = {
     "Qwen3ForCausalLM": QWEN,
+    "Qwen3MoeForCausalLM": QWEN_MOE,
+    "LlamaForCausalLM": QWEN,
+    "MistralForCausalLM": {**QWEN, "sliding_window": 4},
+    "Gemma3ForCausalLM": GEMMA2,
+    "MiniMaxM2ForCausalLM": MINIMAX,
     "Glm4MoeForCausalLM": GLM_MOE,
     "Gemma2ForCausalLM": GEMMA2,
     "GptOssForCausalLM": GPT_OSS,
