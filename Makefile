@@ -33,7 +33,7 @@ dev_stamp := $(stamps)/dev-$(call digest,requirements/*.txt)
 tests := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 stamp = @rm -f $(stamps)/$(1)-* && touch $@
 
-.PHONY: help install quickstart check test test-fault debian form types layers unit-tests clean
+.PHONY: help install quickstart check test test-dist test-fault debian form types layers unit-tests clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo "make install     make .venv, with .venv/bin/palestra"
 	@echo "make check       format, lint, types, layers, unit and property tests"
 	@echo "make test        everything make check does, and all the other tests"
+	@echo "make test-dist   every layout of the trainer's ranks against one process, in a table"
 	@echo "make test-fault  kills, full disks, torn files and other faults: what was lost, in a table"
 	@echo "make clean       remove .venv, caches and builds; keep outputs/"
 
@@ -71,6 +72,10 @@ debian:
 	  apt-get install -y -qq --no-install-recommends $$package >/dev/null 2>&1 \
 	  || echo "Debian's $$package cannot be installed: some tests are skipped." >&2; \
 	done
+
+# Part of `make test` too.
+test-dist: install $(dev_stamp)
+	@$(BIN)/python -m pytest -q tests/dist
 
 test-fault: install $(dev_stamp)
 	@$(tests) tests/fault

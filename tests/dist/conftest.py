@@ -20,7 +20,8 @@ def record_layout(request: pytest.FixtureRequest) -> Record:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    rows = [value for report in reports for name, value in getattr(report, "user_properties", ()) if name == "layout"]
+    ran = [report for report in reports if getattr(report, "when", "") == "call"]
+    rows = [value for report in ran for name, value in report.user_properties if name == "layout"]
     if not rows:
         return
     terminalreporter.section("layouts: largest difference of a tensor from one process, over its norm")

@@ -22,7 +22,7 @@ def main(models: Path, out: Path) -> None:
     meshes = {layout.name: layout.meshes() for layout in LAYOUTS}
     for model in sorted(models.iterdir()):
         for layout in LAYOUTS:
-            if dist.get_rank() < layout.num_ranks and (is_split(model.name) or "experts" not in layout.axes):
+            if dist.get_rank() < layout.num_ranks and layout.suits(model.name):
                 for precision in layout.precisions:
                     _run(model, layout.name, precision, meshes[layout.name], out)
             dist.barrier()

@@ -1,9 +1,12 @@
 """Optimizers, and the learning rate as a pure function of the step."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from palestra.algo.schedules import ScheduleName, lr_multiplier
 from palestra.config.schema import Train, WarmUp
@@ -50,12 +53,24 @@ def warmup_rate(warmup: WarmUp) -> LearningRate:
 
 def adamw(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """Decay pulls on matrices only, not on norms and biases. The learning rate is set at every step."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": some, "weight_decay": decay}
+        for on_mesh in by_mesh(parameter for parameter in model.parameters() if parameter.requires_grad)
+        for some, decay in (
+            ([p for p in on_mesh if p.dim() > 1], weight_decay),
+            ([p for p in on_mesh if p.dim() <= 1], 0),
+        )
+        if some
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that one operation can take together: those of experts may be on a mesh of their own."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

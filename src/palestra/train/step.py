@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from palestra.algo.losses import LossTerm, PolicyLoss, cross_entropy, effective_sample_share, reference_kl
 from palestra.core.errors import PalestraError
@@ -20,7 +21,7 @@ from palestra.core.ledger import Ledger
 from palestra.core.metrics import Last, Max, Mean, Metrics, Sum
 from palestra.model.load import set_gradient_sync
 from palestra.model.policy import Policy
-from palestra.train.optimizer import set_lr
+from palestra.train.optimizer import by_mesh, set_lr
 from palestra.train.packs import Pack, Plan
 from palestra.train.ranks import Ranks
 from palestra.train.spread import histogram, spread_metrics
@@ -141,9 +142,13 @@ def _mean(value_K: Tensor, where_K: Tensor) -> Tensor:
 
 
 def clip_gradients(policy: Policy, max_norm: float) -> float:
-    """The norm over all ranks before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    """The norm over all parameters, on whatever mesh, before clipping."""
+    groups = by_mesh(parameter for parameter in policy.parameters() if parameter.grad is not None)
+    norms = [get_total_norm([parameter.grad for parameter in group if parameter.grad is not None]) for group in groups]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for group in groups:
+        clip_grads_with_norm_(group, max_norm, norm)
+    return float(norm)
 
 
 def _step_metrics(plan: Plan, grad_norm: float, lr: float, sums: dict[str, Tensor]) -> Metrics:
