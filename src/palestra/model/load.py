@@ -12,9 +12,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from palestra.config.schema import Lora
 from palestra.core.errors import UserError
 from palestra.model import attention
 from palestra.model.experts import expert_modules, split_experts
+from palestra.model.lora import add_adapter
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
@@ -28,8 +30,12 @@ def load_policy(
     head_chunk_tokens: int,
     meshes: Meshes,
     device: torch.device,
+    lora: Lora | None = None,
+    seed: int = 0,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
+
+    With `lora` only adapters are trained, which `seed` begins.
 
     Errors: UserError for a path without a model, a family that cannot be packed, or a model that does not fit.
     """
@@ -39,6 +45,8 @@ def load_policy(
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
     check_against_own_forward(policy)
+    if lora is not None:
+        policy.adapter = add_adapter(model, lora, dtype=dtype, seed=seed)
     shard(policy, dtype=dtype, experts=experts, meshes=meshes)
     return policy.to(device)
 

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from msgspec import Struct
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -22,6 +22,8 @@ from palestra.model.policy import Policy
 from palestra.train.ranks import Ranks
 
 _STATE = "state.json"
+# Frozen weights come from `model.path` again. `load` reads every trained tensor or fails.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class TrainerState(Struct, frozen=True, kw_only=True):
@@ -38,7 +40,7 @@ def save(directory: Path, state: TrainerState, policy: Policy, optimizer: torch.
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
         ranks.barrier()
-        weights, moments = get_state_dict(policy, optimizer)
+        weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
         save_tensors({"policy": weights, "optimizer": moments}, checkpoint_id=directory)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise InfrastructureError(
@@ -53,13 +55,13 @@ def load(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> T
     """A collective; the number of ranks may differ from that of the save. Errors: InfrastructureError."""
     try:
         state = msgspec.json.decode((directory / _STATE).read_bytes(), type=TrainerState)
-        weights, moments = get_state_dict(policy, optimizer)
+        weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
         load_tensors({"policy": weights, "optimizer": moments}, checkpoint_id=directory)
     except (OSError, msgspec.DecodeError, CheckpointException) as error:
         raise InfrastructureError(
             f"checkpoint {directory} cannot be loaded: {_reason(error)}; resume from the one before"
         ) from error
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_TRAINED)
     return state
 
 

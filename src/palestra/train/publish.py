@@ -6,6 +6,7 @@ import torch
 
 from palestra.core.ledger import Ledger
 from palestra.model.export import iterate_weights
+from palestra.model.lora import iterate_adapter
 from palestra.model.policy import Policy
 from palestra.train.ranks import Ranks
 from palestra.wire.weights import files
@@ -32,8 +33,10 @@ class Publisher:
         probe_tokens: int,
         seed: int,
         recorded_in: Path | None = None,
+        base: str = "",
     ):
-        """`recorded_in`: where every version is kept beside being staged."""
+        """`recorded_in`: where every version is kept beside being staged; `base`: the model that adapters belong to."""
+        self._base = base
         self._policy, self._ranks, self._directory = policy, ranks, directory
         self._attempt, self._life, self._dtype, self._recorded_in = attempt, life, dtype, recorded_in
         generator = torch.Generator().manual_seed(seed)
@@ -50,22 +53,33 @@ class Publisher:
         """A collective; the first rank writes. Errors: InfrastructureError, if the disk is full."""
         directory = self._path(version)
         with ledger.spend("stage"):
-            tensors = iterate_weights(self._policy, dtype=self._dtype)
             self._staged.append(version)
-            if self._ranks.is_first:
-                files.stage(directory, version, self._attempt, tensors)
-            else:
-                for _ in tensors:
-                    pass
+            self._write(directory, version)
         with ledger.spend("probe"):
             logprobs = self._policy.score(self._probe_ids).tolist()
         probe = Probe(token_ids=self._probe_ids.tolist(), logprobs=logprobs, previous_logprobs=self._previous)
         self._previous = logprobs
-        staged = Staged(version=version, directory=str(directory), probe=probe)
+        is_adapter = self._policy.adapter is not None
+        staged = Staged(version=version, directory=str(directory), probe=probe, is_adapter=is_adapter)
         if self._recorded_in is not None and self._ranks.is_first:
             with ledger.spend("record"):
                 record(staged, self._recorded_in)
         return staged
+
+    def _write(self, directory: Path, version: int) -> None:
+        """All weights, or the adapter alone. A collective; the first rank writes."""
+        adapter = self._policy.adapter
+        if adapter is None:
+            tensors = iterate_weights(self._policy, dtype=self._dtype)
+        else:
+            tensors = iterate_adapter(self._policy.model, dtype=self._dtype)
+        if not self._ranks.is_first:
+            for _ in tensors:
+                pass
+        elif adapter is None:
+            files.stage(directory, version, self._attempt, tensors)
+        else:
+            files.stage_adapter(directory, version, self._attempt, tensors, adapter.config_json(self._base))
 
     def loaded(self, version: int) -> None:
         """Engines hold `version`: what is older is not needed again, whichever life of the trainer staged it."""

@@ -81,6 +81,7 @@ def _start(
         probe_tokens=min(config.sync.probe_tokens, config.engine.max_model_len - 1),
         seed=config.train.seed,
         recorded_in=run.published if config.log.keep_weights else None,
+        base=config.model_dir,
     )
     loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)
     if (version := version_to_load(run, attempt, life())) is not None:

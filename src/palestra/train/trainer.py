@@ -43,6 +43,8 @@ class Trainer:
                 head_chunk_tokens=config.train.head_chunk_tokens,
                 meshes=ranks.meshes,
                 device=ranks.device,
+                lora=config.model.lora,
+                seed=config.train.seed,
             )
         self.version = 0
         self.use_fresh_optimizer(training_rate(config.train))

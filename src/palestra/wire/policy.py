@@ -31,6 +31,7 @@ _KEEPALIVE_S = 3.0  # shorter than the 5 s after which vLLM's server hangs up
 _LAST_WORD_S = 1.0
 _HEALTH_S, _HEALTH_PAUSE_S = 5.0, 0.2
 _GENERATE = "/inference/v1/generate"
+ADAPTER = "policy"
 _JSON = {"content-type": "application/json"}
 _CONNECTING = {"timeout": {"connect": 5.0}}
 _SAFE = re.compile(r'^vllm:cache_config_info\{.*kv_cache_max_concurrency="([0-9.]+)"', re.MULTILINE)
@@ -79,6 +80,7 @@ class EngineClient:
         self.url = url.rstrip("/")
         self.cache_salt = "unpublished"
         self.serving: int | None = None  # the last version published to it by this client
+        self.adapter: str | None = None  # the name under which it has the policy, if that is an adapter to its model
         self._call_s = call_s
         self._connections = transport or Connections(keepalive_s=_KEEPALIVE_S)
 
@@ -93,7 +95,7 @@ class EngineClient:
 
     def forget(self) -> None:
         """Another process answers at the address from now on: it has no weights of this run."""
-        self.cache_salt, self.serving = "unpublished", None
+        self.cache_salt, self.serving, self.adapter = "unpublished", None, None
 
     async def generate(
         self,
@@ -113,6 +115,7 @@ class EngineClient:
         """
         body = _GenerateRequest(
             request_id=uuid.uuid4().hex,
+            model=self.adapter,
             token_ids=list(token_ids),
             sampling_params=_sampling_params(sampling, seed=seed, num_replies=num_replies),
             cache_salt=cache_salt,
@@ -141,6 +144,7 @@ class EngineClient:
         async def exchange() -> Reply:
             body = _GenerateRequest(
                 request_id=uuid.uuid4().hex,
+                model=self.adapter,
                 token_ids=list(token_ids),
                 sampling_params=params,
                 cache_salt=cache_salt,
@@ -179,6 +183,7 @@ class EngineClient:
         """log p(token t+1 | tokens up to t) at temperature 1 under the weights of now, [T-1]; caches are not used."""
         body = _GenerateRequest(
             request_id=uuid.uuid4().hex,
+            model=self.adapter,
             token_ids=list(token_ids),
             sampling_params={"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0, "detokenize": False},
             cache_salt=uuid.uuid4().hex,
@@ -217,6 +222,17 @@ class EngineClient:
 
     async def resume(self, *, deadline_s: float | None = None) -> None:
         await self._call("/resume", deadline_s=deadline_s, repeatable=True)
+
+    async def load_adapter(self, directory: str, *, deadline_s: float | None = None) -> None:
+        """Requests ask for the adapter in `directory` from here on. One that is there already, by whoever was the
+        client before, stays what it is: publish."""
+        body = {"lora_name": ADAPTER, "lora_path": directory}
+        try:
+            await self._call("/v1/load_lora_adapter", body, deadline_s=deadline_s)
+        except RefusedError as refusal:
+            if "already been loaded" not in str(refusal):
+                raise
+        self.adapter = ADAPTER
 
     async def start_update(self, *, deadline_s: float | None = None) -> None:
         await self._call("/start_weight_update", deadline_s=deadline_s)
@@ -342,6 +358,10 @@ class EngineClient:
         said = _message(response)
         if response.status_code == 503:
             raise _BusyError(said)
+        if response.status_code == 404 and self.adapter is not None and f"`{self.adapter}`" in said:
+            raise UnpublishedError(
+                f"engine {self.url} has no adapter {self.adapter}: it took the place of one that had"
+            )
         if response.is_client_error:
             raise RefusedError(f"engine {self.url} refused {path} ({response.status_code}): {said}")
         raise EngineError(f"engine {self.url} failed at {path} ({response.status_code}): {said}")
@@ -381,6 +401,7 @@ class _BusyError(Exception):
 
 class _GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
+    model: str | None = None
     token_ids: list[int]
     sampling_params: dict[str, Any]
     cache_salt: str | None = None

@@ -150,6 +150,8 @@ async def _load_and_probe(
         await engine.pause(clear_cache=clear_cache, deadline_s=deadline_s)
     engine.cache_salt = f"v{staged.version}"
     async with progress.timed("load_s"):
+        if staged.is_adapter and engine.adapter is None:
+            await engine.load_adapter(staged.directory, deadline_s=deadline_s)
         await engine.start_update(deadline_s=deadline_s)
         await engine.update(staged.directory, staged.version, deadline_s=deadline_s)
         await engine.finish(staged.version, deadline_s=deadline_s)

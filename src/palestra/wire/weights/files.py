@@ -10,9 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from palestra.core.errors import InfrastructureError
+from palestra.core.files import write_atomically
 from palestra.wire.weights.manifest import TensorEntry, WeightsManifest, require_distinct, write_manifest
 
 DEFAULT_SHARD_BYTES = 1 << 30
+ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 
 
 def stage(
@@ -36,6 +38,21 @@ def stage(
     for number, shard in enumerate(_shards(tensors, max_shard_bytes)):
         entries += _write_shard(directory, f"weights-{number:05d}.safetensors", shard)
     require_distinct([entry.name for entry in entries], where=f"version {version}")
+    manifest = WeightsManifest(version=version, attempt=attempt, tensors=tuple(entries))
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def stage_adapter(
+    directory: Path | str, version: int, attempt: int, tensors: Iterable[tuple[str, torch.Tensor]], config: bytes
+) -> WeightsManifest:
+    """As `stage`, in one file and in peft's layout: vLLM's own route loads the directory too. Errors: as `stage`."""
+    directory = Path(directory)
+    discard(directory)
+    directory.mkdir(parents=True)
+    whole = [(name, tensor.detach().to("cpu").contiguous()) for name, tensor in tensors]
+    entries = _write_shard(directory, ADAPTER_TENSORS, whole)
+    write_atomically(directory / ADAPTER_CONFIG, config)
     manifest = WeightsManifest(version=version, attempt=attempt, tensors=tuple(entries))
     write_manifest(directory, manifest)
     return manifest

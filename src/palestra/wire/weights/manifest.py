@@ -44,11 +44,13 @@ class Probe(Struct, frozen=True, kw_only=True):
 
 
 class Staged(Struct, frozen=True, kw_only=True):
-    """A version that lies ready in `directory` for the engines to load."""
+    """A version that lies ready in `directory` for the engines to load: all weights, or an adapter to the model that
+    they were started with."""
 
     version: int
     directory: str
     probe: Probe
+    is_adapter: bool = False
 
 
 def write_manifest(directory: Path, manifest: WeightsManifest) -> None:
