@@ -21,6 +21,7 @@ _FIXED: dict[str, Any] = {
 
 _CPU_STEP_TOKENS = 4096  # of one forward
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # of configs of transformers
 _DENSE_LAYERS = (  # under the names of transformers, of all families that are tested
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
@@ -86,6 +87,20 @@ def _adapted(lora: Lora) -> dict[str, Any]:
         "lora-target-modules": tuple(dict.fromkeys(target.rpartition(".")[2] for target in targets)),
         "weight-transfer-config": {"backend": ADAPTER_BACKEND},
     }
+
+
+def require_dense(model: str) -> None:
+    """For adapters on CPUs: with them vLLM computes experts by Triton, adapted or not, and the engine would die.
+
+    Errors: UserError for a directory whose model has experts.
+    """
+    path = Path(model) / "config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    if found := [name for name in _EXPERTS if fields.get(name)]:
+        raise UserError(
+            f"model.lora: {model} has experts ({found[0]}={fields[found[0]]}), and engines on CPUs have no kernel for "
+            "them beside adapters; leave model.lora out, take a model without experts, or engines on GPUs"
+        )
 
 
 def _on_cpu(max_model_len: int, kv_cache_gib: float) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed:
     """
     adapter = Adapter(lora, _targets(model, lora))
     model.requires_grad_(False)
-    layers = model.get_decoder().layers  # not the model: of some families peft would adapt experts in its place
+    layers = _layers(model)  # not the model: of some families peft would adapt experts in its place
     inject_adapter_in_model(_peft_config(lora, tuple(_adapted(layers, adapter.targets))), layers)
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
@@ -66,10 +66,10 @@ def reset_adapter(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            a_RI = module.lora_A[_NAME].weight
+            a_RI: Tensor = module.lora_A[_NAME].weight  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportCallIssue, reportAssignmentType]
             bound = 1 / math.sqrt(a_RI.shape[1])  # Kaiming's, with a = sqrt(5)
             a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
-            module.lora_B[_NAME].weight.zero_()
+            module.lora_B[_NAME].weight.zero_()  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportCallIssue]
 
 
 def _peft_config(lora: Lora, targets: tuple[str, ...]) -> LoraConfig:
@@ -85,7 +85,7 @@ def _peft_config(lora: Lora, targets: tuple[str, ...]) -> LoraConfig:
 
 
 def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
-    linear = list(_linear_layers(model.get_decoder().layers))
+    linear = list(_linear_layers(_layers(model)))
     if lora.targets == "all-linear":
         return tuple(sorted({name.rpartition(".")[2] for name in linear}))
     for target in lora.targets:
@@ -95,7 +95,7 @@ def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
 
 
 def _why_not(model: PreTrainedModel, target: str) -> str:
-    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in _linear_layers(model.get_decoder().layers)}))
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in _linear_layers(_layers(model))}))
     parameters = [name for name, _ in model.named_parameters()]
     if any(
         f".experts.{target}." in f"{name}." or f".{target}." in f"{name}." for name in parameters if "expert" in name
@@ -107,12 +107,18 @@ def _why_not(model: PreTrainedModel, target: str) -> str:
     return f"{type(model).__name__} has no linear layer {target} in its decoder layers; choose among {leaves}"
 
 
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    layers = model.get_decoder().layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
 def _linear_layers(layers: nn.Module) -> Iterator[str]:
     """Names in `layers`, without what decides where tokens go, and without experts that are modules each."""
     for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear) and ".experts." not in name and "router" not in name:
-            if not name.endswith("gate"):
-                yield name
+        is_left_out = ".experts." in name or "router" in name or name.endswith("gate")
+        if isinstance(module, nn.Linear) and not is_left_out:
+            yield name
 
 
 def _adapted(layers: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -149,7 +155,7 @@ def fold(group: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def write_adapter(directory: Path, tensors: dict[str, Tensor], adapter: Adapter, base: str) -> None:

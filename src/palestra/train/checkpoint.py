@@ -40,8 +40,7 @@ def save(directory: Path, state: TrainerState, policy: Policy, optimizer: torch.
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
         ranks.barrier()
-        weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
-        save_tensors({"policy": weights, "optimizer": moments}, checkpoint_id=directory)
+        save_tensors(_state(policy, optimizer), checkpoint_id=directory)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise InfrastructureError(
             f"could not write the checkpoint {directory}: {_reason(error)}; free space and resume"
@@ -55,14 +54,24 @@ def load(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> T
     """A collective; the number of ranks may differ from that of the save. Errors: InfrastructureError."""
     try:
         state = msgspec.json.decode((directory / _STATE).read_bytes(), type=TrainerState)
-        weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
-        load_tensors({"policy": weights, "optimizer": moments}, checkpoint_id=directory)
+        found = _state(policy, optimizer)
+        load_tensors(found, checkpoint_id=directory)
     except (OSError, msgspec.DecodeError, CheckpointException) as error:
         raise InfrastructureError(
             f"checkpoint {directory} cannot be loaded: {_reason(error)}; resume from the one before"
         ) from error
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=_TRAINED)
+    set_state_dict(
+        policy, optimizer, model_state_dict=found["policy"], optim_state_dict=found["optimizer"], options=_TRAINED
+    )
     return state
+
+
+def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Under every name that a frozen tensor has it is left out; torch leaves out the first one only."""
+    weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
+    named = policy.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {"policy": {name: value for name, value in weights.items() if name not in frozen}, "optimizer": moments}
 
 
 def _reason(error: BaseException) -> str:

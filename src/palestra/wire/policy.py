@@ -81,6 +81,7 @@ class EngineClient:
         self.cache_salt = "unpublished"
         self.serving: int | None = None  # the last version published to it by this client
         self.adapter: str | None = None  # the name under which it has the policy, if that is an adapter to its model
+        self._home: str | None = None  # where it reads that adapter
         self._call_s = call_s
         self._connections = transport or Connections(keepalive_s=_KEEPALIVE_S)
 
@@ -95,7 +96,7 @@ class EngineClient:
 
     def forget(self) -> None:
         """Another process answers at the address from now on: it has no weights of this run."""
-        self.cache_salt, self.serving, self.adapter = "unpublished", None, None
+        self.cache_salt, self.serving, self.adapter, self._home = "unpublished", None, None, None
 
     async def generate(
         self,
@@ -223,16 +224,27 @@ class EngineClient:
     async def resume(self, *, deadline_s: float | None = None) -> None:
         await self._call("/resume", deadline_s=deadline_s, repeatable=True)
 
-    async def load_adapter(self, directory: str, *, deadline_s: float | None = None) -> None:
-        """Requests ask for the adapter in `directory` from here on. One that is there already, by whoever was the
-        client before, stays what it is: publish."""
-        body = {"lora_name": ADAPTER, "lora_path": directory}
-        try:
+    async def update_adapter(self, directory: str, version: int, *, deadline_s: float | None = None) -> None:
+        """`update` for an adapter: the version goes to the directory from which the engine reads its adapter.
+
+        One that has none yet gets a directory beside `directory`, and reads it by `load_adapter`.
+        """
+        if self._home is None:
+            answer = await self._call("/v1/models", method="GET", deadline_s=deadline_s, repeatable=True)
+            homes = {model["id"]: model["root"] for model in msgspec.json.decode(answer)["data"]}
+            if ADAPTER in homes:  # whoever was the client before has loaded it
+                self._home, self.adapter = homes[ADAPTER], ADAPTER
+        home = self._home or f"{directory.rpartition('/')[0]}/adapter-{self.url.rpartition(':')[2]}"
+        body = {"update_info": {"directory": directory, "version": version, "home": home}}
+        await self._call("/update_weights", body, deadline_s=deadline_s)
+        self._home = home
+
+    async def load_adapter(self, *, deadline_s: float | None = None) -> None:
+        """Requests ask for the adapter from here on. After the first update is finished, which brought it."""
+        if self.adapter is None:
+            body = {"lora_name": ADAPTER, "lora_path": self._home}
             await self._call("/v1/load_lora_adapter", body, deadline_s=deadline_s)
-        except RefusedError as refusal:
-            if "already been loaded" not in str(refusal):
-                raise
-        self.adapter = ADAPTER
+            self.adapter = ADAPTER
 
     async def start_update(self, *, deadline_s: float | None = None) -> None:
         await self._call("/start_weight_update", deadline_s=deadline_s)

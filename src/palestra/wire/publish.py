@@ -150,11 +150,12 @@ async def _load_and_probe(
         await engine.pause(clear_cache=clear_cache, deadline_s=deadline_s)
     engine.cache_salt = f"v{staged.version}"
     async with progress.timed("load_s"):
-        if staged.is_adapter and engine.adapter is None:
-            await engine.load_adapter(staged.directory, deadline_s=deadline_s)
         await engine.start_update(deadline_s=deadline_s)
-        await engine.update(staged.directory, staged.version, deadline_s=deadline_s)
+        update = engine.update_adapter if staged.is_adapter else engine.update
+        await update(staged.directory, staged.version, deadline_s=deadline_s)
         await engine.finish(staged.version, deadline_s=deadline_s)
+        if staged.is_adapter:
+            await engine.load_adapter(deadline_s=deadline_s)
         await _require_label(engine, staged.version)
     async with progress.timed("resume_s"):
         await engine.resume(deadline_s=deadline_s)

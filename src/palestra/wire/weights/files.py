@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from palestra.core.errors import InfrastructureError
 from palestra.core.files import write_atomically
@@ -56,6 +56,14 @@ def stage_adapter(
     manifest = WeightsManifest(version=version, attempt=attempt, tensors=tuple(entries))
     write_manifest(directory, manifest)
     return manifest
+
+
+def put_adapter(directory: Path | str, tensors: dict[str, torch.Tensor], home: Path | str) -> None:
+    """The adapter of `directory`, whose `tensors` were read and checked, takes the place of what is in `home`."""
+    home = Path(home)
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomically(home / ADAPTER_TENSORS, save(tensors))
+    write_atomically(home / ADAPTER_CONFIG, (Path(directory) / ADAPTER_CONFIG).read_bytes())
 
 
 def read(directory: Path | str, manifest: WeightsManifest) -> Iterator[tuple[str, torch.Tensor]]:
