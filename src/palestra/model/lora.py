@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -64,12 +65,12 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed:
 def reset_adapter(model: nn.Module, seed: int) -> None:
     """The same on every rank: A as peft draws it, from a generator of its own, and B zero."""
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            a_RI: Tensor = module.lora_A[_NAME].weight  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportCallIssue, reportAssignmentType]
-            bound = 1 / math.sqrt(a_RI.shape[1])  # Kaiming's, with a = sqrt(5)
-            a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
-            module.lora_B[_NAME].weight.zero_()  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportCallIssue]
+    adapted: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for module in adapted:
+        a_RI: Tensor = module.lora_A[_NAME].weight
+        bound = 1 / math.sqrt(a_RI.shape[1])  # Kaiming's, with a = sqrt(5)
+        a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
+        module.lora_B[_NAME].weight.zero_()
 
 
 def _peft_config(lora: Lora, targets: tuple[str, ...]) -> LoraConfig:

@@ -24,7 +24,7 @@ from palestra.wire.weights.vllm_engine import FilesEngine, FilesUpdateInfo
 class AdapterUpdateInfo(FilesUpdateInfo):
     """A version, and the directory from which this engine reads its adapter."""
 
-    home: str
+    home: str = ""
 
 
 class AdapterEngine(FilesEngine):
