@@ -9,11 +9,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -22,6 +20,9 @@ from transformers import PreTrainedModel
 from palestra.config.schema import Lora
 from palestra.core.errors import UserError
 from palestra.wire.weights.files import ADAPTER_CONFIG, ADAPTER_TENSORS
+
+if TYPE_CHECKING:  # half a second that runs without adapters do not wait for
+    from peft import LoraConfig
 
 _NAME = "default"  # peft's own for the only adapter
 _A, _B, _BASE = f".lora_A.{_NAME}.", f".lora_B.{_NAME}.", ".base_layer."
@@ -50,6 +51,8 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed:
 
     Before sharding. Errors: UserError for targets that the model does not have, or that cannot be adapted.
     """
+    from peft import inject_adapter_in_model
+
     adapter = Adapter(lora, _targets(model, lora))
     model.requires_grad_(False)
     layers = _layers(model)  # not the model: of some families peft would adapt experts in its place
@@ -64,6 +67,8 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed:
 @torch.no_grad()
 def reset_adapter(model: nn.Module, seed: int) -> None:
     """The same on every rank: A as peft draws it, from a generator of its own, and B zero."""
+    from peft.tuners.lora import LoraLayer
+
     generator = torch.Generator().manual_seed(seed)
     adapted: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for module in adapted:
@@ -73,7 +78,9 @@ def reset_adapter(model: nn.Module, seed: int) -> None:
         module.lora_B[_NAME].weight.zero_()
 
 
-def _peft_config(lora: Lora, targets: tuple[str, ...]) -> LoraConfig:
+def _peft_config(lora: Lora, targets: tuple[str, ...]) -> "LoraConfig":
+    from peft import LoraConfig
+
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
