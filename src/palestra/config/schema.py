@@ -205,6 +205,14 @@ class SamplingConfig(Section):
         return self
 
 
+class Muon(Section):
+    """Orthogonalised momentum. Its steps are as large as AdamW's, so that one `train.lr` suits both."""
+
+    momentum: Fraction = Field(default=0.95, ge=0, lt=1)
+    nesterov: bool = True
+    newton_schulz_steps: PositiveInt = 5
+
+
 class Train(Section):
     """The trainer process."""
 
@@ -215,6 +223,9 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; the rest stays AdamW's
+    muon: Muon = Muon()
+    offload_optimizer: bool = False  # its state is in host memory except while it steps
     lr: PositiveFloat = 1e-6
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -9,6 +9,7 @@ exceed one pack together; `train/rollouts_split` is the share of rollouts that d
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Readings:
 
 def train_step(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     plan: Plan,
     *,
     rl_loss: PolicyLoss,
@@ -91,16 +92,17 @@ def train_step(
     with ledger.spend("optimizer"):
         grad_norm = clip_gradients(policy, max_grad_norm)
         if not math.isfinite(grad_norm):
-            optimizer.zero_grad()
+            policy.zero_grad()
             raise PalestraError(
                 f"step {plan.step}: the gradient's norm is {grad_norm}; lower train.lr or check the rewards"
             )
         sums, metrics = readings.over_all(ranks)
         if plan.counts["rl"]:
             lr *= _effective_share(sums) ** lr_ess_power
-        set_lr(optimizer, lr)
-        optimizer.step()
-        optimizer.zero_grad()
+        set_lr(optimizers, lr)
+        for optimizer in optimizers:
+            optimizer.step()
+        policy.zero_grad()
     return metrics | _step_metrics(plan, grad_norm, lr, sums)
 
 

@@ -15,7 +15,7 @@ from palestra.model.export import save_huggingface
 from palestra.model.load import load_policy
 from palestra.train import checkpoint
 from palestra.train.checkpoint import TrainerState
-from palestra.train.optimizer import LearningRate, adamw, training_rate
+from palestra.train.optimizer import LearningRate, make_optimizers, training_rate
 from palestra.train.packs import plan_step
 from palestra.train.ranks import Ranks
 from palestra.train.step import train_step
@@ -50,7 +50,7 @@ class Trainer:
     def use_fresh_optimizer(self, rate: LearningRate) -> None:
         """Count from version 0 with new moments and this learning rate."""
         train = self._config.train
-        self._optimizer = adamw(self.policy, betas=train.betas, weight_decay=train.weight_decay)
+        self._optimizers = make_optimizers(self.policy, train)
         self._rate, self.version = rate, 0
 
     def train(self, batch: Batch, ledger: Ledger) -> Metrics:
@@ -71,7 +71,7 @@ class Trainer:
             )
         metrics = train_step(
             self.policy,
-            self._optimizer,
+            self._optimizers,
             plan,
             rl_loss=self._rl_loss,
             lr=self._rate.at(self.version),
@@ -89,14 +89,18 @@ class Trainer:
         directory = self._checkpoint(self.version)
         with ledger.spend("checkpoint"):
             checkpoint.save(
-                directory, TrainerState(version=self.version, data=data or {}), self.policy, self._optimizer, self.ranks
+                directory,
+                TrainerState(version=self.version, data=data or {}),
+                self.policy,
+                self._optimizers,
+                self.ranks,
             )
         return directory
 
     def resume(self, version: int, ledger: Ledger) -> dict[str, Any]:
         """Go back to the checkpoint of `version`; returns the state of the data that was saved with it."""
         with ledger.spend("load"):
-            state = checkpoint.load(self._checkpoint(version), self.policy, self._optimizer)
+            state = checkpoint.load(self._checkpoint(version), self.policy, self._optimizers)
         self.version = state.version
         return state.data
 

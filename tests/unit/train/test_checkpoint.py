@@ -62,7 +62,8 @@ def test_without_the_optimizers_state_it_would_not(make_trainer):
     straight.save(Ledger("test"))
     resumed = make_trainer()
     resumed.resume(3, Ledger("test"))
-    resumed._optimizer.state.clear()
+    for optimizer in resumed._optimizers:
+        optimizer.state.clear()
     _train(straight, range(3, 4))
     _train(resumed, range(3, 4))
     expected = _weights(straight)

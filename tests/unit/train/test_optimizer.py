@@ -25,7 +25,7 @@ def test_a_short_warm_up_phase_still_has_a_rate():
 
 def test_decay_pulls_on_matrices_only():
     model = nn.Linear(2, 3)
-    optimizer = adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = adamw(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay == {id(model.weight): 0.1, id(model.bias): 0.0}
     assert isinstance(optimizer, torch.optim.AdamW)
