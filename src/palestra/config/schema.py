@@ -205,6 +205,15 @@ class SamplingConfig(Section):
         return self
 
 
+class Balance(Section):
+    """What keeps the experts of a mixture evenly used. Both off; a model without experts takes neither."""
+
+    aux_loss: float = Field(default=0.0, ge=0)  # weight of the load-balancing loss (arXiv:2101.03961)
+    bias_rate: float = Field(
+        default=0.0, ge=0
+    )  # of the routers' bias per step, where a family has one (arXiv:2408.15664)
+
+
 class Muon(Section):
     """Orthogonalised momentum. Its steps are as large as AdamW's, so that one `train.lr` suits both."""
 
@@ -223,6 +232,7 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    balance: Balance = Balance()
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; the rest stays AdamW's
     muon: Muon = Muon()
     offload_optimizer: bool = False  # its state is in host memory except while it steps

@@ -17,15 +17,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from palestra.algo.losses import LossTerm, PolicyLoss, cross_entropy, effective_sample_share, reference_kl
+from palestra.config.schema import Balance
 from palestra.core.errors import PalestraError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Last, Max, Mean, Metrics, Sum
 from palestra.model.load import set_gradient_sync
 from palestra.model.policy import Policy
+from palestra.model.routers import max_violation
 from palestra.train.optimizer import by_mesh, set_lr
 from palestra.train.packs import Pack, Plan
 from palestra.train.ranks import Ranks
 from palestra.train.spread import histogram, spread_metrics
+
+_UNBALANCED = Balance()
 
 
 class Readings:
@@ -76,6 +80,7 @@ def train_step(
     ranks: Ranks,
     ledger: Ledger,
     lr_ess_power: float = 0.0,
+    balance: Balance = _UNBALANCED,
 ) -> Metrics:
     """Turn the policy into the next version. A collective. Metrics are those of the whole batch on every rank.
 
@@ -85,10 +90,14 @@ def train_step(
     Errors: PalestraError for a gradient that is not finite; the policy is then unchanged.
     """
     readings = Readings()
+    policy.routers.forget()
     with ledger.spend("forward_backward"):
         for index, pack in enumerate(plan.packs):
             set_gradient_sync(policy, index == len(plan.packs) - 1)
-            pack_loss(policy, pack, plan.counts, rl_loss, readings).backward()
+            loss = pack_loss(policy, pack, plan.counts, rl_loss, readings)
+            if balance.aux_loss:
+                loss = loss + balance.aux_loss / plan.num_tokens * policy.routers.balance_loss()
+            loss.backward()
     with ledger.spend("optimizer"):
         grad_norm = clip_gradients(policy, max_grad_norm)
         if not math.isfinite(grad_norm):
@@ -103,6 +112,7 @@ def train_step(
         for optimizer in optimizers:
             optimizer.step()
         policy.zero_grad()
+        metrics |= _expert_metrics(policy, ranks, balance)
     return metrics | _step_metrics(plan, grad_norm, lr, sums)
 
 
@@ -151,6 +161,22 @@ def clip_gradients(policy: Policy, max_norm: float) -> float:
     for group in groups:
         clip_grads_with_norm_(group, max_norm, norm)
     return float(norm)
+
+
+def _expert_metrics(policy: Policy, ranks: Ranks, balance: Balance) -> Metrics:
+    """How evenly the experts were used; and their biases moved by it."""
+    if not len(policy.routers):
+        return {}
+    load_LE = policy.routers.load(ranks.meshes.everyone)
+    if balance.bias_rate:
+        policy.routers.update_biases(load_LE, balance.bias_rate)
+    violation_L = max_violation(load_LE)
+    return {
+        "train/experts/max_violation": Mean(float(violation_L.sum()), len(violation_L)),
+        "train/experts/max_violation_worst": Max(float(violation_L.max())),
+        "train/experts/dead_share": Mean(float((load_LE == 0).sum()), load_LE.numel()),
+        "train/experts/weight_entropy": Mean(*policy.routers.weight_entropy(ranks.meshes.everyone)),
+    }
 
 
 def _step_metrics(plan: Plan, grad_norm: float, lr: float, sums: dict[str, Tensor]) -> Metrics:

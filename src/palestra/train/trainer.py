@@ -8,11 +8,13 @@ import torch
 
 from palestra.algo.losses import RolloutMasks, policy_loss, with_masks
 from palestra.config import RunConfig
+from palestra.config.schema import Balance
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Mean, Metrics
 from palestra.model.export import save_huggingface
 from palestra.model.load import load_policy
+from palestra.model.policy import Policy
 from palestra.train import checkpoint
 from palestra.train.checkpoint import TrainerState
 from palestra.train.optimizer import LearningRate, make_optimizers, training_rate
@@ -44,6 +46,7 @@ class Trainer:
                 meshes=ranks.meshes,
                 device=ranks.device,
             )
+        _require_balance(self.policy, config.train.balance)
         self.version = 0
         self.use_fresh_optimizer(training_rate(config.train))
 
@@ -79,6 +82,7 @@ class Trainer:
             ranks=self.ranks,
             ledger=ledger,
             lr_ess_power=self._config.train.lr_ess_power,
+            balance=self._config.train.balance,
         )
         self.version += 1
         seconds = time.perf_counter() - started
@@ -119,3 +123,15 @@ class Trainer:
 
     def _checkpoint(self, version: int) -> Path:
         return checkpoint_dir(self._run, version) / "trainer"
+
+
+def _require_balance(policy: Policy, balance: Balance) -> None:
+    """Errors: UserError for what the model has nothing to balance by."""
+    name = type(policy.model).__name__
+    if balance.aux_loss and not len(policy.routers):
+        raise UserError(f"train.balance.aux_loss={balance.aux_loss:g}, but {name} has no routers; set it to 0")
+    if balance.bias_rate and not policy.routers.biases:
+        raise UserError(
+            f"train.balance.bias_rate={balance.bias_rate:g}, but the routers of {name} have no bias for their choice; "
+            "set it to 0 and use train.balance.aux_loss"
+        )
