@@ -198,6 +198,16 @@ class SamplingConfig(Section):
         return self
 
 
+class Muon(Section):
+    """How `train.optimizer = "muon"` steps the matrices of decoder layers. All else is stepped by AdamW."""
+
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    nesterov: bool = True
+    ns_steps: int = Field(default=5, ge=1, le=20)  # of Newton-Schulz
+    scale: Literal["match_adamw", "spectral"] = "match_adamw"  # 0.2 sqrt(max(out, in)), or sqrt(max(1, out / in))
+    lr_ratio: PositiveFloat = 1.0  # of the matrices' learning rate to train.lr
+
+
 class Train(Section):
     """The trainer process."""
 
@@ -205,8 +215,11 @@ class Train(Section):
     seed: int = Field(default=0, ge=0)
     shard: PositiveInt = 1  # ranks that share one copy of the weights (FSDP2)
     replicate: PositiveInt = 1  # copies
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon: Muon = Muon()
+    offload_optimizer: bool = False  # its moments are in host memory, and on the device only while they are used
     lr: PositiveFloat = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"

@@ -9,10 +9,14 @@ exceed one pack together; `train/rollouts_split` is the share of rollouts that d
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from palestra.algo.losses import LossTerm, PolicyLoss, cross_entropy, effective_sample_share, reference_kl
 from palestra.core.errors import PalestraError
@@ -20,6 +24,8 @@ from palestra.core.ledger import Ledger
 from palestra.core.metrics import Last, Max, Mean, Metrics, Sum
 from palestra.model.load import set_gradient_sync
 from palestra.model.policy import Policy
+from palestra.train.holdings import sharding_dims
+from palestra.train.moments import local
 from palestra.train.optimizer import set_lr
 from palestra.train.packs import Pack, Plan
 from palestra.train.ranks import Ranks
@@ -140,10 +146,34 @@ def _mean(value_K: Tensor, where_K: Tensor) -> Tensor:
     return torch.stack([torch.where(where_K, value_K, 0.0).sum(dtype=torch.float64), where_K.sum(dtype=torch.float64)])
 
 
-def clip_gradients(policy: Policy, max_norm: float) -> float:
-    """The norm over all ranks before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+@torch.no_grad()
+def clip_gradients(policy: nn.Module, max_norm: float) -> float:
+    """The norm over all ranks before clipping. A collective. Parameters may be on different meshes."""
+    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    norm = sum_of_squares(gradients).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local(gradient).mul_(factor.to(gradient.dtype))
+    return float(norm)
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all values of tensors that may be sharded over several meshes, each value counted once, in float64."""
+    alike: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
+    for tensor in tensors:
+        where = None
+        if isinstance(tensor, DTensor):
+            where = tensor.device_mesh, sharding_dims(tensor.device_mesh, tensor.placements)
+        alike.setdefault(where, []).append(local(tensor))
+    sums = []
+    for where, shards in alike.items():
+        total = get_total_norm(shards).double().square()
+        mesh, dims = where if where is not None else (None, ())
+        for dim in dims:
+            assert mesh is not None
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        sums.append(total)
+    return torch.stack(sums).sum()
 
 
 def _step_metrics(plan: Plan, grad_norm: float, lr: float, sums: dict[str, Tensor]) -> Metrics:

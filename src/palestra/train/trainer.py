@@ -15,7 +15,7 @@ from palestra.model.export import save_huggingface
 from palestra.model.load import load_policy
 from palestra.train import checkpoint
 from palestra.train.checkpoint import TrainerState
-from palestra.train.optimizer import LearningRate, adamw, training_rate
+from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
 from palestra.train.packs import plan_step
 from palestra.train.ranks import Ranks
 from palestra.train.step import train_step
@@ -44,14 +44,17 @@ class Trainer:
                 mesh=ranks.mesh,
                 device=ranks.device,
             )
-        self.version = 0
-        self.use_fresh_optimizer(training_rate(config.train))
+        self._rate, self.version = training_rate(config.train), 0
+        self._optimizer = self._new_optimizer()
 
     def use_fresh_optimizer(self, rate: LearningRate) -> None:
         """Count from version 0 with new moments and this learning rate."""
-        train = self._config.train
-        self._optimizer = adamw(self.policy, betas=train.betas, weight_decay=train.weight_decay)
+        self._optimizer.state.clear()  # there is no room for two sets of moments
+        self._optimizer = self._new_optimizer()
         self._rate, self.version = rate, 0
+
+    def _new_optimizer(self) -> Optimizer:
+        return make_optimizer(self.policy, self.policy.decoder_layers, self._config.train)
 
     def train(self, batch: Batch, ledger: Ledger) -> Metrics:
         """Turn `version` into the next. Errors: InfrastructureError for the batch of another step."""
