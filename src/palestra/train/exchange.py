@@ -152,8 +152,9 @@ class Exchange:
         transform: Callable[[Tensor], Tensor],
         write: Callable[[int, Index, Tensor], None],
     ) -> None:
-        """A collective. `read` and `write` are of a parameter's shard, each element once; `transform` gets stacks of
-        whole matrices of one shape. The next round's shards travel while a round is computed."""
+        """A collective. `read` and `write` are of a parameter's shard, each element once on every rank that has it;
+        `transform` gets stacks of whole matrices of one shape. The next round's shards travel while a round is
+        computed."""
         if not self.rounds:
             return
         coming = self._gather(self.rounds[0], read)
@@ -167,9 +168,10 @@ class Exchange:
         """Send what this rank holds to the owners."""
         outgoing: list[list[Tensor]] = [[] for _ in range(self._num)]
         for owner, matrix in current.matrices():
-            if matrix.is_sent(self._rank, owner):
-                for piece in matrix.pieces[self._rank]:
-                    outgoing[owner].append(read(matrix.parameter, piece.here).to(self._dtype).flatten())
+            for piece in matrix.pieces.get(self._rank, ()):
+                values = read(matrix.parameter, piece.here)  # in every replica: reading moves the momentum on
+                if matrix.is_sent(self._rank, owner):
+                    outgoing[owner].append(values.to(self._dtype).flatten())
         incoming = [0] * self._num
         for matrix in current.owned.get(self._rank, ()):
             for sender in matrix.senders(self._rank):
