@@ -179,7 +179,7 @@ class Exchange:
         return self._send(outgoing, incoming)
 
     def _assemble(self, current: Round, coming: "_Transfer") -> dict[Shape, Tensor]:
-        received = coming.wait()
+        received = coming.arrived()
         taken = [0] * self._num
         stacks: dict[Shape, list[Tensor]] = {}
         for matrix in current.owned.get(self._rank, ()):
@@ -211,7 +211,7 @@ class Exchange:
         incoming = [0] * self._num
         for owner, _, piece in mine:
             incoming[owner] += piece.numel
-        received = self._send(outgoing, incoming).wait()
+        received = self._send(outgoing, incoming).arrived()
         taken = [0] * self._num
         for owner, matrix, piece in mine:
             values = received[owner][taken[owner] : taken[owner] + piece.numel]
@@ -235,7 +235,7 @@ class _Transfer:
     received: Tensor
     sizes: list[int]
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def arrived(self) -> tuple[Tensor, ...]:
         """What came, by sender; at most as long as the group's deadline."""
         self.work.wait()
         return self.received.split(self.sizes)
