@@ -11,7 +11,7 @@ dealing whole matrices by all-to-all: Ahn et al. 2025, arXiv:2504.05295, and arX
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -199,19 +199,27 @@ class Muon:
 
     def _exchange(self, parameters: Sequence[nn.Parameter], mesh: DeviceMesh, dtype: torch.dtype) -> Exchange:
         group = self._groups[mesh]
-        known: dict[Any, dict[int, Holding]] = {}
+        known: dict[Any, list[Matrix]] = {}  # layers are alike: each kind of parameter is cut once
         matrices: list[Matrix] = []
         for which, parameter in enumerate(parameters):
             assert isinstance(parameter, DTensor)
-            layout = (parameter.shape, parameter.placements)
-            if layout not in known:
+            stored = self._stored[parameter]
+            kind = (parameter.shape, parameter.placements, stored)
+            if kind not in known:
                 held = holdings(parameter.shape, mesh, parameter.placements)
-                known[layout] = {get_group_rank(group, rank): one for rank, one in held.items()}
-            _check(local(parameter), known[layout][get_rank(group)])
-            experts = [None] if parameter.dim() == 2 else range(parameter.shape[0])
-            for rows, columns in self._stored[parameter].matrices(parameter.shape):
-                matrices += [cut(which, rows, columns, expert, known[layout], parameter.shape) for expert in experts]
+                in_group = {get_group_rank(group, rank): one for rank, one in held.items()}
+                _check(local(parameter), in_group[get_rank(group)])
+                known[kind] = _cut_all(parameter.shape, stored, in_group)
+            matrices += [replace(matrix, parameter=which) for matrix in known[kind]]
         return Exchange(matrices, group, device=local(parameters[0]).device, dtype=dtype)
+
+
+def _cut_all(shape: Sequence[int], stored: Stored, held: dict[int, Holding]) -> list[Matrix]:
+    """The matrices of a parameter, of every expert."""
+    experts = [None] if len(shape) == 2 else range(shape[0])
+    return [
+        cut(0, rows, columns, expert, held, shape) for rows, columns in stored.matrices(shape) for expert in experts
+    ]
 
 
 def _is_whole_here(parameter: Tensor) -> bool:

@@ -11,6 +11,7 @@ from palestra.train.optimizer import make_optimizer, set_lr, training_rate, warm
     [
         ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
         ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.85355339, 0.5, 0.14644661]),
         ("wsd", [1 / 3, 2 / 3, 1, 1, 1, 0.5]),
     ],
 )
