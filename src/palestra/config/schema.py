@@ -215,11 +215,13 @@ class Balance(Section):
 
 
 class Muon(Section):
-    """Orthogonalised momentum. Its steps are as large as AdamW's, so that one `train.lr` suits both."""
+    """How `train.optimizer = "muon"` steps the matrices of decoder layers. All else is stepped by AdamW."""
 
-    momentum: Fraction = Field(default=0.95, ge=0, lt=1)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     nesterov: bool = True
-    newton_schulz_steps: PositiveInt = 5
+    ns_steps: int = Field(default=5, ge=1, le=20)  # of Newton-Schulz
+    scale: Literal["match_adamw", "spectral"] = "match_adamw"  # 0.2 sqrt(max(out, in)), or sqrt(max(1, out / in))
+    lr_ratio: PositiveFloat = 1.0  # of the matrices' learning rate to train.lr
 
 
 class Train(Section):
@@ -233,11 +235,11 @@ class Train(Section):
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
     balance: Balance = Balance()
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; the rest stays AdamW's
+    optimizer: Literal["adamw", "muon"] = "adamw"
     muon: Muon = Muon()
-    offload_optimizer: bool = False  # its state is in host memory except while it steps
+    offload_optimizer: bool = False  # its moments are in host memory, and on the device only while they are used
     lr: PositiveFloat = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"

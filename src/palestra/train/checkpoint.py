@@ -5,7 +5,6 @@ resumed run goes on to the bit. The caller writes the manifest afterwards; witho
 """
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,14 @@ class TrainerState(Struct, frozen=True, kw_only=True):
     data: dict[str, Any] = {}
 
 
-def save(
-    directory: Path, state: TrainerState, policy: Policy, optimizers: Sequence[torch.optim.Optimizer], ranks: Ranks
-) -> None:
+def save(directory: Path, state: TrainerState, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """A collective. Errors: InfrastructureError, if it cannot be written."""
     try:
         if ranks.is_first:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
         ranks.barrier()
-        weights, moments = get_state_dict(policy, optimizers)
+        weights, moments = get_state_dict(policy, optimizer)
         save_tensors({"policy": weights, "optimizer": moments}, checkpoint_id=directory)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise InfrastructureError(
@@ -52,17 +49,17 @@ def save(
     ranks.barrier()
 
 
-def load(directory: Path, policy: Policy, optimizers: Sequence[torch.optim.Optimizer]) -> TrainerState:
+def load(directory: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
     """A collective; the number of ranks may differ from that of the save. Errors: InfrastructureError."""
     try:
         state = msgspec.json.decode((directory / _STATE).read_bytes(), type=TrainerState)
-        weights, moments = get_state_dict(policy, optimizers)
+        weights, moments = get_state_dict(policy, optimizer)
         load_tensors({"policy": weights, "optimizer": moments}, checkpoint_id=directory)
     except (OSError, msgspec.DecodeError, CheckpointException) as error:
         raise InfrastructureError(
             f"checkpoint {directory} cannot be loaded: {_reason(error)}; resume from the one before"
         ) from error
-    set_state_dict(policy, optimizers, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return state
 
 

@@ -17,7 +17,7 @@ from palestra.model.load import load_policy
 from palestra.model.policy import Policy
 from palestra.train import checkpoint
 from palestra.train.checkpoint import TrainerState
-from palestra.train.optimizer import LearningRate, make_optimizers, training_rate
+from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
 from palestra.train.packs import plan_step
 from palestra.train.ranks import Ranks
 from palestra.train.step import train_step
@@ -47,14 +47,17 @@ class Trainer:
                 device=ranks.device,
             )
         _require_balance(self.policy, config.train.balance)
-        self.version = 0
-        self.use_fresh_optimizer(training_rate(config.train))
+        self._rate, self.version = training_rate(config.train), 0
+        self._optimizer = self._new_optimizer()
 
     def use_fresh_optimizer(self, rate: LearningRate) -> None:
         """Count from version 0 with new moments and this learning rate."""
-        train = self._config.train
-        self._optimizers = make_optimizers(self.policy, train)
+        self._optimizer.state.clear()  # there is no room for two sets of moments
+        self._optimizer = self._new_optimizer()
         self._rate, self.version = rate, 0
+
+    def _new_optimizer(self) -> Optimizer:
+        return make_optimizer(self.policy, self.policy.decoder_layers, self._config.train)
 
     def train(self, batch: Batch, ledger: Ledger) -> Metrics:
         """Turn `version` into the next. Errors: InfrastructureError for the batch of another step."""
@@ -74,7 +77,7 @@ class Trainer:
             )
         metrics = train_step(
             self.policy,
-            self._optimizers,
+            self._optimizer,
             plan,
             rl_loss=self._rl_loss,
             lr=self._rate.at(self.version),
@@ -96,7 +99,7 @@ class Trainer:
                 directory,
                 TrainerState(version=self.version, data=data or {}),
                 self.policy,
-                self._optimizers,
+                self._optimizer,
                 self.ranks,
             )
         return directory
@@ -104,7 +107,7 @@ class Trainer:
     def resume(self, version: int, ledger: Ledger) -> dict[str, Any]:
         """Go back to the checkpoint of `version`; returns the state of the data that was saved with it."""
         with ledger.spend("load"):
-            state = checkpoint.load(self._checkpoint(version), self.policy, self._optimizers)
+            state = checkpoint.load(self._checkpoint(version), self.policy, self._optimizer)
         self.version = state.version
         return state.data
 
