@@ -215,6 +215,10 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    recompute: Literal["none", "selective", "full"] = "none"
+    offload_activations: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    offload_optimizer: bool = False
     lr: PositiveFloat = 1e-6
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)

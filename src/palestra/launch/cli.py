@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--only", choices=["train", "env", "infer"], help="what runs live")
     _add_json(replay)
     _add_simulate(commands)
+    _add_plan(commands)
     _add_bench(commands)
     _add_json(_add(commands, "doctor", _doctor, "check this machine and the installation"))
     return parser
@@ -255,6 +256,18 @@ def _add_simulate(commands) -> None:
     parser.add_argument("--gpus", type=int, help="find the best split of so many between trainer and engines")
     parser.add_argument("--steps", type=int, default=20, help="steps to average over (default: 20)")
     parser.add_argument("--seed", type=int, default=0)
+    _add_json(parser)
+
+
+def _add_plan(commands) -> None:
+    parser = _add(commands, "plan", _plan, "tell what training a recipe asks of its devices, without any")
+    _add_recipe(parser)
+    text = "the model's config.json (default: NAME.config.json beside the recipe, then what model.path names)"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--gpu", default="H200", help="A100, H100, H200, B200 or cpu (default: H200)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
+    parser.add_argument("--mean-tokens", type=int, help="of a rollout or sample (default: half of the longest)")
+    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s that training reaches (default: 0.35)")
     _add_json(parser)
 
 
@@ -532,6 +545,21 @@ def _simulate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     simulate.show(wish, as_json=arguments.json)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from palestra.launch import planning
+
+    wish = planning.Wish(
+        recipe=arguments.recipe,
+        overrides=arguments.overrides,
+        model_config=arguments.config,
+        gpu=arguments.gpu,
+        gpus_per_node=arguments.gpus_per_node,
+        mean_tokens=arguments.mean_tokens,
+        mfu=arguments.mfu,
+    )
+    planning.show(wish, as_json=arguments.json)
 
 
 def _bench_loop(arguments: argparse.Namespace) -> None:

@@ -92,9 +92,7 @@ def _attention(text: Any, index: int) -> Attention:
 # --- parameters
 
 
-def _layer(
-    layer: nn.Module, attention: Attention, top_k: int, model: PreTrainedModel, kept: "_Kept"
-) -> Layer:
+def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrainedModel, kept: "_Kept") -> Layer:
     experts = {id(p): module for module in _experts(layer) for p in module.parameters()}
     total = routed = matrices = products = 0
     met = 0.0
