@@ -1,4 +1,4 @@
-"""What training a model costs each device, told from its anatomy: bytes at the peak, bytes published, seconds of a step.
+"""What training a model costs each device, told from its anatomy: bytes at the peak and published, seconds of a step.
 
 A pure function of the recipe's `train` section, the model's anatomy and the hardware. Legend: P parameters, T tokens of
 a pack on one rank, F ranks that share the weights (shard x context_parallel).
@@ -204,6 +204,7 @@ class Change:
     """The same plan with other settings."""
 
     settings: dict[str, int | str | bool]
+    num_ranks: int
     budget: Budget
 
 
@@ -219,7 +220,13 @@ def changes(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, n
         if anatomy.num_experts % changed.expert_parallel or (changed.expert_parallel > 1 and not anatomy.num_experts):
             continue
         told = {name: getattr(changed, name) for name in settings}
-        found.append(Change(settings=told, budget=budget_of(changed, anatomy, hardware, work, node_ranks=node_ranks)))
+        found.append(
+            Change(
+                settings=told,
+                num_ranks=changed.num_ranks,
+                budget=budget_of(changed, anatomy, hardware, work, node_ranks=node_ranks),
+            )
+        )
     return found
 
 
@@ -228,9 +235,10 @@ def _variants(train: Train) -> list[dict[str, Any]]:
     found += [{name: here} for name in ("offload_activations", "offload_optimizer") for here in (True, False)]
     found += [{"optimizer": name} for name in ("muon", "adamw")]
     for factor in (2, 0.5):
-        found += [{name: getattr(train, name) * factor} for name in ("shard", "context_parallel", "expert_parallel")]
-        found += [{name: getattr(train, name) / factor} for name in ("max_pack_tokens", "head_chunk_tokens")]
         found += [{"shard": train.shard * factor, "replicate": train.replicate / factor}]
+        found += [{"context_parallel": train.context_parallel * factor, "shard": train.shard / factor}]
+        found += [{"shard": train.shard * factor}, {"expert_parallel": train.expert_parallel * factor}]
+        found += [{name: getattr(train, name) / factor} for name in ("max_pack_tokens", "head_chunk_tokens")]
     now = train.model_dump()
     return [settings for settings in found if any(now[name] != value for name, value in settings.items())]
 

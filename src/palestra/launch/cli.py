@@ -282,9 +282,26 @@ def _add_bench(commands) -> None:
         parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe: train.lr=1e-5")
         parser.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
         _add_json(parser)
+    _add_bench_trainer(inner)
     sandbox = _add(inner, "sandbox", _bench_sandbox, "programs in sandboxes beside programs without any")
     sandbox.add_argument("--quick", action="store_true", help="a fifth of everything")
     _add_json(sandbox)
+
+
+def _add_bench_trainer(inner) -> None:
+    parser = _add(inner, "trainer", _bench_trainer, "the trainer's step on random tokens: tokens/s, MFU, memory")
+    parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="such as train.shard=2 model.dtype=float32")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="qwen3-0.6b, glm4moe-layers, ... (default: smollm2-135m)"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a model's config.json instead")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a pack (default: 4096)")
+    parser.add_argument("--packs", type=int, default=1, help="of each rank and step (default: 1)")
+    parser.add_argument("--documents", type=int, default=8, help="of a pack, of unequal lengths (default: 8)")
+    parser.add_argument("--kind", choices=["rl", "sft"], default="rl", help="default: rl, a quarter is prompt")
+    parser.add_argument("--steps", type=int, default=3, help="after one that warms up (default: 3)")
+    parser.add_argument("--against", choices=["transformers"], help="the same step without palestra")
+    _add_json(parser)
 
 
 # --- commands
@@ -578,6 +595,14 @@ def _bench_env(arguments: argparse.Namespace) -> None:
     from palestra.launch.bench import env
 
     env.show(arguments.overrides, outputs=arguments.outputs, as_json=arguments.json)
+
+
+def _bench_trainer(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import trainer
+
+    fields = ("model", "config", "tokens", "packs", "documents", "kind", "steps", "against", "overrides")
+    wish = trainer.Wish(**{name: getattr(arguments, name) for name in fields})
+    trainer.show(wish, as_json=arguments.json)
 
 
 def _bench_sandbox(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ GB = 10**9
 class Hardware:
     """One device. `reserved_bytes` is what it holds before a model comes: driver context, communication buffers.
 
-    `host_bytes`: its share of the host's memory; `host_link_bytes_s`: to and from there. `mfu`: the share of `flops` that training reaches.
+    `host_bytes`: its share of the host's memory; `host_link_bytes_s`: to and from there. `mfu`: the share of `flops`
+    that training reaches.
     """
 
     name: str

@@ -193,6 +193,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "changes": [
             {
                 "settings": change.settings,
+                "ranks": change.num_ranks,
                 "device_bytes": change.budget.device_bytes,
                 "frees_bytes": budget.device_bytes - change.budget.device_bytes,
                 "host_bytes": change.budget.host_bytes,
@@ -218,14 +219,13 @@ def _print(planned: Planned) -> None:
 def _lines(planned: Planned) -> list[str]:
     anatomy, train = planned.anatomy, planned.config.train
     experts = f", {anatomy.num_experts} experts of which a token meets {anatomy.num_experts_per_token}"
-    layout = f"replicate {train.replicate} x shard {train.shard}"
+    layout = f"{planned.hardware.name}: replicate {train.replicate} x shard {train.shard}"
     layout += f" x context {train.context_parallel}" if train.context_parallel > 1 else ""
     layout += f", experts over {train.expert_parallel}" if train.expert_parallel > 1 else ""
     return [
         f"model:  {anatomy.architecture}, {anatomy.parameters / 1e9:.2f} B parameters, {anatomy.active / 1e9:.2f} B "
         f"active, {len(anatomy.layers)} layers{experts if anatomy.num_experts else ''} (from {planned.origin})",
-        f"layout: {train.num_ranks} ranks on {planned.num_nodes} nodes of {planned.node_ranks} {planned.hardware.name}: "
-        f"{layout}",
+        f"layout: {train.num_ranks} ranks on {planned.num_nodes} nodes of {planned.node_ranks} {layout}",
     ]
 
 
@@ -282,11 +282,16 @@ def _settings(change: Change) -> str:
     )
 
 
+def _with_ranks(change: Change, planned: Planned) -> str:
+    words = _settings(change)
+    return words if change.num_ranks == planned.config.train.num_ranks else f"{words} ({change.num_ranks} ranks)"
+
+
 def _publish_words(anatomy: Anatomy) -> str:
     low, high = difference_bytes(anatomy)
     return (
-        f"publish: {_gib(published_bytes(anatomy))} GiB; if {CHANGED[0]:.0%} to {CHANGED[1]:.0%} of the weights change, "
-        f"their difference is about {_gib(low)} to {_gib(high)}"
+        f"publish: {_gib(published_bytes(anatomy))} GiB; the difference is about {_gib(low)} to {_gib(high)}, "
+        f"if {CHANGED[0]:.0%} to {CHANGED[1]:.0%} of the weights change"
     )
 
 
@@ -294,12 +299,13 @@ def _step_words(planned: Planned) -> str:
     work, seconds = planned.work, planned.budget.seconds
     told = "assumed: half of the longest; --mean-tokens" if planned.is_length_assumed else "as given"
     flops = step_flops(planned.anatomy, work) / work.tokens
+    hidden = f"{_seconds(seconds.communication)} of communication and {_seconds(seconds.offload)} of offload behind it"
     return (
         f"step:    about {_seconds(seconds.total)}: {work.tokens:,} tokens in documents of {work.document_tokens:,} "
-        f"({told}), {planned.budget.packs} packs for each rank, {flops / 1e9:.1f} GFLOP a token; computing "
-        f"{_seconds(seconds.compute)} at {planned.hardware.mfu:.0%} of {planned.hardware.flops / 1e12:,.0f} TFLOP/s "
-        f"(assumed; --mfu), with {_seconds(seconds.communication)} of communication and {_seconds(seconds.offload)} of offload behind it, to experts "
-        f"{_seconds(seconds.to_experts)}, optimizer {_seconds(seconds.optimizer)}"
+        f"({told}), packs for each rank: {planned.budget.packs}, {flops / 1e9:.1f} GFLOP a token; computing "
+        f"{_seconds(seconds.compute)} at {planned.hardware.mfu:.0%} of {planned.hardware.flops / 1e12:,.3g} TFLOP/s "
+        f"(assumed; --mfu), with {hidden}, to experts {_seconds(seconds.to_experts)}, optimizer "
+        f"{_seconds(seconds.optimizer)}"
     )
 
 

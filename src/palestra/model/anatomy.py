@@ -1,7 +1,8 @@
 """What a model is made of, in numbers: parameters, what a token meets of them, what a forward pass leaves behind.
 
-Counted by `dissect` on the meta device; this module alone imports no torch. FLOPs are those of the definition: a product
-of [m, k] and [k, n] is 2 m k n, a backward pass twice its forward, nothing computed again counts, padding is not there.
+Counted by `dissect` on the meta device; this module alone imports no torch. FLOPs are those of the definition: a
+product of [m, k] and [k, n] is 2 m k n, a backward pass twice its forward; nothing that is computed again counts, and
+padding is not there.
 """
 
 from collections.abc import Sequence

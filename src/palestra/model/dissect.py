@@ -1,8 +1,8 @@
-"""Take a model apart on the meta device, where it has shapes and no bytes: `python -m palestra.model.dissect MODEL_JSON`.
+"""Take a model apart on the meta device, where it has shapes and no bytes: `python -m palestra.model.dissect MODEL`.
 
-MODEL_JSON is the `model` section of a run. No family is known here: parameters are counted module by module, and what a
-forward pass keeps is read off a forward pass of the family's own code, with an attention that keeps what flash kernels
-do. Legend: T tokens of the probe, H query heads, G key and value heads, D width of a head.
+MODEL is the `model` section of a run, as JSON. No family is known here: parameters are counted module by module, and
+what a forward pass keeps is read off one of the family's own code, with an attention that keeps what flash kernels do.
+Legend: T tokens of the probe, H query heads, G key and value heads, D width of a head.
 """
 
 import copy
