@@ -234,6 +234,8 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
+    offload_activations: bool = False  # what is kept for the backward waits in host memory
     balance: Balance = Balance()
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon: Muon = Muon()

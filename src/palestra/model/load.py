@@ -104,6 +104,9 @@ def sharded_modules(policy: nn.Module) -> list[FSDPModule]:
 
 
 def set_gradient_sync(policy: nn.Module, sync: bool) -> None:
-    """Whether the next backward adds up the gradients over the ranks; before that they pile up on each."""
+    """Whether the next backward adds up the gradients over replicas; before that they pile up on each.
+
+    Ranks that share weights add theirs up in every backward: what piles up is a rank's part, never a whole model.
+    """
     for module in sharded_modules(policy):
-        module.set_requires_gradient_sync(sync, recurse=False)
+        module.set_requires_all_reduce(sync, recurse=False)
