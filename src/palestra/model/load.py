@@ -18,6 +18,7 @@ from palestra.model.fill import empty_model, fill
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
+from palestra.model.recompute import Recompute, keep_less
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
 
@@ -30,6 +31,8 @@ def load_policy(
     head_chunk_tokens: int,
     meshes: Meshes,
     device: torch.device,
+    recompute: Recompute = "none",
+    offload_activations: bool = False,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
 
@@ -42,6 +45,7 @@ def load_policy(
     model = empty_model(config, experts=experts)
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
+    keep_less(policy.decoder_layers, recompute=recompute, offload=offload_activations)
     shard(policy, dtype=dtype, experts=experts, meshes=meshes)
     fill(model, model_directory(path), device=device)
     check_against_own_forward(policy, tolerance=_TOLERANCE[dtype])

@@ -45,6 +45,8 @@ class Trainer:
                 head_chunk_tokens=config.train.head_chunk_tokens,
                 meshes=ranks.meshes,
                 device=ranks.device,
+                recompute=config.train.recompute,
+                offload_activations=config.train.offload_activations,
             )
         _require_balance(self.policy, config.train.balance)
         self._rate, self.version = training_rate(config.train), 0
