@@ -2,7 +2,8 @@
 
 MODEL is the `model` section of a run, as JSON. No family is known here: parameters are counted module by module, and
 what a forward pass keeps is read off one of the family's own code, with an attention that keeps what flash kernels do.
-Legend: T tokens of the probe, H query heads, G key and value heads, D width of a head.
+Legend: T tokens of the probe, H query heads, G key and value heads, D width of a head or of the model, S choices of
+experts, E experts, I width of one.
 """
 
 import copy
@@ -28,7 +29,7 @@ from palestra.model.policy import Policy
 NAME = "palestra_shapes"
 PROBE_TOKENS = 512
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 
 
 def dissect(config: PretrainedConfig, dtype: torch.dtype) -> Anatomy:
@@ -145,10 +146,16 @@ class _Products(TorchDispatchMode):
         self.into: _Kept | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.into is not None and func.overloadpacket.__name__ in _PRODUCTS:
+        name = func.overloadpacket.__name__
+        out = _grouped(*args[:2]) if name == "_grouped_mm" else func(*args, **(kwargs or {}))
+        if self.into is not None and name in _PRODUCTS:
             self.into.products += out.nbytes
         return out
+
+
+def _grouped(rows_SD: Tensor, weights_EDI: Tensor) -> Tensor:
+    """Its shape [S, I] in any precision, where torch's own on the meta device has bfloat16 alone."""
+    return rows_SD.new_empty(rows_SD.shape[0], weights_EDI.shape[2])
 
 
 class _Shapes(Function):

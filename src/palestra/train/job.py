@@ -34,13 +34,15 @@ class Job(Struct, frozen=True, kw_only=True):
 
 
 class Speed(Struct, frozen=True, kw_only=True):
-    """What the first rank saw. Bytes are of its device, or of its process on a CPU: before the model, with the model
-    and nothing else, at the peak of all steps. `product_flops` is what a large matrix product reaches here."""
+    """What the first rank saw: wall and processor seconds of each step. `product_flops` is what a large matrix product
+    reaches here. Bytes are of its device, or of its process on a CPU: before the model, with the model and nothing
+    else, at the peak of all steps."""
 
     who: str
     device: str
     ranks: int
     steps_s: list[float]
+    cpu_s: list[float]
     parts_s: dict[str, float]
     bytes_before: int
     bytes_loaded: int

@@ -7,7 +7,6 @@ In bfloat16 the weights are float32 under autocast.
 """
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from palestra.core.errors import UserError
 from palestra.model.dissect import dissect
 from palestra.train.job import Job, Speed
 from palestra.train.packs import Pack, plan_step
-from palestra.train.probe import Memory, product_flops, settle
+from palestra.train.probe import Memory, Watch, product_flops
 from palestra.train.speed import synthetic_batch
 from palestra.train.trainer import DTYPES
 
@@ -43,11 +42,10 @@ def measure(job: Job, way: str) -> Speed:
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=0.0, fused=True)
     loaded = memory.now()
     memory.forget_peak()
-    took_s, loss = [], 0.0
+    watch, loss = Watch(device), 0.0
     for step in range(job.warmup_steps + job.steps):
         batch = synthetic_batch(job, step=step, vocab_size=model.config.vocab_size)
-        settle(device)
-        began = time.perf_counter()
+        watch.start()
         plan = plan_step(batch, rank=0, num_ranks=1, device=device)
         loss = 0.0
         for pack in plan.packs:
@@ -58,13 +56,13 @@ def measure(job: Job, way: str) -> Speed:
         clip_grad_norm_(model.parameters(), train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        settle(device)
-        took_s.append(time.perf_counter() - began)
+        watch.stop()
     return Speed(
         who=f"transformers, {way}",
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         ranks=1,
-        steps_s=took_s[job.warmup_steps :],
+        steps_s=watch.wall_s[job.warmup_steps :],
+        cpu_s=watch.cpu_s[job.warmup_steps :],
         parts_s={},
         bytes_before=before,
         bytes_loaded=loaded,

@@ -38,6 +38,25 @@ def _status(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
+class Watch:
+    """Wall and processor seconds of steps, from when the device has done what it was asked before."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.wall_s: list[float] = []
+        self.cpu_s: list[float] = []
+
+    def start(self) -> None:
+        settle(self._device)
+        self._began = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        settle(self._device)
+        wall_s, cpu_s = self._began
+        self.wall_s.append(time.perf_counter() - wall_s)
+        self.cpu_s.append(time.process_time() - cpu_s)
+
+
 def settle(device: torch.device) -> None:
     """Wait for what was asked of the device."""
     if device.type == "cuda":

@@ -7,7 +7,6 @@ model of random weights from the fields of its config.json.
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from palestra.core.ledger import Ledger
 from palestra.core.metrics import Metrics
 from palestra.train import ranks as trainer_ranks
 from palestra.train.job import Job, Speed
-from palestra.train.probe import Memory, product_flops, settle
+from palestra.train.probe import Memory, Watch, product_flops
 from palestra.train.ranks import Ranks
 from palestra.train.trainer import DTYPES, Trainer
 from palestra.wire.batches import Batch
@@ -77,7 +76,7 @@ def _measure(job: Job, config: RunConfig, ranks: Ranks) -> Speed:
     loaded = memory.now()
     memory.forget_peak()
     ledger = Ledger("trainer")
-    steps_s, metrics = _steps(trainer, job, ledger)
+    watch, metrics = _steps(trainer, job, ledger)
     peak = memory.peak()
     parts = ledger.close().parts_s
     dtype = DTYPES[config.model.dtype]
@@ -86,7 +85,8 @@ def _measure(job: Job, config: RunConfig, ranks: Ranks) -> Speed:
         who="palestra",
         device=torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
         ranks=ranks.num,
-        steps_s=steps_s,
+        steps_s=watch.wall_s[job.warmup_steps :],
+        cpu_s=watch.cpu_s[job.warmup_steps :],
         parts_s={name: seconds / job.steps for name, seconds in parts.items() if name in _PARTS},
         bytes_before=before,
         bytes_loaded=loaded,
@@ -101,19 +101,17 @@ def _measure(job: Job, config: RunConfig, ranks: Ranks) -> Speed:
 _PARTS = ("plan", "forward_backward", "optimizer")
 
 
-def _steps(trainer: Trainer, job: Job, ledger: Ledger) -> tuple[list[float], Metrics]:
-    """Seconds of the steps after the warm-up."""
-    took_s, metrics = [], Metrics()
+def _steps(trainer: Trainer, job: Job, ledger: Ledger) -> tuple[Watch, Metrics]:
+    """The ledger has the parts of the steps after the warm-up alone."""
+    watch, metrics = Watch(trainer.ranks.device), Metrics()
     for step in range(job.warmup_steps + job.steps):
         if step == job.warmup_steps:
             ledger.close()
         batch = synthetic_batch(job, step=step, vocab_size=trainer.policy.vocab_size)
-        settle(trainer.ranks.device)
-        began = time.perf_counter()
+        watch.start()
         metrics = trainer.train(batch, ledger)
-        settle(trainer.ranks.device)
-        took_s.append(time.perf_counter() - began)
-    return took_s[job.warmup_steps :], metrics
+        watch.stop()
+    return watch, metrics
 
 
 def build(fields: dict[str, Any], directory: Path) -> None:

@@ -62,7 +62,7 @@ def measure(wish: Wish) -> dict[str, Any]:
         directory = Path(name)
         config = _config(wish, directory)
         say("a model of random weights")
-        _run([*_module("palestra.train.speed"), "build", json.dumps(_fields(wish)), str(directory / "model")], config)
+        build(_fields(wish), directory / "model", config)
         file = directory / "job.json"
         job = _job(wish, config)
         file.write_bytes(msgspec.json.encode(job))
@@ -72,6 +72,11 @@ def measure(wish: Wish) -> dict[str, Any]:
         if wish.against is not None:
             numbers |= _compare(wish, config, file, speed)
     return numbers
+
+
+def build(fields: dict[str, Any], directory: Path, config: RunConfig) -> None:
+    """In a process of its own, so that the one that is measured has only its own memory."""
+    _run([*_module("palestra.train.speed"), "build", json.dumps(fields), str(directory)], config)
 
 
 def _fields(wish: Wish) -> dict[str, Any]:
@@ -172,13 +177,17 @@ def _numbers(wish: Wish, speed: Speed, num_tokens: int) -> dict[str, Any]:
         "peak_flops_from": whose,
         "optimizer_share": speed.parts_s["optimizer"] / step_s,
         "state_bytes": speed.bytes_loaded - speed.bytes_before,
-        "peak_bytes": speed.bytes_peak - speed.bytes_before,
+        "peak_bytes": _used(speed),
         "loss": speed.loss,
     }
 
 
+def _used(speed: Speed) -> int:
+    return speed.bytes_peak - speed.bytes_before
+
+
 def _compare(wish: Wish, config: RunConfig, file: Path, ours: Speed) -> dict[str, Any]:
-    """With whichever way of transformers alone is faster; both are told."""
+    """With the faster way of transformers alone, and the one that needs less memory; both are told."""
     if config.train.num_ranks != 1:
         raise UserError("--against transformers compares one rank; leave train.shard and train.replicate at 1")
     ways = {}
@@ -190,10 +199,11 @@ def _compare(wish: Wish, config: RunConfig, file: Path, ours: Speed) -> dict[str
     numbers: dict[str, Any] = {}
     for way, speed in ways.items():
         numbers[f"transformers_{way}_step_s"] = median(speed.steps_s)
-        numbers[f"transformers_{way}_peak_bytes"] = speed.bytes_peak - speed.bytes_before
+        numbers[f"transformers_{way}_peak_bytes"] = _used(speed)
     return numbers | {
         "transformers_way": fastest,
         "transformers_loss": theirs.loss,
         "throughput_over_transformers": median(theirs.steps_s) / step_s,
-        "memory_over_transformers": (ours.bytes_peak - ours.bytes_before) / (theirs.bytes_peak - theirs.bytes_before),
+        "cpu_throughput_over_transformers": median(theirs.cpu_s) / median(ours.cpu_s),
+        "memory_over_transformers": _used(ours) / min(map(_used, ways.values())),
     }
