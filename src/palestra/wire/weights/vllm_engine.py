@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from palestra.core.errors import FencedError, InfrastructureError
 from palestra.wire.weights import files
 from palestra.wire.weights.coverage import Coverage
+from palestra.wire.weights.local import fetch
 from palestra.wire.weights.manifest import WeightsManifest, read_manifest
 
 
@@ -27,10 +28,14 @@ class FilesInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class FilesUpdateInfo(WeightTransferUpdateInfo):
-    """One whole version: the directory that holds it, and its number, which the manifest must repeat."""
+    """One whole version: the directory that holds it, and its number, which the manifest must repeat.
+
+    `local`: where copies of what is loaded are kept on this machine; empty for none.
+    """
 
     directory: str
     version: int
+    local: str = ""
 
 
 class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
@@ -70,8 +75,11 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
         try:
             if self._coverage is None or self._complete:
                 raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
-            manifest = self._expect(update_info)
-            self._coverage.require_complete(self._load(update_info.directory, manifest))
+            directory = Path(update_info.directory)
+            if update_info.local:
+                directory = fetch(directory, Path(update_info.local))
+            manifest = self._expect(directory, update_info.version)
+            self._coverage.require_complete(self._load(directory, manifest))
         except BaseException:
             self._put_back_together()
             raise
@@ -88,17 +96,15 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
     def shutdown(self) -> None:
         """Nothing is held open between updates."""
 
-    def _expect(self, update_info: FilesUpdateInfo) -> WeightsManifest:
-        manifest = read_manifest(Path(update_info.directory))
-        if manifest.version != update_info.version:
-            raise InfrastructureError(
-                f"version {update_info.version} was announced, but its manifest says {manifest.version}"
-            )
+    def _expect(self, directory: Path, version: int) -> WeightsManifest:
+        manifest = read_manifest(directory)
+        if manifest.version != version:
+            raise InfrastructureError(f"version {version} was announced, but its manifest says {manifest.version}")
         if manifest.attempt < self._attempt:
             raise FencedError(f"weights of attempt {manifest.attempt} refused: those of {self._attempt} came before")
         return manifest
 
-    def _load(self, directory: str, manifest: WeightsManifest) -> set[str] | None:
+    def _load(self, directory: Path, manifest: WeightsManifest) -> set[str] | None:
         """Names of the engine's tensors that got anything."""
         current = "none yet"
 
