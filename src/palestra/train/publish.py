@@ -1,6 +1,7 @@
 """Stage the weights of a version for the engines, with a probe that proves their arrival."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from palestra.wire.weights import files
 from palestra.wire.weights.manifest import Probe, Staged, WeightsManifest, chain, record
 
 KEPT_VERSIONS = 3
+KEPT_COPIES = 2  # where each is a copy of the model in the GPU's memory: one that engines hold, one on its way
 MAX_CHAIN = 0.5  # of a whole version's bytes: so much may lie in differences before the next version is whole
 
 
@@ -64,8 +66,10 @@ class Publisher:
         recorded_in: Path | None = None,
         full_every: int = 1,
         local: str = "",
+        by_handle: bool = False,
     ):
-        """`recorded_in`: where every version is kept beside being staged. `full_every`: 1 stages all of them whole."""
+        """`recorded_in`: where every version is kept beside being staged. `full_every`: 1 stages all of them whole.
+        `by_handle`: not at all; the engine finds a copy in the memory of the GPU that both are on."""
         self._policy, self._ranks, self._directory = policy, ranks, directory
         self._attempt, self._life, self._dtype, self._recorded_in = attempt, life, dtype, recorded_in
         generator = torch.Generator().manual_seed(seed)
@@ -73,11 +77,12 @@ class Publisher:
         self._previous: list[float] | None = None
         self._staged: list[int] = []
         self._differences, self._local = Differences(full_every), local
+        self._held: dict[int, list[torch.Tensor]] | None = {} if by_handle else None
 
     @property
     def is_full(self) -> bool:
         """As many versions are staged as should ever lie there at once."""
-        return len(self._staged) >= KEPT_VERSIONS
+        return len(self._staged) >= (KEPT_VERSIONS if self._held is None else KEPT_COPIES)
 
     def stage(self, version: int, ledger: Ledger) -> Staged:
         """A collective; the first rank writes. Errors: InfrastructureError, if the disk is full."""
@@ -111,20 +116,36 @@ class Publisher:
             for _ in tensors:
                 pass
             return None
+        if self._held is not None:
+            manifest, self._held[version] = self._hand_out(directory, version, tensors)
+            return manifest
         manifest = files.stage(directory, version, self._attempt, tensors, previous=self._differences.previous)
         self._differences.staged(directory, manifest)
         return manifest
 
+    def _hand_out(
+        self, directory: Path, version: int, tensors: Iterator[tuple[str, torch.Tensor]]
+    ) -> tuple[WeightsManifest, list[torch.Tensor]]:
+        from palestra.wire.weights import handles  # vLLM's side of it: seconds to import, and nowhere else needed
+
+        return handles.stage(directory, version, self._attempt, tensors)
+
     def _record(self, staged: Staged, manifest: WeightsManifest, published: Path) -> None:
         def write_whole(target: Path) -> None:
-            files.stage(target, staged.version, 0, files.read(staged.directory, manifest))
+            if self._held is None:
+                tensors = files.read(staged.directory, manifest)
+            else:
+                tensors = zip((entry.name for entry in manifest.tensors), self._held[staged.version], strict=True)
+            files.stage(target, staged.version, 0, tensors)
 
-        record(staged, published, write_whole if manifest.previous else None)
+        record(staged, published, write_whole if manifest.previous or self._held is not None else None)
 
     def loaded(self, version: int) -> None:
         """Engines hold `version`: what is older, and no part of it or of a later one, is not needed again, whichever
         life of the trainer staged it."""
         self._staged = [staged for staged in self._staged if staged >= version]
+        if self._held is not None:
+            self._held = {staged: copy for staged, copy in self._held.items() if staged >= version}
         if self._ranks.is_first:
             paths = {path: int(path.name[1:].split(".")[0]) for path in self._directory.glob("v*")}
             needed = {link for path, number in paths.items() if number >= version for link in _links(path)}

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from palestra.core.ledger import Ledger
 from palestra.model.load import load_policy
-from palestra.train.publish import KEPT_VERSIONS, Differences, Publisher
-from palestra.wire.weights import files
+from palestra.train.publish import KEPT_COPIES, KEPT_VERSIONS, Differences, Publisher
+from palestra.wire.weights import files, handles
 from palestra.wire.weights.manifest import WeightsManifest, read_manifest, record, recorded
+from tests.unit.wire.fake_gpu import DEVICE, fake_gpu
 
 
 @pytest.fixture
@@ -155,6 +156,35 @@ def test_after_a_restart_the_first_is_whole_and_the_life_before_is_left_to_engin
     again.loaded(3)  # a version of the life before, which went further
     assert not list((tmp_path / "staging").iterdir())
     assert _whole_versions([again.stage(3, Ledger("test"))]) == [3]
+
+
+def test_a_version_is_handed_out_by_handle_until_a_later_one_is_loaded(policy, ranks, tmp_path, monkeypatch):
+    fake_gpu(monkeypatch)
+    publisher = Publisher(
+        policy,
+        ranks=ranks,
+        directory=tmp_path / "staging",
+        attempt=1,
+        dtype=torch.float32,
+        probe_tokens=20,
+        seed=0,
+        recorded_in=tmp_path / "published",
+        by_handle=True,
+    )
+    staged = []
+    for version in range(KEPT_COPIES):
+        assert not publisher.is_full
+        staged.append(Path(publisher.stage(version, Ledger("test")).directory))
+        _change(policy)
+    assert publisher.is_full, "each is a copy of the model in the GPU's memory"
+    for directory, kept in zip(staged, recorded(tmp_path / "published"), strict=True):
+        handed = dict(handles.read(directory, read_manifest(directory), DEVICE))
+        whole = dict(files.read(kept.directory, read_manifest(Path(kept.directory))))
+        assert handed.keys() == whole.keys()
+        assert all(torch.equal(handed[name], whole[name]) for name in whole)
+    publisher.loaded(1)
+    assert not publisher.is_full
+    assert [path.name for path in (tmp_path / "staging").iterdir()] == ["v000001"]
 
 
 def test_large_differences_bring_the_next_whole_version_forward():

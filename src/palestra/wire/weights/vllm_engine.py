@@ -1,5 +1,6 @@
-"""The engine's side of a publish through files: check, load, prove. Runs inside vLLM's workers."""
+"""The engine's side of a publish: check what is staged, load, prove. Runs inside vLLM's workers."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from palestra.core.errors import FencedError, InfrastructureError
-from palestra.wire.weights import files
+from palestra.wire.weights import files, handles
 from palestra.wire.weights.coverage import Coverage
 from palestra.wire.weights.local import fetch
 from palestra.wire.weights.manifest import WeightsManifest, read_manifest
@@ -110,7 +111,7 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
 
         def checked():
             nonlocal current
-            for name, tensor in files.read(directory, manifest):
+            for name, tensor in self._read(directory, manifest):
                 current = name
                 yield name, tensor
 
@@ -122,6 +123,10 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
             raise InfrastructureError(
                 f"the engine could not load tensor {current} (or the one after it): {type(error).__name__} {error}"
             ) from error
+
+    def _read(self, directory: Path, manifest: WeightsManifest) -> Iterator[tuple[str, torch.Tensor]]:
+        is_here = handles.are_in(manifest)
+        return handles.read(directory, manifest, self.device) if is_here else files.read(directory, manifest)
 
     def _forget_packed_experts(self) -> None:
         """On CPUs vLLM packs experts only when it builds their kernel, once: after a reload it would compute nonsense.
