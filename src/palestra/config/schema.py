@@ -290,7 +290,7 @@ class Sync(Section):
     every: PositiveInt = 1  # steps between publishes
     staging: Path | None = None  # default: shared memory on one machine
     difference: bool = False  # stage only what changed since the version before, where that is smaller
-    full_every: int = Field(default=32, ge=2)  # with difference: at least every so many publishes is whole
+    full_every: int = Field(default=16, ge=2)  # with difference: at least every so many publishes is whole
     local: Path | None = None  # on engines' machines: copies of what they load, where staging is far from them
     tolerance: PositiveFloat | None = None  # mean |trainer - engine| log-probability of the probe; default by dtype
     probe_tokens: int = Field(default=128, ge=2)
