@@ -313,6 +313,7 @@ ENDS_ALL_THE_SAME = {
     ("sandbox.service._serve", "await told_to_end.wait()"): "a service goes on until it is told to end",
     ("sandbox.service._serve", "await runner.cleanup()"): "it has a deadline inside, shutdown_timeout",
     ("sandbox.ports.relay", "await asyncio.gather(...)"): "each way gives up after an hour without a byte",
+    ("train.exchange._Transfer.arrived", "self.work.wait()"): "the process group has a deadline",
     ("wire.chat.ChatClient._tried", "await self._http.post(...)"): "`ask` bounds all tries together",
     ("orchestrate.gateway.Gateway._join", "await future"): "the request behind it has engine.call_s",
     ("orchestrate.gateway.Gateway.close", "await asyncio.gather(...)"): "they are cancelled already",

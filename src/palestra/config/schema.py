@@ -205,6 +205,25 @@ class SamplingConfig(Section):
         return self
 
 
+class Balance(Section):
+    """What keeps the experts of a mixture evenly used. Both off; a model without experts takes neither."""
+
+    aux_loss: float = Field(default=0.0, ge=0)  # weight of the load-balancing loss (arXiv:2101.03961)
+    bias_rate: float = Field(
+        default=0.0, ge=0
+    )  # of the routers' bias per step, where a family has one (arXiv:2408.15664)
+
+
+class Muon(Section):
+    """How `train.optimizer = "muon"` steps the matrices of decoder layers. All else is stepped by AdamW."""
+
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    nesterov: bool = True
+    ns_steps: int = Field(default=5, ge=1, le=20)  # of Newton-Schulz
+    scale: Literal["match_adamw", "spectral"] = "match_adamw"  # 0.2 sqrt(max(out, in)), or sqrt(max(1, out / in))
+    lr_ratio: PositiveFloat = 1.0  # of the matrices' learning rate to train.lr
+
+
 class Train(Section):
     """The trainer process."""
 
@@ -215,8 +234,14 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
+    offload_activations: bool = False  # what is kept for the backward waits in host memory
+    balance: Balance = Balance()
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon: Muon = Muon()
+    offload_optimizer: bool = False  # its moments are in host memory, and on the device only while they are used
     lr: PositiveFloat = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
