@@ -165,6 +165,10 @@ _DISK = "the disk takes it or refuses it; a kernel that does neither holds every
 
 ENDS_ALL_THE_SAME = {
     ("model.ring._Blocks.pass_on", "work.wait()"): "the process group ends a collective after its timeout",
+    (
+        "wire.weights.local._alone",
+        "fcntl.flock(...)",
+    ): "for who copies; sync.deadline_s ends the publish, death the lock",
     ("core.deadline.within", "scope"): "this is the deadline",
     ("core.deadline.within", "await awaited"): "this is what has the deadline",
     ("env.aside.limited", "await asyncio.wrap_future(...)"): "the pool ends what takes longer than `timeout`",

@@ -308,14 +308,29 @@ class Engine(Section):
 class Sync(Section):
     """How new weights reach the engines."""
 
+    kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"  # ipc: trainer and engine on one GPU
     kv: Literal["keep", "recompute"] = "keep"
     wait: bool = False  # rollouts that run end before a load, none starts meanwhile; otherwise they go on across it
     at_once: PositiveInt = 1
     every: PositiveInt = 1  # steps between publishes
     staging: Path | None = None  # default: shared memory on one machine
+    difference: bool = False  # stage only what changed since the version before, where that is smaller
+    full_every: int = Field(default=16, ge=2)  # with difference: at least every so many publishes is whole
+    local: Path | None = None  # on engines' machines: copies of what they load, where staging is far from them
     tolerance: PositiveFloat | None = None  # mean |trainer - engine| log-probability of the probe; default by dtype
     probe_tokens: int = Field(default=128, ge=2)
     deadline_s: PositiveFloat = 300
+
+    @model_validator(mode="after")
+    def _is_built(self) -> Self:
+        if self.kind not in ("files", "ipc"):
+            raise ValueError(
+                f"sync.kind={self.kind} is not built: the trainer would have to send while engines receive; use files, "
+                "with sync.difference where few weights change, or ipc on one GPU"
+            )
+        if self.kind == "ipc" and (self.difference or self.local is not None):
+            raise ValueError("sync.kind=ipc copies nothing: leave sync.difference and sync.local out")
+        return self
 
 
 class Endpoint(Section):
@@ -620,6 +635,21 @@ class RunConfig(Section):
                 )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_a_gpu(self) -> Self:
+        counts = {
+            "train ranks": self.train.num_ranks,
+            "engine.replicas": self.engine.replicas,
+            "engine.tensor_parallel": self.engine.tensor_parallel,
+        }
+        several = [f"{name}={count}" for name, count in counts.items() if count > 1]
+        if self.sync.kind == "ipc" and (several or self.engine.device == "cpu"):
+            raise ValueError(
+                "sync.kind=ipc is for one trainer and one engine on one GPU, not for "
+                f"{', '.join(several) or 'engine.device=cpu'}; use sync.kind=files"
+            )
         return self
 
     @model_validator(mode="after")
