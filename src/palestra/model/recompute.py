@@ -22,8 +22,8 @@ _COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")
 
 
 def keep_less(layers: list[nn.Module], *, recompute: Recompute, offload: bool) -> None:
-    """`selective` keeps matrix products, attention and what came from other ranks, and computes the rest again; products
-    of experts too, whose rows are many and which some families change in place. `full` keeps a layer's input. With
+    """`selective` keeps matrix products, attention and what came from other ranks, and computes the rest again: also
+    products of experts, whose rows are many and which some families change in place. `full` keeps a layer's input. With
     `offload` what is kept waits in host memory, pinned where there is a GPU.
     """
     for layer in layers:
