@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -46,36 +46,43 @@ class Adapter:
         return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted).encode() + b"\n"
 
 
-def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype, seed: int) -> Adapter:
+def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype) -> Adapter:
     """Freeze the model, in `dtype`: it needs no masters. Trainable float32 adapters beside its linear layers.
 
-    Before sharding. Errors: UserError for targets that the model does not have, or that cannot be adapted.
+    On the meta device, before sharding; `begin_adapter` fills them.
+    Errors: UserError for targets that the model does not have, or that cannot be adapted.
     """
     from peft import inject_adapter_in_model
 
     adapter = Adapter(lora, _targets(model, lora))
     model.requires_grad_(False)
     layers = _layers(model)  # not the model: of some families peft would adapt experts in its place
-    inject_adapter_in_model(_peft_config(lora, tuple(_adapted(layers, adapter.targets))), layers)
+    config = _peft_config(lora, tuple(_adapted(layers, adapter.targets)))
+    inject_adapter_in_model(config, layers, low_cpu_mem_usage=True)
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    reset_adapter(model, seed)
     return adapter
 
 
 @torch.no_grad()
-def reset_adapter(model: nn.Module, seed: int) -> None:
-    """The same on every rank: A as peft draws it, from a generator of its own, and B zero."""
-    from peft.tuners.lora import LoraLayer
+def begin_adapter(model: nn.Module, *, seed: int, device: torch.device) -> None:
+    """The same on every rank, however it is sharded: A as peft draws it, from a generator of its own, and B zero."""
+    from palestra.model.fill import give
 
     generator = torch.Generator().manual_seed(seed)
-    adapted: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for module in adapted:
-        a_RI: Tensor = module.lora_A[_NAME].weight
-        bound = 1 / math.sqrt(a_RI.shape[1])  # Kaiming's, with a = sqrt(5)
-        a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
-        module.lora_B[_NAME].weight.zero_()
+    for name, parameter in list(model.named_parameters()):
+        whole = torch.zeros(parameter.shape) if _A in name or _B in name else None
+        if whole is not None and _A in name:
+            bound = 1 / math.sqrt(parameter.shape[1])  # Kaiming's, with a = sqrt(5)
+            whole.uniform_(-bound, bound, generator=generator)
+        if whole is not None:
+            give(model, name, whole, device)
+
+
+def plain_name(name: str) -> str:
+    """Of a weight, without the adapter that lies beside it."""
+    return name.replace(_BASE, ".")
 
 
 def _peft_config(lora: Lora, targets: tuple[str, ...]) -> "LoraConfig":
@@ -154,7 +161,7 @@ def fold(group: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     for name, tensor in group.items():
         if _A in name or _B in name:
             continue
-        plain = name.replace(_BASE, ".")
+        plain = plain_name(name)
         folded[plain] = tensor
         if (a := group.get(name.replace(_BASE, _A))) is not None and _BASE in name and name.endswith("weight"):
             delta_OI = _whole(group[name.replace(_BASE, _B)]).float() @ _whole(a).float()

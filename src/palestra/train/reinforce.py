@@ -82,6 +82,9 @@ def _start(
         seed=config.train.seed,
         recorded_in=run.published if config.log.keep_weights else None,
         base=config.model_dir,
+        full_every=config.sync.full_every if config.sync.difference else 1,
+        local=str(config.sync.local.resolve()) if config.sync.local else "",
+        by_handle=config.sync.kind == "ipc",
     )
     loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)
     if (version := version_to_load(run, attempt, life())) is not None:

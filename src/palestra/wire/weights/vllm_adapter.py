@@ -9,6 +9,7 @@ reads the files again, and a request from before the update reads those that it 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from palestra.wire.weights.vllm_engine import FilesEngine, FilesUpdateInfo
 class AdapterUpdateInfo(FilesUpdateInfo):
     """A version, and the directory from which this engine reads its adapter."""
 
-    home: str = ""
+    home: str = ""  # empty: none yet, which ends the update
 
 
 class AdapterEngine(FilesEngine):
@@ -41,7 +42,7 @@ class AdapterEngine(FilesEngine):
         is_begun, self._started = getattr(self, "_started", False), False
         if not is_begun:
             raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
-        manifest = self._expect(update_info)
+        manifest = self._expect(Path(update_info.directory), update_info.version)
         tensors = dict(files.read(update_info.directory, manifest))
         try:
             self._require_used(tensors, update_info.directory)
