@@ -37,9 +37,8 @@ def measure(job: Job, way: str) -> Speed:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory = Memory(device)
     before = memory.now()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        config.model_dir, dtype=torch.float32, attn_implementation="sdpa"
-    ).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model_dir, dtype=torch.float32, attn_implementation="sdpa")
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=0.0, fused=True)
     loaded = memory.now()
     memory.forget_peak()
