@@ -1,26 +1,31 @@
 """Every way to lay a model out over ranks, and what is measured of each: used by the ranks and by the tests."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 
 from palestra.algo.losses import policy_loss
+from palestra.config.schema import Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
-from palestra.model import attention, load
+from palestra.model import load
+from palestra.model.documents import documents_of
 from palestra.model.experts import expert_modules
-from palestra.model.load import set_gradient_sync
+from palestra.model.fill import empty_model, fill
+from palestra.model.load import read_config, set_gradient_sync
 from palestra.model.mesh import Meshes, make_meshes
 from palestra.model.policy import Policy
-from palestra.train.optimizer import adamw
+from palestra.train import muon, packs
+from palestra.train.optimizer import make_optimizer
 from palestra.train.packs import Plan, plan_step
 from palestra.train.ranks import Ranks
 from palestra.train.step import Readings, pack_loss, train_step
@@ -40,6 +45,7 @@ class Layout:
     axes: dict[str, Any] = field(default_factory=dict)
     precisions: tuple[str, ...] = ("float64",)
     families: tuple[str, ...] = ALL
+    optimizer: Literal["muon", "adamw"] = "muon"  # the first is the second for all that is no matrix of a layer
 
     def suits(self, family: str) -> bool:
         return family in self.families and ("experts" not in self.axes or is_split(family))
@@ -52,10 +58,10 @@ class Layout:
 BOTH = ("float64", "float32")
 LAYOUTS = [
     Layout("1", 1),
-    Layout("fsdp2", 2, {"shard": 2}),
+    Layout("fsdp2", 2, {"shard": 2}, optimizer="adamw"),
     Layout("fsdp4", 4, {"shard": 4}, BOTH),
     Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}),
-    Layout("ep2", 2, {"shard": 2, "experts": 2}),
+    Layout("ep2", 2, {"shard": 2, "experts": 2}, optimizer="adamw"),
     Layout("ep4", 4, {"shard": 4, "experts": 4}),
     Layout("ulysses2", 2, {"context": 2}),
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
@@ -66,6 +72,7 @@ FAULTS = {
     "experts swapped": "ep2",
     "boundary ignored": "ring2",
     "wrong divisor": "ep2",
+    "orthogonalised in pieces": "fsdp4",
 }
 
 
@@ -74,28 +81,24 @@ def is_split(family: str) -> bool:
     return "Moe" in family or family.startswith(("GptOss", "Deepseek", "MiniMax"))
 
 
-def make_policy(model: Path, dtype: torch.dtype, meshes: Meshes | None) -> Policy:
+def make_policy(path: Path, dtype: torch.dtype, meshes: Meshes | None) -> Policy:
     """Without meshes: one process, nothing sharded."""
     experts = "batched_mm" if dtype == torch.float64 else "grouped_mm"  # which has no float64
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=dtype,
-        attn_implementation=attention.NAME,
-        experts_implementation=experts if is_split(model.name) else None,
-    )
-    policy = Policy(loaded, head_chunk_tokens=5)
+    model = empty_model(read_config(str(path)), experts=experts if is_split(path.name) else "grouped_mm").to(dtype)
+    policy = Policy(model, head_chunk_tokens=5)
     if meshes is not None:
         load.shard(policy, dtype=dtype, experts=experts, meshes=meshes)
+    fill(model, path, device=torch.device("cpu"))
     return policy
 
 
-def measure(policy: Policy, meshes: Meshes | None, ranks: Ranks | None = None) -> dict[str, Any]:
-    """Gradients at version 0; with `ranks`, metrics and weights of three steps. A collective of the layout."""
+def measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str) -> dict[str, Any]:
+    """Gradients at version 0, then metrics and weights of three steps. A collective of the layout."""
     with NeverNarrower():
-        return _measure(policy, meshes, ranks)
+        return _measure(policy, meshes, ranks, optimizer)
 
 
-def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks | None) -> dict[str, Any]:
+def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str) -> dict[str, Any]:
     plan = _plan(meshes, 0)
     readings = Readings()
     for index, pack in enumerate(plan.packs):
@@ -105,11 +108,9 @@ def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks | None) -> dict
         "gradients": {name: _whole(parameter.grad) for name, parameter in policy.named_parameters()}
     }
     policy.zero_grad()
-    if ranks is not None:
-        optimizer = adamw(policy, betas=(0.9, 0.95), weight_decay=0.1)
-        metrics = [_step(policy, optimizer, _plan(meshes, step), ranks) for step in range(STEPS)]
-        found["metrics"] = [values(each) for each in metrics]
-        found["weights"] = {name: _whole(parameter) for name, parameter in policy.named_parameters()}
+    stepped = make_optimizer(policy, policy.decoder_layers, Train(optimizer=optimizer, weight_decay=0.1))
+    found["metrics"] = [values(_step(policy, stepped, _plan(meshes, step), ranks)) for step in range(STEPS)]
+    found["weights"] = {name: _whole(parameter) for name, parameter in policy.named_parameters()}
     return found
 
 
@@ -163,12 +164,11 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
         for module in expert_modules(policy.model):
             module.set_gradient_divide_factor(meshes.experts["ep"].size())  # type: ignore[operator]
     elif fault == "boundary ignored":
-        from palestra.train import packs
-
-        documents_of, packs.documents_of = packs.documents_of, lambda lengths, *more: documents_of([sum(lengths)], *more)
-        try:
+        with patch.object(packs, "documents_of", lambda lengths, *more: documents_of([sum(lengths)], *more)):
             yield
-        finally:
-            packs.documents_of = documents_of
-        return
+            return
+    elif fault == "orthogonalised in pieces":
+        with patch.object(muon, "_is_whole_here", lambda parameter: True):
+            yield
+            return
     yield

@@ -11,7 +11,7 @@ from palestra.config.schema import Train
 from palestra.model.mesh import Meshes
 from palestra.train import ranks as trainer_ranks
 from palestra.train.ranks import Ranks
-from tests.dist.layouts import FAULTS, LAYOUTS, is_split, make_policy, measure, planted
+from tests.dist.layouts import FAULTS, LAYOUTS, Layout, is_split, make_policy, measure, planted
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -24,22 +24,22 @@ def main(models: Path, out: Path) -> None:
         for layout in LAYOUTS:
             if dist.get_rank() < layout.num_ranks and layout.suits(model.name):
                 for precision in layout.precisions:
-                    _run(model, layout.name, precision, meshes[layout.name], out)
+                    _run(model, layout, precision, meshes[layout.name], out)
             dist.barrier()
     trainer_ranks.leave()
 
 
-def _run(model: Path, layout: str, name: str, meshes: Meshes, out: Path) -> None:
+def _run(model: Path, layout: Layout, name: str, meshes: Meshes, out: Path) -> None:
     rank, dtype = dist.get_rank(), DTYPES[name]
     ranks = Ranks(rank=rank, num=meshes.dense.size(), device=torch.device("cpu"), meshes=meshes)
     policy = make_policy(model, dtype, meshes)
-    found = measure(policy, meshes, ranks)
+    found = measure(policy, meshes, ranks, layout.optimizer)
     if rank == 0:
-        torch.save(found, out / f"{model.name}-{layout}-{name}.pt")
-    for fault in [fault for fault, where in FAULTS.items() if where == layout and is_split(model.name)]:
+        torch.save(found, out / f"{model.name}-{layout.name}-{name}.pt")
+    for fault in [fault for fault, where in FAULTS.items() if where == layout.name and is_split(model.name)]:
         policy = make_policy(model, dtype, meshes)
         with planted(fault, policy, meshes):
-            found = measure(policy, meshes)
+            found = measure(policy, meshes, ranks, layout.optimizer)
         if rank == 0:
             torch.save(found, out / f"{model.name}-{fault}-{name}.pt")
 

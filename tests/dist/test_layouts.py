@@ -52,8 +52,8 @@ def alone(models):
     ranks = Ranks(rank=0, num=1, device=torch.device("cpu"), meshes=make_meshes("cpu"))
 
     @cache
-    def found(family: str, precision: str) -> dict[str, Any]:
-        return measure(make_policy(models / family, DTYPES[precision], None), None, ranks)
+    def found(family: str, precision: str, optimizer: str) -> dict[str, Any]:
+        return measure(make_policy(models / family, DTYPES[precision], None), None, ranks, optimizer)
 
     return found
 
@@ -79,13 +79,17 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, st
 
 @pytest.mark.parametrize(("family", "layout", "precision"), cases())
 def test_a_layout_equals_one_process(family, layout: Layout, precision, alone, found, record_layout):
-    reference = alone(family, precision)
+    reference = alone(family, precision, layout.optimizer)
     ours = torch.load(found / f"{family}-{layout.name}-{precision}.pt")
     gaps = {
         "gradient": worst(ours["gradients"], reference["gradients"]),
         "weight": worst(ours["weights"], reference["weights"]),
         "loss": worst(*({"loss": torch.tensor([m[LOSS] for m in f["metrics"]], dtype=torch.float64)} for f in (ours, reference))),
     }
+    for ours_of_step, theirs in zip(ours["metrics"], reference["metrics"], strict=True):
+        experts = {name: value for name, value in theirs.items() if name.startswith("train/experts/")}
+        assert bool(experts) == is_split(family)
+        assert {name: ours_of_step[name] for name in experts} == pytest.approx(experts, rel=1e-4, abs=1e-9)
     record_layout(family, layout.name, precision, {what: gap for what, (gap, _) in gaps.items()})
     for what, (gap, name) in gaps.items():
         assert gap <= TOLERANCE[precision], f"{what} of {name} differs by {gap:.2e}"
@@ -97,5 +101,7 @@ LOSS = "train/rl/loss"
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("family", [family for family in ALL if is_split(family)])
 def test_a_planted_fault_is_seen(family, fault, alone, found):
-    ours = torch.load(found / f"{family}-{fault}-float64.pt")["gradients"]
-    assert worst(ours, alone(family, "float64")["gradients"])[0] > 1e-3
+    ours = torch.load(found / f"{family}-{fault}-float64.pt")
+    layout = next(layout for layout in LAYOUTS if layout.name == FAULTS[fault])
+    what = "weights" if fault == "orthogonalised in pieces" else "gradients"
+    assert worst(ours[what], alone(family, "float64", layout.optimizer)[what])[0] > 1e-3

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from palestra.model.documents import documents_of
-from palestra.model.load import _load, read_config
 from palestra.model.policy import Policy
 from tests.unit.model import tiny
 
@@ -28,10 +27,7 @@ def _logps(policy: Policy, device: str) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", tiny.FAMILIES)
 def test_log_probabilities_and_gradients_equal_those_of_the_cpu(tmp_path, architecture):
     path = str(tiny.build(tmp_path, architecture))
-    policies = {
-        device: Policy(_load(path, read_config(path), "eager"), head_chunk_tokens=7).to(device)
-        for device in ("cpu", "cuda")
-    }
+    policies = {device: tiny.unsharded(path, experts="eager").to(device) for device in ("cpu", "cuda")}
     logps = {device: _logps(policy, device) for device, policy in policies.items()}
     torch.testing.assert_close(logps["cpu"], logps["cuda"], atol=1e-4, rtol=1e-3)
     pairs = zip(policies["cpu"].named_parameters(), policies["cuda"].parameters(), strict=True)

@@ -28,8 +28,15 @@ def iterate_weights(policy: Policy, *, dtype: torch.dtype) -> Iterator[tuple[str
     every rank must iterate to the end.
     """
     for group in _groups(policy.model.state_dict(keep_vars=True)):
-        whole = {name: _whole(tensor, dtype) for name, tensor in group.items()}
-        yield from revert_weight_conversion(policy.model, whole).items()
+        yield from _layout(policy, {name: _whole(tensor, dtype) for name, tensor in group.items()})
+
+
+def _layout(policy: Policy, layer: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """As a checkpoint has it. What was handed out is let go of: two layers are never whole at once."""
+    tensors = revert_weight_conversion(policy.model, layer)
+    del layer
+    for name in list(tensors):
+        yield name, tensors.pop(name)
 
 
 def _groups(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -14,6 +14,15 @@ TOKENIZER_FILES = (
 )
 
 
+def model_directory(source: str) -> Path:
+    """Where the weights of `source` lie: the directory itself, or the hub's cache after a download."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json"]))
+
+
 def tokenizer_directory(source: str) -> Path:
     """Where the tokenizer of `source` lies: the directory itself, or the hub's cache after a download."""
     if Path(source).is_dir():

@@ -4,20 +4,23 @@ Legend: a rank is one trainer process; `mesh.py` says how they are laid out.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from palestra.core.errors import UserError
-from palestra.model import attention
 from palestra.model.experts import expert_modules, split_experts
+from palestra.model.files import model_directory
+from palestra.model.fill import empty_model, fill
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
+from palestra.model.recompute import Recompute, keep_less
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
 
 
 def load_policy(
@@ -28,19 +31,25 @@ def load_policy(
     head_chunk_tokens: int,
     meshes: Meshes,
     device: torch.device,
+    recompute: Recompute = "none",
+    offload_activations: bool = False,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
+
+    A collective; no process ever holds the whole model.
 
     Errors: UserError for a path without a model, a family that cannot be packed, or a model that does not fit.
     """
     config = read_config(path)
     require_memory(config, dtype=dtype, num_shards=meshes.num_shards, device=device)
-    model = _load(path, config, experts)
+    model = empty_model(config, experts=experts)
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
-    check_against_own_forward(policy)
+    keep_less(policy.decoder_layers, recompute=recompute, offload=offload_activations)
     shard(policy, dtype=dtype, experts=experts, meshes=meshes)
-    return policy.to(device)
+    fill(model, model_directory(path), device=device)
+    check_against_own_forward(policy, tolerance=_TOLERANCE[dtype])
+    return policy
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -53,27 +62,6 @@ def read_config(path: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers and huggingface_hub raise many kinds
         raise UserError(f"model.path={path} cannot be read: {_in_one_line(error)}") from error
-
-
-def _load(path: str, config: PretrainedConfig, experts: str) -> PreTrainedModel:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=attention.NAME,
-            experts_implementation=experts if experts != "grouped_mm" else None,  # None: grouped_mm if there are any
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise UserError(f"model.path={path} cannot be loaded: {_in_one_line(error)}") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"model.path={path} lacks {len(missing)} tensors of {type(model).__name__}, the first is {missing[0]}; "
-            "they would be random: give the whole checkpoint, or the config.json that belongs to it"
-        )
-    return model
 
 
 def _in_one_line(error: Exception) -> str:

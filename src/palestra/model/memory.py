@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from palestra.core.errors import UserError
 
 GIB = 1024**3
-_MASTER_BYTES = 4  # float32
 _STATE_BYTES = 4 + 4 + 8  # master, gradient, two moments of AdamW
 
 
@@ -22,21 +21,17 @@ def count_parameters(config: PretrainedConfig) -> int:
 def require_memory(config: PretrainedConfig, *, dtype: torch.dtype, num_shards: int, device: torch.device) -> None:
     """Errors: UserError with the numbers, if loading or training state alone would not fit.
 
-    Counts: weights, gradients and optimizer state of this rank's shard, the weights in use, and while loading one
-    whole copy in host memory on every rank of the machine. Activations come on top.
+    Counts: weights, gradients and optimizer state of this rank's shard, and the weights in use. Activations come on
+    top.
     """
     num_parameters = count_parameters(config)
     state = num_parameters * _STATE_BYTES // num_shards
     in_use = num_parameters * dtype.itemsize if dtype != torch.float32 or num_shards > 1 else 0
-    loading = num_parameters * _MASTER_BYTES
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
         _require(num_parameters, state + in_use, torch.cuda.mem_get_info(device)[0], f"on {device}")
-        _require(
-            num_parameters, loading * local_ranks, available_bytes(), f"to load on {local_ranks} ranks of this host"
-        )
     else:
-        _require(num_parameters, max(state + in_use, loading) * local_ranks, available_bytes(), "on this host")
+        _require(num_parameters, (state + in_use) * local_ranks, available_bytes(), "on this host")
 
 
 def _require(num_parameters: int, needed: int, available: int, where: str) -> None:

@@ -14,6 +14,7 @@ from palestra.model.attention import NAME
 from palestra.model.context import WHOLE, Context
 from palestra.model.documents import Documents, documents_of
 from palestra.model.head import logit_map_of, token_logprobs
+from palestra.model.routers import Routers
 
 
 class Policy(nn.Module):
@@ -26,6 +27,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.decoder_layers = _layers_of(model)
+        self.routers = Routers(model)
         self.context: Context = WHOLE
         self._logit_map = logit_map_of(model.config)
         self._head_chunk_tokens = head_chunk_tokens
@@ -39,12 +41,13 @@ class Policy(nn.Module):
         `scored_K` are positions in the pack; none is the first of its document. Float32 or wider, [K] each, on
         every rank of the context.
         """
-        hidden_1tD = self.model.get_decoder()(
-            input_ids=documents.take(token_ids_T).unsqueeze(0),
-            position_ids=documents.positions,
-            use_cache=False,
-            documents=documents,
-        ).last_hidden_state
+        with self.routers.listening(documents.is_real):
+            hidden_1tD = self.model.get_decoder()(
+                input_ids=documents.take(token_ids_T).unsqueeze(0),
+                position_ids=documents.positions,
+                use_cache=False,
+                documents=documents,
+            ).last_hidden_state
         head = self.model.get_output_embeddings()
         assert head is not None
         owner_K = documents.owner[scored_K - 1]
@@ -104,18 +107,24 @@ def require_softmax_attention(model: PreTrainedModel) -> None:
 def check_against_own_forward(policy: Policy, *, tolerance: float = 1e-3) -> None:
     """Score two packed documents, and each alone with the family's own eager forward: they must agree.
 
-    Proves the packed attention, the chunked head and the logits' scaling for this family. Before sharding; float32.
-    Errors: UserError with the difference.
+    Proves the packed attention, the chunked head and the logits' scaling for this family, as it will be used: in the
+    policy's precision, and sharded as it is. A collective. Errors: UserError with the difference.
     """
-    model = policy.model
+    model, device = policy.model, next(policy.parameters()).device
     generator = torch.Generator().manual_seed(0)
     lengths = [9, 5]
-    token_ids_T = torch.randint(model.config.vocab_size, (sum(lengths),), generator=generator)
-    scored_K = torch.tensor([*range(1, 9), *range(10, 14)])
-    packed_K, _ = policy(token_ids_T, documents_of(lengths), scored_K, torch.ones(len(scored_K)))
+    token_ids_T = torch.randint(model.config.vocab_size, (sum(lengths),), generator=generator).to(device)
+    scored_K = torch.tensor([*range(1, 9), *range(10, 14)], device=device)
+    documents = documents_of(lengths, device, policy.context)
+    packed_K, _ = policy(token_ids_T, documents, scored_K, torch.ones(len(scored_K), device=device))
+    is_sharded = isinstance(policy, FSDPModule)
+    if is_sharded:
+        policy.unshard()  # base and head: the layers do it themselves
     model.set_attn_implementation("eager")
     own_K = torch.cat([_own_logprobs(model, document) for document in token_ids_T.split(lengths)])
     model.set_attn_implementation(NAME)
+    if is_sharded:
+        policy.reshard()
     difference = float((packed_K - own_K).abs().max())
     if not difference <= tolerance:
         raise UserError(

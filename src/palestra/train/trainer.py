@@ -8,14 +8,16 @@ import torch
 
 from palestra.algo.losses import RolloutMasks, policy_loss, with_masks
 from palestra.config import RunConfig
+from palestra.config.schema import Balance
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Mean, Metrics
 from palestra.model.export import save_huggingface
 from palestra.model.load import load_policy
+from palestra.model.policy import Policy
 from palestra.train import checkpoint
 from palestra.train.checkpoint import TrainerState
-from palestra.train.optimizer import LearningRate, adamw, training_rate
+from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
 from palestra.train.packs import plan_step
 from palestra.train.ranks import Ranks
 from palestra.train.step import train_step
@@ -43,15 +45,21 @@ class Trainer:
                 head_chunk_tokens=config.train.head_chunk_tokens,
                 meshes=ranks.meshes,
                 device=ranks.device,
+                recompute=config.train.recompute,
+                offload_activations=config.train.offload_activations,
             )
-        self.version = 0
-        self.use_fresh_optimizer(training_rate(config.train))
+        _require_balance(self.policy, config.train.balance)
+        self._rate, self.version = training_rate(config.train), 0
+        self._optimizer = self._new_optimizer()
 
     def use_fresh_optimizer(self, rate: LearningRate) -> None:
         """Count from version 0 with new moments and this learning rate."""
-        train = self._config.train
-        self._optimizer = adamw(self.policy, betas=train.betas, weight_decay=train.weight_decay)
+        self._optimizer.state.clear()  # there is no room for two sets of moments
+        self._optimizer = self._new_optimizer()
         self._rate, self.version = rate, 0
+
+    def _new_optimizer(self) -> Optimizer:
+        return make_optimizer(self.policy, self.policy.decoder_layers, self._config.train)
 
     def train(self, batch: Batch, ledger: Ledger) -> Metrics:
         """Turn `version` into the next. Errors: InfrastructureError for the batch of another step."""
@@ -79,6 +87,7 @@ class Trainer:
             ranks=self.ranks,
             ledger=ledger,
             lr_ess_power=self._config.train.lr_ess_power,
+            balance=self._config.train.balance,
         )
         self.version += 1
         seconds = time.perf_counter() - started
@@ -89,7 +98,11 @@ class Trainer:
         directory = self._checkpoint(self.version)
         with ledger.spend("checkpoint"):
             checkpoint.save(
-                directory, TrainerState(version=self.version, data=data or {}), self.policy, self._optimizer, self.ranks
+                directory,
+                TrainerState(version=self.version, data=data or {}),
+                self.policy,
+                self._optimizer,
+                self.ranks,
             )
         return directory
 
@@ -115,3 +128,15 @@ class Trainer:
 
     def _checkpoint(self, version: int) -> Path:
         return checkpoint_dir(self._run, version) / "trainer"
+
+
+def _require_balance(policy: Policy, balance: Balance) -> None:
+    """Errors: UserError for what the model has nothing to balance by."""
+    name = type(policy.model).__name__
+    if balance.aux_loss and not len(policy.routers):
+        raise UserError(f"train.balance.aux_loss={balance.aux_loss:g}, but {name} has no routers; set it to 0")
+    if balance.bias_rate and not policy.routers.biases:
+        raise UserError(
+            f"train.balance.bias_rate={balance.bias_rate:g}, but the routers of {name} have no bias for their choice; "
+            "set it to 0 and use train.balance.aux_loss"
+        )

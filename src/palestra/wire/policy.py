@@ -221,9 +221,13 @@ class EngineClient:
     async def start_update(self, *, deadline_s: float | None = None) -> None:
         await self._call("/start_weight_update", deadline_s=deadline_s)
 
-    async def update(self, directory: str, version: int, *, deadline_s: float | None = None) -> None:
-        """Load the version staged in `directory`. Errors: EngineError naming the tensor or module that is wrong."""
-        body = {"update_info": {"directory": directory, "version": version}}
+    async def update(self, directory: str, version: int, *, local: str = "", deadline_s: float | None = None) -> None:
+        """Load the version staged in `directory`; `local` is where the engine's machine keeps copies, if it does.
+
+        Errors: EngineError naming the tensor or module that is wrong.
+        """
+        where = {"directory": directory, "local": local} if local else {"directory": directory}
+        body = {"update_info": {**where, "version": version}}
         await self._call("/update_weights", body, deadline_s=deadline_s)
 
     async def abandon_update(self, *, deadline_s: float | None = None) -> None:

@@ -151,7 +151,7 @@ async def _load_and_probe(
     engine.cache_salt = f"v{staged.version}"
     async with progress.timed("load_s"):
         await engine.start_update(deadline_s=deadline_s)
-        await engine.update(staged.directory, staged.version, deadline_s=deadline_s)
+        await engine.update(staged.directory, staged.version, local=staged.local, deadline_s=deadline_s)
         await engine.finish(staged.version, deadline_s=deadline_s)
         await _require_label(engine, staged.version)
     async with progress.timed("resume_s"):

@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from palestra.config.schema import Build
 from palestra.model.build import build_model
+from palestra.model.fill import empty_model, fill
+from palestra.model.load import read_config
+from palestra.model.policy import Policy
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 QWEN: dict[str, Any] = {
@@ -63,3 +68,10 @@ def build(directory: Path, architecture: str = "Qwen3ForCausalLM", **more: Any) 
     target = directory / architecture
     build_model(Build(architecture=architecture, alphabet=ALPHABET, config={**FAMILIES[architecture], **more}), target)
     return target
+
+
+def unsharded(path: Path | str, experts: str = "grouped_mm") -> Policy:
+    """For one process without a process group."""
+    model = empty_model(read_config(str(path)), experts=experts)
+    fill(model, Path(path), device=torch.device("cpu"))
+    return Policy(model, head_chunk_tokens=7)

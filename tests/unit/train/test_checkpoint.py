@@ -42,12 +42,13 @@ def _weights(trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.full_tensor().clone() for name, parameter in trainer.policy.named_parameters()}
 
 
-def test_resumed_equals_uninterrupted_to_the_bit(make_trainer):
-    straight = make_trainer()
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "offload_optimizer": True}])
+def test_resumed_equals_uninterrupted_to_the_bit(make_trainer, optimizer):
+    straight = make_trainer(**optimizer)
     norms = _train(straight, range(3))
     straight.save(Ledger("test"), {"num_drawn": 17})
     norms += _train(straight, range(3, 6))
-    resumed = make_trainer()
+    resumed = make_trainer(**optimizer)
     assert resumed.resume(3, Ledger("test")) == {"num_drawn": 17}
     assert resumed.version == 3
     assert _train(resumed, range(3, 6)) == norms[3:]
@@ -77,6 +78,18 @@ def test_saving_changes_nothing(make_trainer):
     _train(other, range(3))
     expected = _weights(other)
     assert all(torch.equal(weight, expected[name]) for name, weight in _weights(one).items())
+
+
+def test_saved_before_the_first_step_it_resumes_as_a_new_one(make_trainer):
+    new, straight = make_trainer(), make_trainer()
+    straight.save(Ledger("test"))
+    resumed = make_trainer()
+    resumed.resume(0, Ledger("test"))
+    for trainer in (new, straight, resumed):
+        _train(trainer, range(1))
+    expected = _weights(new)
+    for trainer in (straight, resumed):
+        assert all(torch.equal(weight, expected[name]) for name, weight in _weights(trainer).items())
 
 
 def test_a_batch_of_another_step_is_refused(make_trainer):

@@ -1,0 +1,42 @@
+"""No process holds more of a model than its shard and a layer, also while it loads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from palestra.config.schema import Build
+from palestra.model.build import build_model
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+GIB = 1 << 30
+SLACK = 32 << 20  # the allocator, transformers' modules
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """1.1 GB in float32: 16 layers of 67 MB."""
+    directory = tmp_path_factory.mktemp("large") / "model"
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16}
+    more = {"num_key_value_heads": 16, "head_dim": 64, "max_position_embeddings": 256}
+    build_model(Build(architecture="Qwen3ForCausalLM", alphabet="abc", config={**shape, **more}), directory)
+    return directory
+
+
+def test_loading_takes_a_shard_and_a_layer(model, tmp_path):
+    assert sum(file.stat().st_size for file in model.glob("*.safetensors")) >= GIB
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(ROOT / "tests/dist/loading_worker.py"), str(model), str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, timeout=180, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["shard"] + found["layer"] < GIB
+        assert found["added"] <= found["shard"] + found["layer"] + SLACK, found
+        assert found["whole"] > found["shard"] + found["layer"] + SLACK, f"the control, that keeps every layer: {found}"
