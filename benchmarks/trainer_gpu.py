@@ -5,8 +5,8 @@ vLLM, no network, no installation (it finds `src` beside itself). `--only NAME` 
 sizes that a CPU does in a minute, to see that they run.
 
 What it measures: Qwen3-0.6B shapes in bfloat16, whole fine-tuning: a step of reinforcement learning packed to 16 K and
-64 K tokens, a supervised one at 16 K; grouped matrix products of 128 experts of GLM-4.5-Air's width at 32 K tokens, forward
-and backward; and where the recipe has Muon, its share of a step.
+64 K tokens, a supervised one at 16 K; grouped matrix products of 128 experts of GLM-4.5-Air's width at 32 K tokens,
+forward and backward; the share of a step that Muon takes (`optimizer_share`), dense and with experts.
 """
 
 import argparse
@@ -36,7 +36,8 @@ AIMS = {
 
 
 def step(kind: Any, tokens: int, *, tiny: bool, model: str = "qwen3-0.6b", settings: tuple[str, ...] = ()) -> Any:
-    tokens, model = (tokens // (64 if tiny else 1), "tiny" if tiny else model)
+    if tiny:
+        tokens, model = tokens // 64, "tiny-moe" if model.startswith("glm") else "tiny"
     wish = bench.Wish(
         model=model,
         tokens=tokens,

@@ -65,7 +65,8 @@ def measure(model: Path, out: Path, ranks: trainer_ranks.Ranks, resume_from: int
         metrics = trainer.train(batch, Ledger("test"))
         found["metrics"].append(values(metrics))
         if trainer.version == SAVED_AT and resume_from is None:
-            trainer.save(Ledger("test"))
+            trainer.save(Ledger("test"))  # its files are written while the next steps are trained
+    trainer.finish_save(Ledger("test"))
     found["weights"] = {name: whole.clone() for name, whole in iterate_weights(trainer.policy, dtype=torch.float32)}
     return found
 

@@ -123,7 +123,7 @@ def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
     reduced = GRADIENT_BYTES if anatomy.itemsize != GRADIENT_BYTES else 0
     in_layer = layer_weights * (anatomy.itemsize + reduced) + _working(train, anatomy, tokens)
     chunk = min(train.head_chunk_tokens, tokens)
-    head_weights = 2 * GRADIENT_BYTES * anatomy.head
+    head_weights = (GRADIENT_BYTES + (2 * anatomy.itemsize if reduced else 0)) * anatomy.head
     in_head = _LOGIT_COPIES * 4 * chunk * anatomy.vocab_size + head_weights
     kept, moved = _kept(train, anatomy, tokens)
     return {

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def _train(trainer, steps) -> list[float]:
     ]
 
 
+def _save(trainer, data=None) -> Path:
+    trainer.save(Ledger("test"), data)
+    written = trainer.finish_save(Ledger("test"))
+    assert written.version == trainer.version
+    return written.directory
+
+
 def _weights(trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.full_tensor().clone() for name, parameter in trainer.policy.named_parameters()}
 
@@ -47,7 +55,7 @@ def _weights(trainer) -> dict[str, torch.Tensor]:
 def test_resumed_equals_uninterrupted_to_the_bit(make_trainer, optimizer):
     straight = make_trainer(**optimizer)
     norms = _train(straight, range(3))
-    straight.save(Ledger("test"), {"num_drawn": 17})
+    _save(straight, {"num_drawn": 17})
     norms += _train(straight, range(3, 6))
     resumed = make_trainer(**optimizer)
     assert resumed.resume(3, Ledger("test")) == {"num_drawn": 17}
@@ -61,7 +69,7 @@ def test_an_adapter_goes_on_to_the_bit_from_a_checkpoint_without_the_frozen_weig
     lora = Lora(rank=2)
     straight = make_trainer(lora)
     norms = _train(straight, range(3))
-    directory = straight.save(Ledger("test"))
+    _save(straight)
     norms += _train(straight, range(3, 6))
     resumed = make_trainer(lora)
     resumed.resume(3, Ledger("test"))
@@ -71,7 +79,8 @@ def test_an_adapter_goes_on_to_the_bit_from_a_checkpoint_without_the_frozen_weig
     fresh = _weights(make_trainer(lora))
     moved = {name for name, weight in _weights(resumed).items() if not torch.equal(weight, fresh[name])}
     assert moved == {name for name in fresh if "lora_" in name}
-    kept = FileSystemReader(directory).read_metadata().state_dict_metadata
+    [metadata] = tmp_path.rglob(".metadata")
+    kept = FileSystemReader(metadata.parent).read_metadata().state_dict_metadata
     weights = {name for name in kept if name.startswith("policy.")}
     assert {name.removeprefix("policy.") for name in weights} == moved
 
@@ -81,7 +90,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused(make_trainer, before, after):
     """`palestra run --resume` refuses it by the config already."""
     trainer = make_trainer(before)
     _train(trainer, range(1))
-    trainer.save(Ledger("test"))
+    _save(trainer)
     with pytest.raises(InfrastructureError, match="cannot be loaded"):
         make_trainer(after).resume(1, Ledger("test"))
 
@@ -90,7 +99,7 @@ def test_without_the_optimizers_state_it_would_not(make_trainer):
     """The negative control: the moments matter."""
     straight = make_trainer()
     _train(straight, range(3))
-    straight.save(Ledger("test"))
+    _save(straight)
     resumed = make_trainer()
     resumed.resume(3, Ledger("test"))
     resumed._optimizer.state.clear()
@@ -104,7 +113,7 @@ def test_saving_changes_nothing(make_trainer):
     one, other = make_trainer(), make_trainer()
     for step in range(3):
         _train(one, [step])
-        one.save(Ledger("test"))
+        _save(one)
     _train(other, range(3))
     expected = _weights(other)
     assert all(torch.equal(weight, expected[name]) for name, weight in _weights(one).items())
@@ -112,7 +121,7 @@ def test_saving_changes_nothing(make_trainer):
 
 def test_saved_before_the_first_step_it_resumes_as_a_new_one(make_trainer):
     new, straight = make_trainer(), make_trainer()
-    straight.save(Ledger("test"))
+    _save(straight)
     resumed = make_trainer()
     resumed.resume(0, Ledger("test"))
     for trainer in (new, straight, resumed):
@@ -131,14 +140,14 @@ def test_a_batch_of_another_step_is_refused(make_trainer):
 def test_a_torn_checkpoint_is_an_error_that_says_what_to_do(make_trainer, torn):
     trainer = make_trainer()
     _train(trainer, range(1))
-    directory = trainer.save(Ledger("test"))
+    directory = _save(trainer)
     (directory / torn).unlink()
     with pytest.raises(InfrastructureError, match="resume from the one before"):
         make_trainer().resume(1, Ledger("test"))
 
 
 def test_state_is_readable(make_trainer):
-    directory = make_trainer().save(Ledger("test"), {"num_drawn": 5})
+    directory = _save(make_trainer(), {"num_drawn": 5})
     assert json.loads((directory / "state.json").read_text()) == {"version": 0, "data": {"num_drawn": 5}}
 
 
@@ -146,7 +155,7 @@ def test_a_directory_that_cannot_be_written_is_an_error(make_trainer, tmp_path):
     trainer = make_trainer()
     (tmp_path / "run").write_text("in the way")
     with pytest.raises(InfrastructureError, match="could not write the checkpoint"):
-        trainer.save(Ledger("test"))
+        _save(trainer)
 
 
 def test_a_full_disk_is_an_error_and_no_checkpoint(make_trainer):
@@ -156,7 +165,7 @@ def test_a_full_disk_is_an_error_and_no_checkpoint(make_trainer):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(InfrastructureError, match=r"could not write the checkpoint .*; free space and resume"):
-            trainer.save(Ledger("test"))
+            _save(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     with pytest.raises(InfrastructureError, match="cannot be loaded"):
