@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.checkpoint.storage import WriteResult
@@ -31,6 +31,8 @@ from palestra.train.background import Background, Written
 from palestra.train.ranks import Ranks
 
 _STATE = "state.json"
+# Frozen weights come from `model.path` again. `load` reads every trained tensor or fails.
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class TrainerState(Struct, frozen=True, kw_only=True):
@@ -73,8 +75,7 @@ class Checkpoints:
     ) -> None:
         """Returns when everything is copied. The save before must be finished. Errors: InfrastructureError."""
         try:
-            weights, moments = get_state_dict(policy, optimizer)
-            staged: Any = self._stager.stage({"policy": weights, "optimizer": moments})
+            staged: Any = self._stager.stage(_state(policy, optimizer))
         except RuntimeError as error:  # no memory
             raise _not_written(directory, error) from error
         encoded = msgspec.json.encode(state)
@@ -107,17 +108,15 @@ class Checkpoints:
         """The layout of the ranks may differ from that of the save. Errors: InfrastructureError."""
         try:
             state = msgspec.json.decode((directory / _STATE).read_bytes(), type=TrainerState)
-            weights, moments = get_state_dict(policy, optimizer)
-            load_tensors(
-                {"policy": weights, "optimizer": moments},
-                storage_reader=FileSystemReader(directory),
-                process_group=self._group,
-            )
+            found = _state(policy, optimizer)
+            load_tensors(found, storage_reader=FileSystemReader(directory), process_group=self._group)
         except (OSError, msgspec.DecodeError, CheckpointException) as error:
             raise InfrastructureError(
                 f"checkpoint {directory} cannot be loaded: {_reason(error)}; resume from the one before"
             ) from error
-        set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        set_state_dict(
+            policy, optimizer, model_state_dict=found["policy"], optim_state_dict=found["optimizer"], options=_TRAINED
+        )
         return state
 
 
@@ -135,6 +134,14 @@ class _Writer(FileSystemWriter):
 
 def _not_written(directory: Path, error: BaseException) -> InfrastructureError:
     return InfrastructureError(f"could not write the checkpoint {directory}: {_reason(error)}; free space and resume")
+
+
+def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Under every name that a frozen tensor has it is left out; torch leaves out the first one only."""
+    weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
+    named = policy.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {"policy": {name: value for name, value in weights.items() if name not in frozen}, "optimizer": moments}
 
 
 def _reason(error: BaseException) -> str:

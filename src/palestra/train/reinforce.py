@@ -82,6 +82,7 @@ def _start(
         probe_tokens=min(config.sync.probe_tokens, config.engine.max_model_len - 1),
         seed=config.train.seed,
         recorded_in=run.published if config.log.keep_weights else None,
+        base=config.model_dir,
         full_every=config.sync.full_every if config.sync.difference else 1,
         local=str(config.sync.local.resolve()) if config.sync.local else "",
         by_handle=config.sync.kind == "ipc",

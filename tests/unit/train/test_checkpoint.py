@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
-from palestra.config.schema import Log, Model, RunConfig, Train
+from palestra.config.schema import Log, Lora, Model, RunConfig, Train
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import Ledger
 from palestra.train.trainer import Trainer
@@ -18,11 +19,11 @@ LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 
 @pytest.fixture
 def make_trainer(qwen, ranks, tmp_path):
-    def make(**train):
+    def make(lora=None, **train):
         settings = {"steps": 6, "lr": 1e-2, "schedule": "cosine", "lr_warmup_steps": 2, "weight_decay": 0.1, **train}
         config = RunConfig(
             log=Log(name="run", outputs=tmp_path),
-            model=Model(path=str(qwen), dtype="float32"),
+            model=Model(path=str(qwen), dtype="float32", lora=lora),
             train=Train(**settings),
         )
         return Trainer(config, ranks, Ledger("test"))
@@ -62,6 +63,35 @@ def test_resumed_equals_uninterrupted_to_the_bit(make_trainer, optimizer):
     assert _train(resumed, range(3, 6)) == norms[3:]
     expected = _weights(straight)
     assert all(torch.equal(weight, expected[name]) for name, weight in _weights(resumed).items())
+
+
+def test_an_adapter_goes_on_to_the_bit_from_a_checkpoint_without_the_frozen_weights(make_trainer, tmp_path):
+    lora = Lora(rank=2)
+    straight = make_trainer(lora)
+    norms = _train(straight, range(3))
+    directory = straight.save(Ledger("test"))
+    norms += _train(straight, range(3, 6))
+    resumed = make_trainer(lora)
+    resumed.resume(3, Ledger("test"))
+    assert _train(resumed, range(3, 6)) == norms[3:]
+    expected = _weights(straight)
+    assert all(torch.equal(weight, expected[name]) for name, weight in _weights(resumed).items())
+    fresh = _weights(make_trainer(lora))
+    moved = {name for name, weight in _weights(resumed).items() if not torch.equal(weight, fresh[name])}
+    assert moved == {name for name in fresh if "lora_" in name}
+    kept = FileSystemReader(directory).read_metadata().state_dict_metadata
+    weights = {name for name in kept if name.startswith("policy.")}
+    assert {name.removeprefix("policy.") for name in weights} == moved
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, Lora(rank=2)), (Lora(rank=2), None)], ids=["full", "adapter"])
+def test_a_checkpoint_of_the_other_kind_is_refused(make_trainer, before, after):
+    """`palestra run --resume` refuses it by the config already."""
+    trainer = make_trainer(before)
+    _train(trainer, range(1))
+    trainer.save(Ledger("test"))
+    with pytest.raises(InfrastructureError, match="cannot be loaded"):
+        make_trainer(after).resume(1, Ledger("test"))
 
 
 def test_without_the_optimizers_state_it_would_not(make_trainer):
