@@ -76,6 +76,8 @@ def budget_of(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *,
     state, moved_state = _state(train, anatomy)
     passing, moved_activations = _passing(train, anatomy)
     packs = -(-work.tokens // (train.max_pack_tokens * train.num_data_ranks))
+    if packs == 1:  # gradients come as activations go
+        state["gradients (float32)"] = max(state["gradients (float32)"] - passing["activations"], 0.0)
     parts = {"runtime": hardware.reserved_bytes, **state, **passing}
     return Budget(
         parts=tuple((name, round(size)) for name, size in parts.items()),
@@ -133,16 +135,17 @@ def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
     }, moved
 
 
-def kept_per_token(layer: Layer, recompute: str) -> float:
-    """Bytes that a layer keeps until its backward pass."""
-    if recompute == "none":
+def kept_per_token(layer: Layer, train: Train) -> float:
+    """Bytes that a layer keeps until its backward pass; `selective` also keeps what comes from other ranks."""
+    if train.recompute == "none":
         return layer.saved_bytes
-    return layer.input_bytes + (layer.product_bytes if recompute == "selective" else 0.0)
+    arriving = 2 * layer.routed_bytes if train.expert_parallel > 1 else 0.0
+    return layer.input_bytes + (layer.product_bytes + arriving if train.recompute == "selective" else 0.0)
 
 
 def _kept(train: Train, anatomy: Anatomy, tokens: int) -> tuple[float, float]:
     """On the device and in the host's memory: all but two layers' where activations are moved there."""
-    kept = [kept_per_token(layer, train.recompute) * tokens for layer in anatomy.layers]
+    kept = [kept_per_token(layer, train) * tokens for layer in anatomy.layers]
     stays = 2 * max(kept) if train.offload_activations else sum(kept)
     hidden = anatomy.width * tokens * anatomy.itemsize
     return min(stays, sum(kept)) + 2 * hidden, max(sum(kept) - stays, 0.0)

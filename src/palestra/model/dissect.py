@@ -29,7 +29,7 @@ from palestra.model.policy import Policy
 NAME = "palestra_shapes"
 PROBE_TOKENS = 512
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")  # as `recompute` keeps them
 
 
 def dissect(config: PretrainedConfig, dtype: torch.dtype) -> Anatomy:

@@ -109,11 +109,7 @@ class Checkpoints:
         try:
             state = msgspec.json.decode((directory / _STATE).read_bytes(), type=TrainerState)
             found = _state(policy, optimizer)
-            load_tensors(
-                found,
-                storage_reader=FileSystemReader(directory),
-                process_group=self._group,
-            )
+            load_tensors(found, storage_reader=FileSystemReader(directory), process_group=self._group)
         except (OSError, msgspec.DecodeError, CheckpointException) as error:
             raise InfrastructureError(
                 f"checkpoint {directory} cannot be loaded: {_reason(error)}; resume from the one before"
@@ -122,14 +118,6 @@ class Checkpoints:
             policy, optimizer, model_state_dict=found["policy"], optim_state_dict=found["optimizer"], options=_TRAINED
         )
         return state
-
-
-def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Under every name that a frozen tensor has it is left out; torch leaves out the first one only."""
-    weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
-    named = policy.named_parameters(remove_duplicate=False)
-    frozen = {name for name, parameter in named if not parameter.requires_grad}
-    return {"policy": {name: value for name, value in weights.items() if name not in frozen}, "optimizer": moments}
 
 
 class _Writer(FileSystemWriter):
@@ -146,6 +134,14 @@ class _Writer(FileSystemWriter):
 
 def _not_written(directory: Path, error: BaseException) -> InfrastructureError:
     return InfrastructureError(f"could not write the checkpoint {directory}: {_reason(error)}; free space and resume")
+
+
+def _state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Under every name that a frozen tensor has it is left out; torch leaves out the first one only."""
+    weights, moments = get_state_dict(policy, optimizer, options=_TRAINED)
+    named = policy.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {"policy": {name: value for name, value in weights.items() if name not in frozen}, "optimizer": moments}
 
 
 def _reason(error: BaseException) -> str:

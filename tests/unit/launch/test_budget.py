@@ -78,8 +78,15 @@ def test_every_part_by_hand():
     }
 
 
+def test_gradients_of_a_single_pack_come_as_its_activations_go():
+    alone = dict(budget_of(train(max_pack_tokens=400), MODEL, DEVICE, WORK).parts)
+    assert alone["gradients (float32)"] == 0 < 4 * 4600 < alone["activations"]
+    few = dict(budget_of(train(), MODEL, DEVICE, Work(tokens=100, document_tokens=50)).parts)
+    assert few["gradients (float32)"] == max(4 * 4600 - few["activations"], 0)
+
+
 def test_ranks_share_weights_and_packs():
-    whole, shared = parts(), parts(shard=2, context_parallel=2)
+    whole, shared = parts(), parts(shard=2, context_parallel=2)  # two packs for each, and still more than one
     for name in ("weights (float32)", "gradients (float32)", "optimizer"):
         assert shared[name] * 4 == whole[name]
     assert shared["activations"] * 2 == whole["activations"]
