@@ -125,9 +125,11 @@ def _take(queue: list[Matrix], elements: int) -> tuple[Matrix, ...]:
 
 
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """All ranks of a mesh. A collective where the mesh is neither a line nor the whole job."""
-    if mesh.ndim == 1:
-        return mesh.get_group()
+    """All ranks of a mesh. A collective where the mesh is neither a line nor the whole job: once for the same ranks, as
+    torch tells such groups apart by their ranks alone, and waits for ever for the second."""
+    axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1] or [0]
+    if len(axes) == 1:
+        return mesh.get_group(axes[0])
     if mesh.size() == dist.get_world_size():
         assert dist.group.WORLD is not None
         return dist.group.WORLD
