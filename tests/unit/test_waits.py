@@ -332,6 +332,7 @@ ENDS_ALL_THE_SAME = {
     ("wire.channel._LoopSocket.receive", "await self._arrived.wait()"): "every caller of a Caller gives a deadline",
     ("wire.channel.Listener.receive", "await self._socket.receive()"): _LISTENS,
     ("wire.channel.BlockingCaller.receive", "self._socket.recv_multipart()"): "ZeroMQ says that a message is there",
+    ("wire.channel.BlockingCaller._was_woken", "self._woken.recv(...)"): "the socket does not block",
     ("wire.connections._Body.__aiter__", "self._answer.content.iter_any()"): "whoever reads the body has a deadline",
     ("wire.connections.Connections.handle_async_request", "await request.aread()"): "it is in memory",
     (

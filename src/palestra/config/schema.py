@@ -43,6 +43,26 @@ class Build(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class Lora(Section):
+    """Train low-rank adapters beside frozen weights, instead of the weights."""
+
+    rank: int = Field(default=16, ge=1, le=512)
+    alpha: PositiveFloat = 32.0  # adapters count alpha / rank times, with use_rslora alpha / sqrt(rank)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # ends of names of linear layers in the decoder
+    use_rslora: bool = False
+    dropout: float = 0.0
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        if self.dropout:
+            raise ValueError(
+                f"model.lora.dropout={self.dropout} would make trainer and engine two different policies; set it to 0"
+            )
+        if not self.targets:
+            raise ValueError('model.lora.targets is empty; name layers, or leave it out for "all-linear"')
+        return self
+
+
 class Model(Section):
     """The policy: a Hugging Face directory or hub name, or a `build`."""
 
@@ -50,6 +70,7 @@ class Model(Section):
     build: Build | None = None
     dtype: Dtype = "bfloat16"  # of the forward pass; masters are float32
     experts: Literal["grouped_mm", "eager", "batched_mm"] = "grouped_mm"
+    lora: Lora | None = None  # None trains all weights
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -633,6 +654,11 @@ class RunConfig(Section):
                     f"algo.{next(iter(self.algo.frozen))} says how likely tokens are at temperature 1, but the policy "
                     f"samples and trains at {where}.temperature={temperature}; set it to 1"
                 )
+        if self.model.lora is not None and (self.sync.kind != "files" or self.sync.difference or self.sync.local):
+            raise ValueError(
+                "model.lora publishes adapters, which are small, as files that engines read: leave sync.kind, "
+                "sync.difference and sync.local out"
+            )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
         return self

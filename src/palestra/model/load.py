@@ -11,10 +11,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from palestra.config.schema import Lora
 from palestra.core.errors import UserError
 from palestra.model.experts import expert_modules, split_experts
 from palestra.model.files import model_directory
 from palestra.model.fill import empty_model, fill
+from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
@@ -31,12 +33,14 @@ def load_policy(
     head_chunk_tokens: int,
     meshes: Meshes,
     device: torch.device,
+    lora: Lora | None = None,
+    seed: int = 0,
     recompute: Recompute = "none",
     offload_activations: bool = False,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
 
-    A collective; no process ever holds the whole model.
+    A collective; no process ever holds the whole model. With `lora` only adapters are trained, which `seed` begins.
 
     Errors: UserError for a path without a model, a family that cannot be packed, or a model that does not fit.
     """
@@ -45,8 +49,11 @@ def load_policy(
     model = empty_model(config, experts=experts)
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
+    if lora is not None:
+        policy.adapter = add_adapter(model, lora, dtype=dtype)
     keep_less(policy.decoder_layers, recompute=recompute, offload=offload_activations)
     shard(policy, dtype=dtype, experts=experts, meshes=meshes)
+    begin_adapter(model, seed=seed, device=device)
     fill(model, model_directory(path), device=device)
     check_against_own_forward(policy, tolerance=_TOLERANCE[dtype])
     return policy

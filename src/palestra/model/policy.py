@@ -14,6 +14,7 @@ from palestra.model.attention import NAME
 from palestra.model.context import WHOLE, Context
 from palestra.model.documents import Documents, documents_of
 from palestra.model.head import logit_map_of, token_logprobs
+from palestra.model.lora import Adapter
 from palestra.model.routers import Routers
 
 
@@ -29,6 +30,7 @@ class Policy(nn.Module):
         self.decoder_layers = _layers_of(model)
         self.routers = Routers(model)
         self.context: Context = WHOLE
+        self.adapter: Adapter | None = None  # None: all weights are trained
         self._logit_map = logit_map_of(model.config)
         self._head_chunk_tokens = head_chunk_tokens
         self.eval()

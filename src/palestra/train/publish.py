@@ -10,6 +10,7 @@ import torch
 from palestra.core.errors import InfrastructureError
 from palestra.core.ledger import Ledger
 from palestra.model.export import iterate_weights
+from palestra.model.lora import iterate_adapter
 from palestra.model.policy import Policy
 from palestra.train.ranks import Ranks
 from palestra.wire.weights import files
@@ -67,9 +68,12 @@ class Publisher:
         full_every: int = 1,
         local: str = "",
         by_handle: bool = False,
+        base: str = "",
     ):
         """`recorded_in`: where every version is kept beside being staged. `full_every`: 1 stages all of them whole.
-        `by_handle`: not at all; the engine finds a copy in the memory of the GPU that both are on."""
+        `by_handle`: not at all; the engine finds a copy in the memory of the GPU that both are on. `base`: the model
+        that adapters belong to."""
+        self._base = base
         self._policy, self._ranks, self._directory = policy, ranks, directory
         self._attempt, self._life, self._dtype, self._recorded_in = attempt, life, dtype, recorded_in
         generator = torch.Generator().manual_seed(seed)
@@ -103,6 +107,7 @@ class Publisher:
             full_bytes=manifest.full_bytes if manifest else 0,
             stage_s=stage_s,
             local=self._local,
+            is_adapter=self._policy.adapter is not None,
         )
         if self._recorded_in is not None and manifest is not None:
             with ledger.spend("record"):
@@ -111,11 +116,17 @@ class Publisher:
 
     def _write(self, directory: Path, version: int) -> WeightsManifest | None:
         """On the first rank; the others only take part in what it gathers."""
-        tensors = iterate_weights(self._policy, dtype=self._dtype)
+        adapter = self._policy.adapter
+        if adapter is None:
+            tensors = iterate_weights(self._policy, dtype=self._dtype)
+        else:
+            tensors = iterate_adapter(self._policy.model, dtype=self._dtype)
         if not self._ranks.is_first:
             for _ in tensors:
                 pass
             return None
+        if adapter is not None:
+            return files.stage_adapter(directory, version, self._attempt, tensors, adapter.config_json(self._base))
         if self._held is not None:
             manifest, self._held[version] = self._hand_out(directory, version, tensors)
             return manifest

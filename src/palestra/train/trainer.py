@@ -1,6 +1,7 @@
 """The trainer's state and what can be done with it: load, train one batch, save, export. Both loops drive it."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from palestra.core.metrics import Mean, Metrics
 from palestra.model.export import save_huggingface
 from palestra.model.load import load_policy
 from palestra.model.policy import Policy
-from palestra.train import checkpoint
-from palestra.train.checkpoint import TrainerState
+from palestra.train.background import Written
+from palestra.train.checkpoint import Checkpoints, TrainerState
 from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
 from palestra.train.packs import plan_step
 from palestra.train.ranks import Ranks
@@ -45,12 +46,17 @@ class Trainer:
                 head_chunk_tokens=config.train.head_chunk_tokens,
                 meshes=ranks.meshes,
                 device=ranks.device,
+                lora=config.model.lora,
+                seed=config.train.seed,
                 recompute=config.train.recompute,
                 offload_activations=config.train.offload_activations,
             )
         _require_balance(self.policy, config.train.balance)
         self._rate, self.version = training_rate(config.train), 0
         self._optimizer = self._new_optimizer()
+        self._checkpoints = Checkpoints(ranks, deadline_s=config.train.batch_deadline_s)
+        self.saved_version = -1  # of the newest save that was begun, or resumed from
+        self._notes: Metrics = {}  # of what happened beside the steps
 
     def use_fresh_optimizer(self, rate: LearningRate) -> None:
         """Count from version 0 with new moments and this learning rate."""
@@ -91,26 +97,46 @@ class Trainer:
         )
         self.version += 1
         seconds = time.perf_counter() - started
-        return metrics | {"train/step_s": Mean(seconds), "train/tokens_per_s": Mean(plan.num_tokens, seconds)}
+        notes, self._notes = self._notes, {}
+        times = {"train/step_s": Mean(seconds), "train/tokens_per_s": Mean(plan.num_tokens, seconds)}
+        return metrics | times | notes
 
-    def save(self, ledger: Ledger, data: dict[str, Any] | None = None) -> Path:
-        """The trainer's part of the checkpoint of `version`; its directory."""
-        directory = self._checkpoint(self.version)
+    def save(
+        self, ledger: Ledger, data: dict[str, Any] | None = None, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin the trainer's part of the checkpoint of `version`: it is copied, then written beside the steps.
+
+        `on_end` is called in another thread when `finish_save` need not wait any more. The save before must be
+        finished.
+        """
         with ledger.spend("checkpoint"):
-            checkpoint.save(
-                directory,
+            self._checkpoints.begin(
+                self._checkpoint(self.version),
                 TrainerState(version=self.version, data=data or {}),
                 self.policy,
                 self._optimizer,
-                self.ranks,
+                on_end,
             )
-        return directory
+        self.saved_version = self.version
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether the save that was begun is at its end, well or not; the same on all ranks."""
+        return self._checkpoints.has_ended
+
+    def finish_save(self, ledger: Ledger) -> Written | None:
+        """What was written by the save that was begun, if there is one; waits for it. Errors: InfrastructureError."""
+        with ledger.spend("checkpoint"):
+            written = self._checkpoints.finish()
+        if written is not None:
+            self._notes = {"train/checkpoint/write_s": Mean(written.write_s)}
+        return written
 
     def resume(self, version: int, ledger: Ledger) -> dict[str, Any]:
         """Go back to the checkpoint of `version`; returns the state of the data that was saved with it."""
         with ledger.spend("load"):
-            state = checkpoint.load(self._checkpoint(version), self.policy, self._optimizer)
-        self.version = state.version
+            state = self._checkpoints.load(self._checkpoint(version), self.policy, self._optimizer)
+        self.version = self.saved_version = state.version
         return state.data
 
     def export(self, ledger: Ledger) -> Path:
@@ -133,6 +159,11 @@ class Trainer:
 def _require_balance(policy: Policy, balance: Balance) -> None:
     """Errors: UserError for what the model has nothing to balance by."""
     name = type(policy.model).__name__
+    if balance.bias_rate and policy.adapter is not None:
+        raise UserError(
+            f"train.balance.bias_rate={balance.bias_rate:g} changes what is no part of an adapter (model.lora), so "
+            "that engines would not hear of it; set it to 0"
+        )
     if balance.aux_loss and not len(policy.routers):
         raise UserError(f"train.balance.aux_loss={balance.aux_loss:g}, but {name} has no routers; set it to 0")
     if balance.bias_rate and not policy.routers.biases:

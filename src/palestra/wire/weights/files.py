@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from blake3 import blake3
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from palestra.core.errors import InfrastructureError
+from palestra.core.files import write_atomically
 from palestra.wire.weights.difference import Difference, apply, between
 from palestra.wire.weights.manifest import (
     TensorEntry,
@@ -30,6 +31,7 @@ from palestra.wire.weights.manifest import (
 
 DEFAULT_SHARD_BYTES = 1 << 28
 _PARTS = ("gaps", "steps", "far")
+ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's names
 
 
 def stage(
@@ -71,6 +73,32 @@ def stage(
     )
     write_manifest(directory, manifest)
     return manifest
+
+
+def stage_adapter(
+    directory: Path | str, version: int, attempt: int, tensors: Iterable[tuple[str, torch.Tensor]], config: bytes
+) -> WeightsManifest:
+    """As `stage`, in one file and in peft's layout: vLLM's own route loads the directory too. Errors: as `stage`."""
+    directory = Path(directory)
+    discard(directory)
+    directory.mkdir(parents=True)
+    pieces = [_piece(name, tensor, None) for name, tensor in tensors]
+    entries = _write_shard(directory, ADAPTER_TENSORS, pieces)
+    write_atomically(directory / ADAPTER_CONFIG, config)
+    num_bytes = sum(piece.num_bytes for piece in pieces)
+    manifest = WeightsManifest(
+        version=version, attempt=attempt, tensors=tuple(entries), sent_bytes=num_bytes, full_bytes=num_bytes
+    )
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def put_adapter(directory: Path | str, tensors: dict[str, torch.Tensor], home: Path | str) -> None:
+    """The adapter of `directory`, whose `tensors` were read and checked, takes the place of what is in `home`."""
+    home = Path(home)
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomically(home / ADAPTER_TENSORS, save(tensors))
+    write_atomically(home / ADAPTER_CONFIG, (Path(directory) / ADAPTER_CONFIG).read_bytes())
 
 
 def read(directory: Path | str, manifest: WeightsManifest) -> Iterator[tuple[str, torch.Tensor]]:

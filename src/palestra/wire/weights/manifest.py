@@ -57,7 +57,8 @@ class Probe(Struct, frozen=True, kw_only=True):
 
 
 class Staged(Struct, frozen=True, kw_only=True):
-    """A version that lies ready in `directory` for the engines to load.
+    """A version that lies ready in `directory` for the engines to load: all weights, or an adapter to the model that
+    they were started with.
 
     `sent_bytes` were written for it in `stage_s`, `full_bytes` it has; 0 where nobody counted. `local`: where engines
     keep copies of what they load, on their own machines; empty if they read `directory` itself.
@@ -70,6 +71,7 @@ class Staged(Struct, frozen=True, kw_only=True):
     full_bytes: int = 0
     stage_s: float = 0.0
     local: str = ""
+    is_adapter: bool = False
 
 
 def write_manifest(directory: Path, manifest: WeightsManifest) -> None:
