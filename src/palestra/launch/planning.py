@@ -258,6 +258,7 @@ def _changes_table(planned: Planned) -> Table:
     table = Table(
         "with this instead, alone", "frees GiB", "needs GiB", "in host", "fits", "step", box=None, pad_edge=False
     )
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for change in planned.changes:

@@ -28,6 +28,7 @@ from palestra.config.load import load_tree
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.launch.bench.report import say, tell_numbers
 from palestra.launch.bench.shapes import SHAPES
+from palestra.launch.child import ended_how
 from palestra.launch.hardware import HARDWARE
 from palestra.train.job import Job, Speed
 
@@ -138,7 +139,8 @@ def _run(command: list[str], config: RunConfig) -> bytes:
     done = subprocess.run(command, capture_output=True, env=env, timeout=_DEADLINE_S)
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()[-2000:]
-        raise (UserError if done.returncode == 2 else InfrastructureError)(f"{command[2]} failed: {words}")
+        kind = UserError if done.returncode == 2 else InfrastructureError
+        raise kind(f"{command[2]}: {ended_how(done.returncode)}. {words}")
     return done.stdout
 
 
