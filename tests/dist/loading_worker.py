@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from palestra.config.schema import Train
-from palestra.model import fill as fill_module
+from palestra.model import places
 from palestra.model.fill import empty_model, fill
 from palestra.model.load import read_config, shard
 from palestra.model.policy import Policy
@@ -59,13 +59,13 @@ def main(model: str, out: Path) -> None:
     fills = [partial(fill, policy.model, Path(model), device=torch.device("cpu")) for policy in policies]
     added = peak_of(fills[0])
     kept: list[Tensor] = []
-    share = fill_module.share
+    share = places.share
 
     def keeping_all(whole: Tensor, like: Tensor) -> Tensor:
         kept.append(whole.clone())
         return share(whole, like)
 
-    with patch.object(fill_module, "share", keeping_all):
+    with patch.object(places, "share", keeping_all):
         whole = peak_of(fills[1])
     held = sum(parameter.to_local().nbytes for parameter in policies[0].parameters())
     layer = sum(parameter.numel() * 4 for parameter in policies[0].decoder_layers[0].parameters())

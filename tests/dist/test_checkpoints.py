@@ -1,19 +1,15 @@
 """Saved on one layout, resumed on another: the next step is the same, biases of routers included."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.dist.processes import run
 from tests.dist.test_layouts import worst
 from tests.unit.model import tiny
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 TOLERANCE = 1e-4  # of float32, where sums are taken in another order
 BIAS = "e_score_correction_bias"
 
@@ -25,10 +21,7 @@ def found(tmp_path_factory) -> Path:
     """By the layout that saved: what it went on to without a break, and where others came to from its checkpoint."""
     model = tiny.build(tmp_path_factory.mktemp("models"), "Glm4MoeForCausalLM")
     out = tmp_path_factory.mktemp("checkpoints")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    command = [*torchrun, str(ROOT / "tests/dist/checkpoints_worker.py"), str(model), str(out)]
-    done = subprocess.run(command, env=ENVIRONMENT, timeout=220, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run("checkpoints_worker.py", model, out, timeout_s=220, num_ranks=4)
     return out
 
 

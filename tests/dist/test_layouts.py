@@ -1,8 +1,5 @@
 """Every layout computes what one process computes: log-probabilities, gradients, and the weights after three steps."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,11 @@ from torch import Tensor
 
 from palestra.model.mesh import make_meshes
 from palestra.train.ranks import Ranks
+from tests.dist.processes import run
 from tests.dist.layouts import ALL, FAMILIES, FAULTS, LAYOUTS, Layout, is_split, make_policy, measure
 from tests.unit.model import tiny
+from tests.one_rank import ranks_of_one
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 TOLERANCE = {"float64": 1e-8, "float32": 1e-4}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -37,19 +34,14 @@ def models(tmp_path_factory) -> Path:
 def found(models, tmp_path_factory) -> Path:
     """What the first of four ranks found, a file for each family, layout and precision."""
     out = tmp_path_factory.mktemp("layouts")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    command = [*torchrun, str(ROOT / "tests/dist/layouts_worker.py"), str(models), str(out)]
-    done = subprocess.run(command, env=ENVIRONMENT, timeout=380, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run("layouts_worker.py", models, out, timeout_s=380, num_ranks=4)
     return out
 
 
 @pytest.fixture(scope="module")
 def alone(models):
     """What this process finds, with nothing sharded."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    ranks = Ranks(rank=0, num=1, device=torch.device("cpu"), meshes=make_meshes("cpu"))
+    ranks = ranks_of_one()
 
     @cache
     def found(family: str, precision: str, optimizer: str) -> dict[str, Any]:

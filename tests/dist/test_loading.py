@@ -1,18 +1,14 @@
 """No process holds more of a model than its shard and a layer, also while it loads."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from palestra.config.schema import Build
 from palestra.model.build import build_model
+from tests.dist.processes import run
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 GIB = 1 << 30
 SLACK = 32 << 20  # the allocator, transformers' modules
 
@@ -31,10 +27,7 @@ def model(tmp_path_factory) -> Path:
 
 def test_loading_takes_a_shard_and_a_layer(model, tmp_path):
     assert sum(file.stat().st_size for file in model.glob("*.safetensors")) >= GIB
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(ROOT / "tests/dist/loading_worker.py"), str(model), str(tmp_path)]
-    done = subprocess.run(command, env=ENVIRONMENT, timeout=180, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run("loading_worker.py", model, tmp_path, timeout_s=180, num_ranks=2)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["shard"] + found["layer"] < GIB

@@ -1,19 +1,16 @@
 """Muon on four ranks is Muon on one, whatever the layout; one optimizer for parameters of several meshes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.dist.processes import run
 from tests.dist import muon_worker
 from tests.dist.muon_worker import CASES, MAX_NORM, SAVED_AT, STEPS, Model, train
+from tests.one_rank import join_alone
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 NAMES = ["experts.fsdp", *(f"cases.{name}" for name in CASES)]
 
 pytestmark = pytest.mark.slow
@@ -26,9 +23,7 @@ def out(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def four_ranks(out) -> dict:
-    command = [sys.executable, str(ROOT / "tests/dist/muon_worker.py"), str(out)]
-    done = subprocess.run(command, env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run("muon_worker.py", out, timeout_s=120)
     return torch.load(out / "found.pt")
 
 
@@ -76,8 +71,7 @@ def test_to_the_bit(way, four_ranks):
 
 
 def test_a_checkpoint_of_four_ranks_is_continued_by_one(out, four_ranks):
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    join_alone()
     model = Model()
     optimizer = model.optimizer()
     muon_worker.resume(model, optimizer, out / "checkpoint")

@@ -1,8 +1,5 @@
 """Several ranks are one rank: gradients, metrics and trained weights on every mesh, and checkpoints across them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +8,11 @@ import torch.distributed as dist
 
 from palestra.train.ranks import Ranks
 from palestra.model.mesh import make_meshes
+from tests.dist.processes import run
 from tests.dist.steps_worker import ADAPTED, SAVED_AT, measure
 from tests.unit.model import tiny
+from tests.one_rank import ranks_of_one
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 FAMILIES = ("Qwen3ForCausalLM", "Glm4MoeForCausalLM")
 ARCHITECTURES = (*FAMILIES, f"Glm4MoeForCausalLM{ADAPTED}")
 MESHES = ("1x2", "2x1")  # replicate x shard
@@ -37,18 +34,13 @@ def models(tmp_path_factory) -> Path:
 def two_ranks(models, tmp_path_factory) -> Path:
     """Where one run of torchrun left what it found for every model and mesh, and its checkpoints."""
     out = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(ROOT / "tests/dist/steps_worker.py"), str(models), str(out)]
-    done = subprocess.run(command, env=ENVIRONMENT, timeout=280, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run("steps_worker.py", models, out, timeout_s=280, num_ranks=2)
     return out
 
 
 @pytest.fixture(scope="module")
 def one_rank() -> Ranks:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(rank=0, num=1, device=torch.device("cpu"), meshes=make_meshes("cpu"))
+    return ranks_of_one()
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

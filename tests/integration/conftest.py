@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from palestra.config import RunConfig
-from tests.integration.engines import Engine, TinyTrainer, free_port, python_module, running
+from tests.integration.engines import Engine, TinyTrainer, engine_of_a_run
 from tests.models import save_qwen3
 
 
@@ -23,19 +22,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """vLLM with the tiny Qwen3, started as a run starts it. Not yet healthy: `EngineClient.wait_healthy`."""
     directory = tmp_path_factory.mktemp("engine")
-    config = RunConfig.model_validate(
-        {
-            "log": {"name": "engine", "outputs": directory},
-            "model": {"path": str(tiny_model), "dtype": "float32"},
-            "engine": {"device": "cpu", "max_model_len": 512, "kv_cache_gib": 0.25},
-            "sampling": {"max_tokens": 256},
-        }
-    )
-    (directory / "config.json").write_text(config.model_dump_json())
-    port = free_port()
-    command = python_module("palestra.infer", str(directory / "config.json"))
-    environment = {"PALESTRA_INDEX": "0", "PALESTRA_PORT": str(port)}
-    with running(command, environment, port=port, log=directory / "engine.log") as engine:
+    with engine_of_a_run(tiny_model, directory) as engine:
         yield engine
 
 

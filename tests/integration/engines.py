@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
+from palestra.config import RunConfig
 from palestra.wire.weights import files
 from palestra.wire.weights.manifest import Probe, Staged
 
@@ -49,6 +51,28 @@ def running(command: Sequence[str], environment: dict[str, str], *, port: int, l
         yield engine
     finally:
         stop(engine)
+
+
+@contextmanager
+def engine_of_a_run(
+    model: Path, directory: Path, *, lora: dict[str, Any] | None = None, **sections: Any
+) -> Iterator[Engine]:
+    """The engine of `model`, with room for 512 tokens, as a run starts it."""
+    config = RunConfig.model_validate(
+        {
+            "log": {"name": "engine", "outputs": directory},
+            "model": {"path": str(model), "dtype": "float32", "lora": lora},
+            "engine": {"device": "cpu", "max_model_len": 512, "kv_cache_gib": 0.25},
+            "sampling": {"max_tokens": 256},
+            **sections,
+        }
+    )
+    (directory / "config.json").write_text(config.model_dump_json())
+    port = free_port()
+    command = python_module("palestra.infer", str(directory / "config.json"))
+    environment = {"PALESTRA_INDEX": "0", "PALESTRA_PORT": str(port)}
+    with running(command, environment, port=port, log=directory / "engine.log") as engine:
+        yield engine
 
 
 def stop(engine: Engine) -> None:

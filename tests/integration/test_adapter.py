@@ -7,23 +7,20 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from palestra.config import RunConfig
 from palestra.config.schema import Lora
 from palestra.core.errors import PublishError
 from palestra.core.ledger import Ledger
 from palestra.core.records import Sampling
 from palestra.model.load import load_policy
-from palestra.model.mesh import make_meshes
 from palestra.train.publish import Publisher
-from palestra.train.ranks import Ranks
 from palestra.wire.policy import EngineClient, UnpublishedError
 from palestra.wire.publish import Kv, PublishReport, publish
 from palestra.wire.weights.manifest import Staged, read_manifest, write_manifest
-from tests.integration.engines import HEALTHY_S, Engine, free_port, python_module, running
+from tests.integration.engines import HEALTHY_S, Engine, engine_of_a_run
 from tests.models import save_qwen3
+from tests.one_rank import ranks_of_one
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -43,20 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """As a run with `model.lora` starts it."""
     directory = tmp_path_factory.mktemp("engine")
-    config = RunConfig.model_validate(
-        {
-            "log": {"name": "engine", "outputs": directory},
-            "model": {"path": str(model), "dtype": "float32", "lora": LORA},
-            "engine": {"device": "cpu", "max_model_len": 512, "kv_cache_gib": 0.25},
-            "sampling": {"max_tokens": 256},
-            "env": {"mix": [{"id": "reverse-text"}]},
-        }
-    )
-    (directory / "config.json").write_text(config.model_dump_json())
-    port = free_port()
-    command = python_module("palestra.infer", str(directory / "config.json"))
-    environment = {"PALESTRA_INDEX": "0", "PALESTRA_PORT": str(port)}
-    with running(command, environment, port=port, log=directory / "engine.log") as engine:
+    with engine_of_a_run(model, directory, lora=LORA, env={"mix": [{"id": "reverse-text"}]}) as engine:
         yield engine
 
 
@@ -64,9 +48,7 @@ class Adapted:
     """The real trainer's policy and publisher; `step` moves the adapter as training would."""
 
     def __init__(self, model: Path, directory: Path):
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        ranks = Ranks(rank=0, num=1, device=torch.device("cpu"), meshes=make_meshes("cpu"))
+        ranks = ranks_of_one()
         self.policy = load_policy(
             str(model),
             dtype=torch.float32,

@@ -5,8 +5,11 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from palestra.core.clock import unix_now
+from palestra.core.errors import UserError
 
 LIFE = "PALESTRA_LIFE"  # environment variable: how often this process was started before, in this attempt of the run
 _PR_SET_PDEATHSIG = 1
@@ -27,6 +30,15 @@ def die_with_parent(expected_parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != expected_parent:
         raise SystemExit(f"the parent process {expected_parent} is gone; not starting")
+
+
+def exit_with(main: Callable[..., int]) -> NoReturn:
+    """End with what `main` makes of the command line's words. The user's mistake is told in words, with exit code 2."""
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def collect_garbage_seldom() -> None:

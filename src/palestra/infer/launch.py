@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from palestra.config.model_fields import experts_field, model_fields
 from palestra.config.schema import Lora
 from palestra.core.errors import UserError
 from palestra.wire.weights.vllm_plugin import ADAPTER_BACKEND, BACKEND, TIE_PROCESSES
@@ -21,7 +22,6 @@ _FIXED: dict[str, Any] = {
 
 _CPU_STEP_TOKENS = 4096  # of one forward
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
-_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # of configs of transformers
 _DENSE_LAYERS = (  # under the names of transformers, of all families that are tested
     *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
@@ -94,11 +94,10 @@ def require_dense(model: str) -> None:
 
     Errors: UserError for a directory whose model has experts.
     """
-    path = Path(model) / "config.json"
-    fields = json.loads(path.read_text()) if path.is_file() else {}
-    if found := [name for name in _EXPERTS if fields.get(name)]:
+    fields = model_fields(Path(model)) or {}
+    if name := experts_field(fields):
         raise UserError(
-            f"model.lora: {model} has experts ({found[0]}={fields[found[0]]}), and engines on CPUs have no kernel for "
+            f"model.lora: {model} has experts ({name}={fields[name]}), and engines on CPUs have no kernel for "
             "them beside adapters; leave model.lora out, take a model without experts, or engines on GPUs"
         )
 

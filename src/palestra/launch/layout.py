@@ -1,14 +1,11 @@
 """Whether a layout of the trainer's ranks divides the model, told before any process starts."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from palestra.config import RunConfig
+from palestra.config.model_fields import experts_field, model_fields
 from palestra.config.schema import nearest_divisors
 from palestra.core.errors import UserError
-
-_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 
 def require_layout(config: RunConfig) -> None:
@@ -16,7 +13,8 @@ def require_layout(config: RunConfig) -> None:
 
     Errors: UserError with the nearest layouts that do.
     """
-    fields = _model_fields(config)
+    build = config.model.build
+    fields = model_fields(Path(config.model.path or "").expanduser()) if build is None else build.config
     if fields is None:
         return
     train = config.train
@@ -29,24 +27,11 @@ def require_layout(config: RunConfig) -> None:
         )
     if train.expert_parallel == 1:
         return
-    experts = next((fields[name] for name in _EXPERTS if fields.get(name)), None)
-    if experts is None:
+    name = experts_field(fields)
+    if name is None:
         raise UserError(f"train.expert_parallel={train.expert_parallel}, but the model has no experts; set it to 1")
-    if experts % train.expert_parallel:
+    if fields[name] % train.expert_parallel:
         raise UserError(
-            f"train.expert_parallel={train.expert_parallel} does not divide the model's {experts} experts; set it to "
-            f"{nearest_divisors(experts, train.expert_parallel)}"
+            f"train.expert_parallel={train.expert_parallel} does not divide the model's {fields[name]} experts; set it "
+            f"to {nearest_divisors(fields[name], train.expert_parallel)}"
         )
-
-
-def _model_fields(config: RunConfig) -> dict[str, Any] | None:
-    if config.model.build is not None:
-        return config.model.build.config
-    path = Path(config.model.path or "").expanduser() / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # the trainer says what is wrong with it
-    return fields.get("text_config", fields) if isinstance(fields, dict) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palestra.config import RunConfig
+from palestra.config.model_fields import experts_field
 from palestra.config.schema import Build
 
 GIB = 1024**3
@@ -68,7 +69,8 @@ def built_parameters(build: Build) -> int | None:
     head_dim = fields.get("head_dim") or width // heads
     attention = 2 * width * head_dim * (heads + fields.get("num_key_value_heads", heads))
     dense = 3 * width * fields.get("intermediate_size", 4 * width)
-    experts = fields.get("n_routed_experts") or fields.get("num_experts") or 0
+    name = experts_field(fields)
+    experts = fields[name] if name else 0
     if experts:
         expert = 3 * width * fields.get("moe_intermediate_size", fields.get("intermediate_size", 4 * width))
         sparse = expert * (experts + fields.get("n_shared_experts", 0)) + width * experts

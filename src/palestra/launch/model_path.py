@@ -1,10 +1,10 @@
 """Whether a model can be loaded, told before any process starts."""
 
-import json
 import os
 import re
 from pathlib import Path
 
+from palestra.config.model_fields import model_fields
 from palestra.core.errors import UserError
 
 FETCHED = Path("models")  # where `palestra fetch` puts models
@@ -36,11 +36,7 @@ def require_model(path: str | None, *, field: str = "model.path") -> None:
 
 def max_positions(directory: Path) -> int | None:
     """The longest context of the model in a directory, if its configuration says one."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # a hub name; or `require_model` says what is wrong
-    found = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    found = (model_fields(directory) or {}).get("max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else None
 
 

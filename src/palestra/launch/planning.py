@@ -283,11 +283,6 @@ def _settings(change: Change) -> str:
     )
 
 
-def _with_ranks(change: Change, planned: Planned) -> str:
-    words = _settings(change)
-    return words if change.num_ranks == planned.config.train.num_ranks else f"{words} ({change.num_ranks} ranks)"
-
-
 def _publish_words(anatomy: Anatomy) -> str:
     low, high = difference_bytes(anatomy)
     return (

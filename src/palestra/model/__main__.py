@@ -1,11 +1,9 @@
 """`python -m palestra.model CONFIG_JSON`: build the model of a run into its directory, unless it is there."""
 
 import os
-import sys
 
 from palestra.config import read_resolved
-from palestra.core.errors import UserError
-from palestra.core.process import die_with_parent
+from palestra.core.process import die_with_parent, exit_with
 from palestra.wire.rundir import RunDir
 
 
@@ -26,8 +24,4 @@ def main(config_path: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from palestra.config.schema import Model
 from palestra.core.errors import UserError
+from palestra.core.process import exit_with
 from palestra.model.anatomy import Anatomy, Attention, Layer
 from palestra.model.experts import expert_modules
 from palestra.model.policy import Policy
@@ -250,8 +251,4 @@ def main(model_json: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +10,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from palestra.core.errors import InfrastructureError
-from palestra.model.files import TOKENIZER_FILES, tokenizer_directory
-from palestra.model.lora import fold, iterate_adapter, write_adapter
+from palestra.model.files import TOKENIZER_FILES, layer_of, tokenizer_directory
+from palestra.model.lora import fold, iterate_adapter, whole, write_adapter
 from palestra.model.policy import Policy
 
 SHARD_BYTES = 4 << 30
@@ -42,15 +40,14 @@ def _layout(policy: Policy, layer: dict[str, Tensor]) -> Iterator[tuple[str, Ten
 
 
 def _groups(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Tensors by layer, in the model's order: what a conversion of names joins or splits lies within one layer."""
+    """Tensors by layer, in the model's order."""
     groups: dict[str, dict[str, Tensor]] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        layer = re.match(r".*?\.\d+\.", name)
-        groups.setdefault(layer[0] if layer else name, {})[name] = tensor
+        groups.setdefault(layer_of(name), {})[name] = tensor
     return list(groups.values())
 
 
@@ -58,8 +55,7 @@ def _groups(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(tensor, torch.nn.Parameter):
         return tensor
-    cast = tensor.to(dtype)
-    return cast.full_tensor() if isinstance(cast, DTensor) else cast
+    return whole(tensor.to(dtype))
 
 
 def save_huggingface(policy: Policy, directory: Path, *, dtype: torch.dtype, source: str, writes: bool = True) -> None:

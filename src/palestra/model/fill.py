@@ -6,7 +6,6 @@ rest: it never holds more than its shards and one layer (or the embeddings, whic
 
 import copy
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Shard
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -24,9 +21,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from palestra.core.errors import UserError
 from palestra.model import attention
+from palestra.model.files import layer_of
 from palestra.model.lora import plain_name
-
-_LAYER = re.compile(r".*?\.\d+\.")
+from palestra.model.places import Places
 
 
 def empty_model(config: PretrainedConfig, *, experts: str) -> PreTrainedModel:
@@ -48,11 +45,12 @@ def fill(model: PreTrainedModel, path: Path, *, device: torch.device) -> None:
     """
     _fill_computed_buffers(model, device)
     mould = _Mould(model, path)
+    places = Places(model)
     names = {plain_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     with ExitStack() as files:
         for layer in _layers(_tensors(path, files)):
             for name, tensor in mould.convert(layer).items():
-                give(model, names.get(name, name), tensor, device)
+                places.give(names.get(name, name), tensor, device)
     model.__dict__["_weight_conversions"] = mould.conversions  # as transformers leaves them, for the export to undo
     _require_all(model, path)
 
@@ -74,11 +72,9 @@ def _tensors(path: Path, files: ExitStack) -> dict[str, Any]:
 
 
 def _layers(tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A conversion joins or splits what lies within one layer; anything else stands alone."""
     layers: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        found = _LAYER.match(name)
-        layers.setdefault(found[0] if found else name, {})[name] = tensor
+        layers.setdefault(layer_of(name), {})[name] = tensor
     yield from layers.values()
 
 
@@ -102,7 +98,7 @@ class _Mould:
         try:
             report, _ = convert_and_load_state_dict_in_model(model=self._model, state_dict=layer, load_config=config)
         except Exception as error:  # transformers raises many kinds
-            raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+            raise UserError(f"{where} cannot be loaded: {in_one_line(error)}") from error
         for name, found, expected in report.mismatched_keys:
             raise UserError(
                 f"{where}: {name} is {tuple(found)}, {type(self._model).__name__} of this config.json has "
@@ -127,40 +123,8 @@ class _Mould:
         return taken
 
 
-def give(model: Any, name: str, whole: Tensor, device: torch.device) -> None:
-    """To every module that has it: tied tensors stay one."""
-    old = model.get_parameter_or_buffer(name)
-    if not old.is_meta:
-        return  # tied, and there already
-    new = _placed(share(whole, old), old, device)
-    for module in model.modules():
-        owned: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
-        for own in owned:
-            for key in [key for key, tensor in own.items() if tensor is old]:
-                own[key] = new
-
-
-def _placed(part: Tensor, like: Tensor, device: torch.device) -> Tensor:
-    local = part.to(device, like.dtype, copy=True, memory_format=torch.contiguous_format)
-    if isinstance(like, DTensor):
-        local = DTensor.from_local(
-            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
-    return nn.Parameter(local, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else local
-
-
-def share(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that is laid out as `like`: a view, without communication."""
-    if not isinstance(like, DTensor):
-        return whole
-    axes = [axis for axis, placement in enumerate(like.placements) if not isinstance(placement, Replicate)]
-    axes.sort(key=lambda axis: type(like.placements[axis]) is not Shard)  # a strided one divides what others left
-    for axis in axes:
-        dim = like.placements[axis].dim  # type: ignore[attr-defined]
-        run = -(-whole.shape[dim] // like.device_mesh.size(axis))
-        start = min(like.device_mesh.get_local_rank(axis) * run, whole.shape[dim])
-        whole = whole.narrow(dim, start, min(run, whole.shape[dim] - start))
-    return whole
+def in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _fill_computed_buffers(model: Any, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from palestra.config.schema import Lora
 from palestra.core.errors import UserError
 from palestra.model.experts import expert_modules, split_experts
 from palestra.model.files import model_directory
-from palestra.model.fill import empty_model, fill
+from palestra.model.fill import empty_model, fill, in_one_line
 from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
@@ -45,8 +45,10 @@ def load_policy(
     Errors: UserError for a path without a model, a family that cannot be packed, or a model that does not fit.
     """
     config = read_config(path)
-    require_memory(config, dtype=dtype, num_shards=meshes.num_shards, device=device, frozen=lora is not None)
     model = empty_model(config, experts=experts)
+    require_memory(
+        model.num_parameters(), dtype=dtype, num_shards=meshes.num_shards, device=device, frozen=lora is not None
+    )
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
     if lora is not None:
@@ -68,11 +70,7 @@ def read_config(path: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers and huggingface_hub raise many kinds
-        raise UserError(f"model.path={path} cannot be read: {_in_one_line(error)}") from error
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+        raise UserError(f"model.path={path} cannot be read: {in_one_line(error)}") from error
 
 
 def shard(policy: Policy, *, dtype: torch.dtype, experts: str, meshes: Meshes) -> None:

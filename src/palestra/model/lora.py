@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from palestra.config.schema import Lora
 from palestra.core.errors import UserError
+from palestra.model.places import Places
 from palestra.wire.weights.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 if TYPE_CHECKING:  # half a second that runs without adapters do not wait for
@@ -68,16 +69,13 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype) -> Ad
 @torch.no_grad()
 def begin_adapter(model: nn.Module, *, seed: int, device: torch.device) -> None:
     """The same on every rank, however it is sharded: A as peft draws it, from a generator of its own, and B zero."""
-    from palestra.model.fill import give
-
-    generator = torch.Generator().manual_seed(seed)
+    generator, places = torch.Generator().manual_seed(seed), Places(model)
     for name, parameter in list(model.named_parameters()):
-        whole = torch.zeros(parameter.shape) if _A in name or _B in name else None
-        if whole is not None and _A in name:
+        if _A in name:
             bound = 1 / math.sqrt(parameter.shape[1])  # Kaiming's, with a = sqrt(5)
-            whole.uniform_(-bound, bound, generator=generator)
-        if whole is not None:
-            give(model, name, whole, device)
+            places.give(name, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator), device)
+        elif _B in name:
+            places.give(name, torch.zeros(parameter.shape), device)
 
 
 def plain_name(name: str) -> str:
@@ -148,7 +146,7 @@ def iterate_adapter(model: nn.Module, *, dtype: torch.dtype) -> Iterator[tuple[s
     """The adapter's tensors under peft's names, whole. A collective: every rank must iterate to the end."""
     for name, tensor in model.state_dict().items():
         if _A in name or _B in name:
-            yield f"base_model.model.{name.replace(f'.{_NAME}.', '.')}", _whole(tensor).to(dtype)
+            yield f"base_model.model.{name.replace(f'.{_NAME}.', '.')}", whole(tensor).to(dtype)
 
 
 @torch.no_grad()
@@ -164,12 +162,13 @@ def fold(group: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
         plain = plain_name(name)
         folded[plain] = tensor
         if (a := group.get(name.replace(_BASE, _A))) is not None and _BASE in name and name.endswith("weight"):
-            delta_OI = _whole(group[name.replace(_BASE, _B)]).float() @ _whole(a).float()
-            folded[plain] = nn.Parameter(_whole(tensor).float() + adapter.scale * delta_OI, requires_grad=False)
+            delta_OI = whole(group[name.replace(_BASE, _B)]).float() @ whole(a).float()
+            folded[plain] = nn.Parameter(whole(tensor).float() + adapter.scale * delta_OI, requires_grad=False)
     return folded
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """A collective, if it is sharded. No gradient flows into it."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from palestra.train.holdings import Holding, Run
+from palestra.model.holdings import Holding, Run
 
 Index = tuple[int | slice, ...]
 Shape = tuple[int, int]

@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from palestra.core.errors import PalestraError
+from palestra.model.holdings import Holding, holdings, is_sharded
 from palestra.train.exchange import ROUND_ELEMENTS, Exchange, Index, Matrix, cut, group_of
-from palestra.train.holdings import Holding, holdings, is_sharded
 from palestra.train.moments import Home, local
 
 QUINTIC = (3.4445, -4.7750, 2.0315)

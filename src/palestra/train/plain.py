@@ -6,7 +6,6 @@
 In bfloat16 the weights are float32 under autocast.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from palestra.algo.losses import cross_entropy, policy_loss
 from palestra.config import RunConfig
-from palestra.core.errors import UserError
+from palestra.core.process import exit_with
 from palestra.model.dissect import dissect
 from palestra.train.job import Job, Speed
 from palestra.train.packs import Pack, plan_step
@@ -114,8 +113,4 @@ def main(job_file: str, way: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

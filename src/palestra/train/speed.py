@@ -6,7 +6,6 @@ model of random weights from the fields of its config.json.
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from palestra.config import RunConfig
 from palestra.core.errors import UserError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Metrics
+from palestra.core.process import exit_with
 from palestra.train import ranks as trainer_ranks
 from palestra.train.job import Job, Speed
 from palestra.train.probe import Memory, Watch, product_flops
@@ -142,8 +142,4 @@ def main(*words: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -23,10 +23,10 @@ from palestra.config.schema import Balance
 from palestra.core.errors import PalestraError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Last, Max, Mean, Metrics, Sum
+from palestra.model.holdings import sharding_dims
 from palestra.model.load import set_gradient_sync
 from palestra.model.policy import Policy
 from palestra.model.routers import max_violation
-from palestra.train.holdings import sharding_dims
 from palestra.train.moments import local
 from palestra.train.optimizer import set_lr
 from palestra.train.packs import Pack, Plan

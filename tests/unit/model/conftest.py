@@ -1,17 +1,14 @@
 import pytest
 import torch
-import torch.distributed as dist
 
 from palestra.model.load import load_policy
-from palestra.model.mesh import make_meshes
+from tests.one_rank import ranks_of_one
 
 
 @pytest.fixture(scope="session")
 def meshes():
     """One rank."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return make_meshes("cpu")
+    return ranks_of_one().meshes
 
 
 @pytest.fixture

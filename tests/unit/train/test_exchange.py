@@ -6,8 +6,8 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from palestra.core.errors import PalestraError
+from palestra.model.holdings import Run, holding
 from palestra.train.exchange import cut, deal
-from palestra.train.holdings import Run, holding
 
 
 def _rows(size: int, mesh_shape, placements, coordinate) -> list[int]:

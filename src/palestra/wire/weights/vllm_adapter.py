@@ -32,6 +32,7 @@ class AdapterEngine(FilesEngine):
     """Puts one version into the engine's home per update, or says what is wrong with it and leaves the old one."""
 
     update_info_cls = AdapterUpdateInfo
+    _started = False
 
     def start_weight_update(self) -> None:
         self._started, self._complete = True, False
@@ -39,7 +40,7 @@ class AdapterEngine(FilesEngine):
     def receive_weights(self, update_info: FilesUpdateInfo) -> None:
         """Errors: InfrastructureError naming the tensor or the layer."""
         assert isinstance(update_info, AdapterUpdateInfo)
-        is_begun, self._started = getattr(self, "_started", False), False
+        is_begun, self._started = self._started, False
         if not is_begun:
             raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
         manifest = self._expect(Path(update_info.directory), update_info.version)

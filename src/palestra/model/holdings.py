@@ -26,10 +26,6 @@ class Holding:
     replica: tuple[int, ...]  # coordinates on the mesh dimensions that replicate: equal ones make up a whole tensor
     runs: tuple[tuple[Run, ...], ...]  # per dimension
 
-    @property
-    def is_empty(self) -> bool:
-        return not all(self.runs)
-
 
 def holding(
     shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Placement], coordinate: Sequence[int]
