@@ -31,6 +31,11 @@ def publisher(policy, ranks, tmp_path):
     return Publisher(policy, ranks=ranks, directory=tmp_path, attempt=4, dtype=torch.float32, probe_tokens=20, seed=0)
 
 
+def _staging_publisher(policy, ranks, tmp_path, **settings) -> Publisher:
+    directory = tmp_path / "staging"
+    return Publisher(policy, ranks=ranks, directory=directory, attempt=1, probe_tokens=20, seed=0, **settings)
+
+
 def _change(policy) -> None:
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -82,14 +87,11 @@ def test_says_when_it_is_full_and_removes_nothing_by_itself(publisher, tmp_path)
 @pytest.fixture
 def differing(policy, ranks, tmp_path):
     """A publisher of differences; every fifth version is whole."""
-    return Publisher(
+    return _staging_publisher(
         policy,
-        ranks=ranks,
-        directory=tmp_path / "staging",
-        attempt=1,
+        ranks,
+        tmp_path,
         dtype=torch.bfloat16,
-        probe_tokens=20,
-        seed=0,
         recorded_in=tmp_path / "published",
         full_every=5,
     )
@@ -137,15 +139,12 @@ def test_after_a_restart_the_first_is_whole_and_the_life_before_is_left_to_engin
     for version in range(3):
         differing.stage(version, Ledger("test"))
         _nudge(policy)
-    again = Publisher(
+    again = _staging_publisher(
         policy,
-        ranks=ranks,
-        directory=tmp_path / "staging",
-        attempt=1,
+        ranks,
+        tmp_path,
         life=1,
         dtype=torch.bfloat16,
-        probe_tokens=20,
-        seed=0,
         full_every=5,
     )
     staged = [again.stage(1, Ledger("test")), again.stage(2, Ledger("test"))]
@@ -160,14 +159,11 @@ def test_after_a_restart_the_first_is_whole_and_the_life_before_is_left_to_engin
 
 def test_a_version_is_handed_out_by_handle_until_a_later_one_is_loaded(policy, ranks, tmp_path, monkeypatch):
     fake_gpu(monkeypatch)
-    publisher = Publisher(
+    publisher = _staging_publisher(
         policy,
-        ranks=ranks,
-        directory=tmp_path / "staging",
-        attempt=1,
+        ranks,
+        tmp_path,
         dtype=torch.float32,
-        probe_tokens=20,
-        seed=0,
         recorded_in=tmp_path / "published",
         by_handle=True,
     )
@@ -214,14 +210,11 @@ def test_staging_leaves_the_policy_sharded(publisher, policy):
 
 def test_recorded_versions_outlive_the_staged_ones(policy, ranks, tmp_path):
     kept = tmp_path / "published"
-    publisher = Publisher(
+    publisher = _staging_publisher(
         policy,
-        ranks=ranks,
-        directory=tmp_path / "staging",
-        attempt=1,
+        ranks,
+        tmp_path,
         dtype=torch.float32,
-        probe_tokens=20,
-        seed=0,
         recorded_in=kept,
     )
     staged = [publisher.stage(version, Ledger("test")) for version in range(3)]
