@@ -62,7 +62,8 @@ def killed(victim: str, point: str) -> Case:
 
 
 def killed_while_resuming(victim: str) -> Case:
-    first = dataclasses.replace(POINTS["training"], nth=4, attempt=1)
+    """First as soon as there is a checkpoint to resume from."""
+    first = dataclasses.replace(POINTS["checkpointing"], nth=1, when="leave", attempt=1)
 
     def play(make: Make) -> FaultyRun:
         run = make(first.kills(victim), BEGINNINGS[victim].kills(victim))

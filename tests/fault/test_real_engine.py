@@ -12,9 +12,10 @@ from tests.fault.whole_run import ENVIRONMENTS, FaultyRun
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 GATEWAY, BATCHES = "palestra.orchestrate.gateway:Gateway.call", "palestra.wire.batches:BatchFiles.write"
+CHECKPOINTS = "palestra.train.checkpoint:Checkpoints.begin"
 FAULTS = [
     Fault(process="env-0", at="palestra.env.play:_scored", nth=30, life=0),  # while scoring
-    Fault(process="trainer", at="palestra.train.checkpoint:save", when="leave", nth=1, life=0),  # while checkpointing
+    Fault(process="trainer", at=CHECKPOINTS, when="leave", nth=1, life=0),  # while its files are written
     Fault(process="orchestrator", at=BATCHES, when="leave", nth=5, life=0),  # while shipping
     Fault(process="orchestrator", at=GATEWAY, nth=30, life=1, do="stop", victims=("engine-0",)),  # while generating
     Fault(

@@ -60,6 +60,10 @@ class Context:
         """[t, H, D]; `whole` does it over a whole pack."""
         return whole(q_tHD, k_tGD, v_tGD, documents, scores)
 
+    def mine(self, owner_K: Tensor) -> Tensor | slice:
+        """What picks those that this rank owns."""
+        return slice(None)
+
     def collect(self, mine_k: Tensor, owner_K: Tensor) -> Tensor:
         """[K] on every rank from what each has for the tokens that it owns, in their order. Every rank goes on to
         compute the same from it, so a gradient is taken from this rank's own computation only."""
@@ -76,6 +80,9 @@ class _Split(Context):
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
+    def mine(self, owner_K: Tensor) -> Tensor | slice:
+        return owner_K == self.rank
+
     def collect(self, mine_k: Tensor, owner_K: Tensor) -> Tensor:
         return _Collect.apply(mine_k, owner_K, self)
 
@@ -91,7 +98,7 @@ class _Collect(Function):
         found_K = mine_k.new_empty(len(owner_K))
         for rank, part in enumerate(gathered):
             found_K[owner_K == rank] = part[: counts[rank]]
-        ctx.save_for_backward(owner_K == context.rank)
+        ctx.save_for_backward(context.mine(owner_K))
         return found_K
 
     @staticmethod

@@ -53,12 +53,12 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         assert head is not None
         owner_K = documents.owner[scored_K - 1]
-        is_mine_K = owner_K == self.context.rank
+        mine = self.context.mine(owner_K)
         logp_k, entropy_k = token_logprobs(
-            hidden_1tD[0, documents.place[scored_K - 1][is_mine_K]],
+            hidden_1tD[0, documents.place[scored_K - 1][mine]],
             head.weight,
-            token_ids_T[scored_K][is_mine_K],
-            temperature_K[is_mine_K],
+            token_ids_T[scored_K][mine],
+            temperature_K[mine],
             self._logit_map,
             self._head_chunk_tokens,
         )

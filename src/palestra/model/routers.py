@@ -28,6 +28,7 @@ class Routers:
         self._biased = list(_biased(model, self._routers))
         self._heard: list[tuple[Tensor, Tensor, Tensor]] = []
         self._is_listening = False
+        self._real_T = torch.zeros(0)
         for router in self._routers:
             router.register_forward_hook(self._hear)
         self.forget()
@@ -35,56 +36,61 @@ class Routers:
     def __len__(self) -> int:
         return len(self._routers)
 
-    def forget(self) -> None:
-        """Begin to count anew."""
-        self._load: list[Tensor] = []
+    def forget(self, *, for_loss: bool = False) -> None:
+        """Begin to count anew. With `for_loss` what the routers say is kept until the next forward."""
+        self._for_loss = for_loss
+        self._load: dict[nn.Module, Tensor] = {}
         self._entropy = torch.zeros(2, dtype=torch.float64)
 
     @contextmanager
     def listening(self, is_real_T: Tensor) -> Iterator[None]:
         """Around one forward; what a backward computes again is not heard twice, nor padding."""
-        self._heard, self._is_listening = [], True
+        self._heard, self._real_T, self._is_listening = [], is_real_T.double(), True
         try:
             yield
         finally:
             self._is_listening = False
-        self._heard = [
-            (logits[is_real_T], weights[is_real_T], index[is_real_T]) for logits, weights, index in self._heard
-        ]
-        if self._heard:
-            self._count()
 
     def _hear(self, router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        if self._is_listening:
+        if not self._is_listening:
+            return
+        self._count(router, *outputs)
+        if self._for_loss:
             self._heard.append(outputs)
 
     @torch.no_grad()
-    def _count(self) -> None:
-        loads = [torch.bincount(index.flatten(), minlength=logits.shape[-1]) for logits, _, index in self._heard]
-        self._load = [a + b for a, b in zip(self._load, loads, strict=True)] if self._load else loads
-        for _, weights, _ in self._heard:
-            share_TK = weights.double() / weights.double().sum(-1, keepdim=True)
-            entropy_T = -torch.special.xlogy(share_TK, share_TK).sum(-1)
-            self._entropy = self._entropy.to(entropy_T.device)
-            self._entropy += torch.stack([entropy_T.sum(), entropy_T.new_tensor(len(entropy_T))])
+    def _count(self, router: nn.Module, logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> None:
+        load_E = self._chosen(index_TK, logits_TE.shape[-1])
+        self._load[router] = load_E + self._load.get(router, 0.0)
+        share_TK = weights_TK.double() / weights_TK.double().sum(-1, keepdim=True)
+        entropy_T = -torch.special.xlogy(share_TK, share_TK).sum(-1) * self._real_T
+        self._entropy = self._entropy.to(entropy_T.device)
+        self._entropy += torch.stack([entropy_T.sum(), self._real_T.sum()])
+
+    def _chosen(self, index_TK: Tensor, num_experts: int) -> Tensor:
+        """[E], how often each was: without waiting for the device, as a count of unknown length would."""
+        real_TK = self._real_T[:, None].expand(index_TK.shape)
+        return real_TK.new_zeros(num_experts).scatter_add_(0, index_TK.flatten(), real_TK.flatten())
 
     def balance_loss(self) -> Tensor:
         """Of the last forward: E x sum over experts of (share of choices x mean probability), summed over tokens and
         averaged over layers: T if all experts are used alike. The probabilities are the logits' softmax, whatever the
-        family makes of them.
+        family makes of them. Only after `forget` for it.
 
         Source: Fedus et al. 2021, arXiv:2101.03961, equation 4.
         """
         losses = []
         for logits_TE, _, index_TK in self._heard:
             num = logits_TE.shape[-1]
-            chosen_E = torch.bincount(index_TK.flatten(), minlength=num) / max(index_TK.numel(), 1)
-            losses.append(num * (chosen_E * logits_TE.float().softmax(-1).sum(0)).sum())
+            load_E = self._chosen(index_TK, num)
+            chosen_E = (load_E / load_E.sum().clamp_min(1)).float()
+            probability_TE = logits_TE.float().softmax(-1) * self._real_T[:, None].float()
+            losses.append(num * (chosen_E * probability_TE.sum(0)).sum())
         return torch.stack(losses).mean()
 
     def load(self, group: dist.ProcessGroup) -> Tensor:
         """[L, E] tokens of each expert since `forget`, over all ranks of `group`. A collective."""
-        load_LE = torch.stack(self._load).double()
+        load_LE = torch.stack([self._load[router] for router in self._routers])
         dist.all_reduce(load_LE, group=group)
         return load_LE
 

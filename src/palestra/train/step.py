@@ -94,7 +94,7 @@ def train_step(
     Errors: PalestraError for a gradient that is not finite; the policy is then unchanged.
     """
     readings = Readings()
-    policy.routers.forget()
+    policy.routers.forget(for_loss=balance.aux_loss > 0)
     with ledger.spend("forward_backward"):
         for index, pack in enumerate(plan.packs):
             set_gradient_sync(policy, index == len(plan.packs) - 1)

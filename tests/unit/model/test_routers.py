@@ -56,6 +56,7 @@ def test_the_loss_is_one_for_each_token_if_all_are_used_alike(tmp_path):
     for name, parameter in policy.model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             parameter.data.zero_()
+    policy.routers.forget(for_loss=True)
     forward(policy)
     assert float(policy.routers.balance_loss()) / sum(LENGTHS) == pytest.approx(1.0)
     logits, weights, _ = policy.routers._heard[0]

@@ -210,9 +210,12 @@ def test_closing_without_a_listener_does_not_wait_for_ever(address: str):
 
 def test_a_thread_wakes_who_waits_once_and_nobody_else(address: str):
     there = BlockingCaller(address, name="trainer", attempt=1, receives=ToTrainer)
-    threading.Timer(0.1, lambda: [there.wake() for _ in range(3)]).start()
+    other = threading.Timer(0.1, there.wake)
+    other.start()
     assert there.receive(deadline_s=20, waiting_for="a thread") == Woken()
-    there.wake()  # before anybody waits
+    other.join()
+    for _ in range(3):
+        there.wake()  # before anybody waits
     assert there.receive(deadline_s=0, waiting_for="a thread") == Woken()
     with pytest.raises(DeadlineError):
         there.receive(deadline_s=0.05, waiting_for="nothing")
