@@ -223,6 +223,9 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    recompute: Literal["none", "selective", "full"] = "none"  # what layers compute again rather than keep
+    offload_activations: bool = False  # what layers keep for their backward waits in host memory
+    compile: bool = False  # layers by torch.compile, when they train
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; the rest stays AdamW's
     muon: Muon = Muon()
     offload_optimizer: bool = False  # its state is in host memory except while it steps
@@ -259,6 +262,15 @@ class Train(Section):
                 f"train.max_pack_tokens={self.max_pack_tokens} cannot be cut into {pieces} equal pieces for "
                 f"train.context_parallel={self.context_parallel} ({self.context_kind}); set it to "
                 f"{' or '.join(str(tokens) for tokens in (lower, lower + pieces) if tokens)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_in_one_way(self) -> Self:
+        if self.compile and self.recompute == "selective":
+            raise ValueError(
+                'train.compile=true chooses by itself what is computed again; set train.recompute to "none", or to '
+                '"full" where memory is short'
             )
         return self
 

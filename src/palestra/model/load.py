@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from palestra.core.errors import UserError
+from palestra.model.activations import PLAIN, Activations, keep_activations
 from palestra.model.experts import expert_modules, split_experts
 from palestra.model.files import model_directory
 from palestra.model.fill import empty_model, fill
@@ -30,6 +31,7 @@ def load_policy(
     head_chunk_tokens: int,
     meshes: Meshes,
     device: torch.device,
+    activations: Activations = PLAIN,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
 
@@ -42,6 +44,7 @@ def load_policy(
     model = empty_model(config, experts=experts)
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
+    keep_activations(policy.decoder_layers, activations, device)
     shard(policy, dtype=dtype, experts=experts, meshes=meshes)
     fill(model, model_directory(path), device=device)
     check_against_own_forward(policy, tolerance=_TOLERANCE[dtype])

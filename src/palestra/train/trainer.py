@@ -11,6 +11,7 @@ from palestra.config import RunConfig
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Mean, Metrics
+from palestra.model.activations import Activations
 from palestra.model.export import save_huggingface
 from palestra.model.load import load_policy
 from palestra.train import checkpoint
@@ -43,6 +44,11 @@ class Trainer:
                 head_chunk_tokens=config.train.head_chunk_tokens,
                 meshes=ranks.meshes,
                 device=ranks.device,
+                activations=Activations(
+                    recompute=config.train.recompute,
+                    offload=config.train.offload_activations,
+                    compile=config.train.compile,
+                ),
             )
         self.version = 0
         self.use_fresh_optimizer(training_rate(config.train))

@@ -1,0 +1,125 @@
+"""What a decoder layer keeps for its backward pass, and what is computed again or kept elsewhere.
+
+`full` keeps a layer's input. `selective` keeps besides what costs most to compute: matrix products, attention and what
+was fetched from other ranks; all that lies between is computed again from it. Both compute the very same numbers again.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from palestra.model.offload import Keeper, Offload, Stay, Store
+
+_FETCHED = frozenset({"_c10d_functional::all_to_all_single"})
+_KEPT = _FETCHED | {
+    "aten::mm",
+    "aten::addmm",
+    "aten::_grouped_mm",
+    "transformers::grouped_mm_fallback",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """`offload`: what is kept waits in host memory. `compile`: each layer by torch.compile."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    offload: bool = False
+    compile: bool = False
+
+
+PLAIN = Activations()
+
+
+def keep_activations(layers: Sequence[nn.Module], activations: Activations, device: torch.device) -> None:
+    """From now on each of `layers` keeps only that. Before or after they are sharded."""
+    if activations == PLAIN:
+        return
+    keeper: Keeper = Offload(device) if activations.offload else Stay()
+    for layer in layers:
+        layer.forward = _Frugal(layer, activations, keeper)
+
+
+class _Frugal:
+    """A layer's forward. Around it are FSDP's hooks: weights are gathered when it is computed again."""
+
+    def __init__(self, layer: nn.Module, activations: Activations, keeper: Keeper):
+        self._layer, self._keeper, self._recompute = layer, keeper, activations.recompute
+        self._plain = layer.forward
+        self._forward = torch.compile(self._plain, dynamic=True) if activations.compile else self._plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._plain(*args, **kwargs)
+        with self._keeper.run(self._layer, kwargs) as store:
+            return _WAYS[self._recompute](self._forward, store)(*args, **kwargs)
+
+
+def _none(forward: Callable[..., Any], store: Store) -> Callable[..., Any]:
+    return forward
+
+
+def _full(forward: Callable[..., Any], store: Store) -> Callable[..., Any]:
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a layer
+
+
+def _selective(forward: Callable[..., Any], store: Store) -> Callable[..., Any]:
+    kept: deque[tuple[str, Any]] = deque()
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return _Keep(kept, store), _Reuse(kept)
+
+    return partial(_full(forward, store), context_fn=contexts)
+
+
+_WAYS = {"none": _none, "full": _full, "selective": _selective}
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps, in order, what these operations return."""
+
+    def __init__(self, kept: deque[tuple[str, Any]], store: Store):
+        super().__init__()
+        self._kept, self._store = kept, store
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (name := func.name()) in _KEPT:
+            if name in _FETCHED:
+                torch.ops._c10d_functional.wait_tensor(out)  # it may leave the device before anyone else waits
+            # detached: what is returned is about to become part of the graph
+            self._kept.append((name, tree_map_only(Tensor, self._pack, out)))
+        return out
+
+    def _pack(self, tensor: Tensor) -> partial[Tensor]:
+        return partial(self._store.unpack, self._store.pack(tensor.detach()))
+
+
+class _Reuse(TorchDispatchMode):
+    """Gives them back instead of computing."""
+
+    def __init__(self, kept: deque[tuple[str, Any]]):
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := func.name()) not in _KEPT:
+            return func(*args, **(kwargs or {}))
+        kept_name, out = self._kept.popleft()
+        if kept_name != name:
+            raise RuntimeError(f"a layer computed {kept_name} in its forward pass, and {name} when computing it again")
+        return tree_map_only(partial, lambda unpack: unpack(), out)
