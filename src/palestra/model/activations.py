@@ -5,7 +5,7 @@ was fetched from other ranks; all that lies between is computed again from it. B
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from palestra.model.offload import Keeper, Offload, Stay, Store
@@ -30,6 +30,7 @@ _KEPT = _FETCHED | {
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "torch_attn::_varlen_attn",
+    "palestra::ring",
 }
 
 
@@ -78,7 +79,7 @@ def _full(forward: Callable[..., Any], store: Store) -> Callable[..., Any]:
 
 
 def _selective(forward: Callable[..., Any], store: Store) -> Callable[..., Any]:
-    kept: deque[tuple[str, Any]] = deque()
+    kept: deque[_Kept] = deque()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return _Keep(kept, store), _Reuse(kept)
@@ -89,37 +90,72 @@ def _selective(forward: Callable[..., Any], store: Store) -> Callable[..., Any]:
 _WAYS = {"none": _none, "full": _full, "selective": _selective}
 
 
-class _Keep(TorchDispatchMode):
-    """Keeps, in order, what these operations return."""
+@dataclass
+class _Kept:
+    """What an operation returned. Its tensors are apart from the graph, which they are to be a part of once more."""
 
-    def __init__(self, kept: deque[tuple[str, Any]], store: Store):
+    name: str
+    out: Any
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps, in order, what these operations return. What the layer goes on to change in place is copied first."""
+
+    def __init__(self, kept: deque[_Kept], store: Store):
         super().__init__()
         self._kept, self._store = kept, store
+        self._by_address: dict[int, _Kept] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func._schema.is_mutable and self._by_address:
+            for tensor in _written(func, args, kwargs):
+                self._copy(tensor)
+        out = func(*args, **kwargs)
         if (name := func.name()) in _KEPT:
             if name in _FETCHED:
                 torch.ops._c10d_functional.wait_tensor(out)  # it may leave the device before anyone else waits
-            # detached: what is returned is about to become part of the graph
-            self._kept.append((name, tree_map_only(Tensor, self._pack, out)))
+            kept = _Kept(name, tree_map_only(Tensor, Tensor.detach, out))
+            self._kept.append(kept)
+            self._by_address |= {_address(leaf): kept for leaf in tree_leaves(kept.out) if isinstance(leaf, Tensor)}
         return out
 
-    def _pack(self, tensor: Tensor) -> partial[Tensor]:
-        return partial(self._store.unpack, self._store.pack(tensor.detach()))
+    def _copy(self, written: Tensor) -> None:
+        address = _address(written)
+        kept = self._by_address.pop(address, None)
+        if kept is not None:
+            kept.out = tree_map_only(Tensor, lambda x: x.clone() if _address(x) == address else x, kept.out)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._by_address.clear()
+        for kept in self._kept:
+            kept.out = tree_map_only(Tensor, lambda x: partial(self._store.unpack, self._store.pack(x)), kept.out)
 
 
 class _Reuse(TorchDispatchMode):
     """Gives them back instead of computing."""
 
-    def __init__(self, kept: deque[tuple[str, Any]]):
+    def __init__(self, kept: deque[_Kept]):
         super().__init__()
         self._kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (name := func.name()) not in _KEPT:
             return func(*args, **(kwargs or {}))
-        kept_name, out = self._kept.popleft()
-        if kept_name != name:
-            raise RuntimeError(f"a layer computed {kept_name} in its forward pass, and {name} when computing it again")
-        return tree_map_only(partial, lambda unpack: unpack(), out)
+        kept = self._kept.popleft()
+        if kept.name != name:
+            raise RuntimeError(f"a layer computed {kept.name} in its forward pass, and {name} when computing it again")
+        return tree_map_only(partial, lambda unpack: unpack(), kept.out)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Arguments that an operation changes."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(given) if type(leaf) is Tensor)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
