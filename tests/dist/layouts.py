@@ -18,7 +18,7 @@ from palestra.config.schema import Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model import load
-from palestra.model.activations import PLAIN, Activations, keep_activations
+from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.documents import documents_of
 from palestra.model.experts import expert_modules
 from palestra.model.fill import empty_model, fill
@@ -26,7 +26,7 @@ from palestra.model.load import read_config, set_gradient_sync
 from palestra.model.mesh import Meshes, make_meshes
 from palestra.model.policy import Policy
 from palestra.train import muon, packs
-from palestra.train.optimizer import make_optimizers
+from palestra.train.optimizer import make_optimizer
 from palestra.train.packs import Plan, plan_step
 from palestra.train.ranks import Ranks
 from palestra.train.step import Readings, pack_loss, train_step
@@ -129,8 +129,8 @@ def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str
         "gradients": {name: _whole(parameter.grad) for name, parameter in policy.named_parameters()}
     }
     policy.zero_grad()
-    optimizers = make_optimizers(policy, Train(optimizer=optimizer, weight_decay=0.1))
-    found["metrics"] = [values(_step(policy, optimizers, _plan(meshes, step), ranks)) for step in range(STEPS)]
+    stepped = make_optimizer(policy, policy.decoder_layers, Train(optimizer=optimizer, weight_decay=0.1))
+    found["metrics"] = [values(_step(policy, stepped, _plan(meshes, step), ranks)) for step in range(STEPS)]
     found["weights"] = {name: _whole(parameter) for name, parameter in policy.named_parameters()}
     return found
 
@@ -149,9 +149,9 @@ class NeverNarrower(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _step(policy: Policy, optimizers: list[torch.optim.Optimizer], plan: Plan, ranks: Ranks) -> Any:
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks) -> Any:
     return train_step(
-        policy, optimizers, plan, rl_loss=_loss(), lr=1e-3, max_grad_norm=1.0, ranks=ranks, ledger=Ledger("test")
+        policy, optimizer, plan, rl_loss=_loss(), lr=1e-3, max_grad_norm=1.0, ranks=ranks, ledger=Ledger("test")
     )
 
 
@@ -189,8 +189,7 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
             yield
             return
     elif fault == "orthogonalised in pieces":
-        whole = muon._slab
-        with patch.object(muon, "_slab", lambda *given: dataclasses.replace(whole(*given), group=None)):
+        with patch.object(muon, "_is_whole_here", lambda parameter: True):
             yield
             return
     yield

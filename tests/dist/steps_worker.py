@@ -12,7 +12,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from palestra.algo.losses import policy_loss
-from palestra.config.schema import Log, Model, RunConfig, Train
+from palestra.config.schema import Log, Lora, Model, RunConfig, Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model.export import iterate_weights
@@ -29,6 +29,7 @@ PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 AGES = [0, 2, 0, 1, 9, 0, 2, 0]
 STEPS = 4
 SAVED_AT = 2
+ADAPTED = "-adapted"  # ends the name of a model's directory
 
 
 def main(models: Path, out: Path) -> None:
@@ -49,7 +50,7 @@ def measure(model: Path, out: Path, ranks: trainer_ranks.Ranks, resume_from: int
     """Gradients at version 0, the metrics of every step, and the weights at the end; a checkpoint on the way."""
     config = RunConfig(
         log=Log(name="run", outputs=out),
-        model=Model(path=str(model), dtype="float32"),
+        model=Model(path=str(model), dtype="float32", lora=Lora(rank=4) if model.name.endswith(ADAPTED) else None),
         train=Train(steps=STEPS, lr=1e-3, lr_ess_power=0.5),
     )
     trainer = Trainer(config, ranks, Ledger("test"))
@@ -64,7 +65,8 @@ def measure(model: Path, out: Path, ranks: trainer_ranks.Ranks, resume_from: int
         metrics = trainer.train(batch, Ledger("test"))
         found["metrics"].append(values(metrics))
         if trainer.version == SAVED_AT and resume_from is None:
-            trainer.save(Ledger("test"))
+            trainer.save(Ledger("test"))  # its files are written while the next steps are trained
+    trainer.finish_save(Ledger("test"))
     found["weights"] = {name: whole.clone() for name, whole in iterate_weights(trainer.policy, dtype=torch.float32)}
     return found
 
@@ -75,7 +77,11 @@ def _gradients(trainer: Trainer, ranks: trainer_ranks.Ranks) -> dict[str, torch.
     for index, pack in enumerate(plan.packs):
         set_gradient_sync(trainer.policy, index == len(plan.packs) - 1)
         pack_loss(trainer.policy, pack, plan.counts, loss, Readings()).backward()
-    gradients = {name: parameter.grad.full_tensor() for name, parameter in trainer.policy.named_parameters()}
+    gradients = {
+        name: parameter.grad.full_tensor()
+        for name, parameter in trainer.policy.named_parameters()
+        if parameter.requires_grad
+    }
     trainer.policy.zero_grad()
     return gradients
 

@@ -86,6 +86,10 @@ def test_a_layout_equals_one_process(family, layout: Layout, precision, alone, f
         "weight": worst(ours["weights"], reference["weights"]),
         "loss": worst(*({"loss": torch.tensor([m[LOSS] for m in f["metrics"]], dtype=torch.float64)} for f in (ours, reference))),
     }
+    for ours_of_step, theirs in zip(ours["metrics"], reference["metrics"], strict=True):
+        experts = {name: value for name, value in theirs.items() if name.startswith("train/experts/")}
+        assert bool(experts) == is_split(family)
+        assert {name: ours_of_step[name] for name in experts} == pytest.approx(experts, rel=1e-4, abs=1e-9)
     record_layout(family, layout.name, precision, {what: gap for what, (gap, _) in gaps.items()})
     for what, (gap, name) in gaps.items():
         assert gap <= TOLERANCE[precision], f"{what} of {name} differs by {gap:.2e}"

@@ -11,12 +11,13 @@ import torch.distributed as dist
 
 from palestra.train.ranks import Ranks
 from palestra.model.mesh import make_meshes
-from tests.dist.steps_worker import SAVED_AT, measure
+from tests.dist.steps_worker import ADAPTED, SAVED_AT, measure
 from tests.unit.model import tiny
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-ARCHITECTURES = ("Qwen3ForCausalLM", "Glm4MoeForCausalLM")
+FAMILIES = ("Qwen3ForCausalLM", "Glm4MoeForCausalLM")
+ARCHITECTURES = (*FAMILIES, f"Glm4MoeForCausalLM{ADAPTED}")
 MESHES = ("1x2", "2x1")  # replicate x shard
 TIMES = ("train/step_s", "train/tokens_per_s")
 
@@ -26,8 +27,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models")
-    for architecture in ARCHITECTURES:
+    for architecture in FAMILIES:
         tiny.build(directory, architecture)
+    (directory / f"Glm4MoeForCausalLM{ADAPTED}").symlink_to(directory / "Glm4MoeForCausalLM")
     return directory
 
 

@@ -1,7 +1,9 @@
 """A trainer process whose policy is a table: the real loop, messages, batches and checkpoints' rules, without torch."""
 
+import functools
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from palestra.core.metrics import Mean, Metrics
 from palestra.core.process import life
 from palestra.core.spans import SpanLog
 from palestra.train import __main__ as program
+from palestra.train.background import Background, Written
 from palestra.train.reinforce import Loop, Orchestrator
 from palestra.wire.batches import Batch
 from palestra.wire.messages import Done, Ready, TrainerReady
@@ -45,7 +48,8 @@ class TableTrainer:
     def __init__(self, config: RunConfig, ranks: OneRank, *, step_s: float):
         self._config, self._run, self.ranks = config, RunDir(config.run_dir), ranks
         self._step_s, self._witness = step_s, Witness(faults_directory())
-        self.version, self.table = 0, Table.load(Path(config.model_dir) / FILE)
+        self.version, self.table, self.saved_version = 0, Table.load(Path(config.model_dir) / FILE), -1
+        self._background = Background(deadline_s=config.train.batch_deadline_s)
 
     def train(self, batch: Batch, ledger: Ledger) -> Metrics:
         if batch.step != self.version:
@@ -59,18 +63,31 @@ class TableTrainer:
         self._witness.trained(batch.step, sorted(set(batch.rollout.tolist())))
         return {"train/tokens": Mean(batch.num_tokens)}
 
-    def save(self, ledger: Ledger) -> Path:
+    def save(self, ledger: Ledger, *, on_end: Callable[[], None]) -> None:
         directory = checkpoint_dir(self._run, self.version) / "trainer"
         with ledger.spend("checkpoint"):
-            directory.mkdir(parents=True, exist_ok=True)
-            self.table.save(directory / FILE)
-            write_atomically(directory / _STATE, msgspec.json.encode({"version": self.version}))
-        return directory
+            write = functools.partial(self.write, self.table, self.version, directory)
+            self._background.begin(self.version, directory, write, on_end)
+        self.saved_version = self.version
+
+    def write(self, table: Table, version: int, directory: Path) -> None:
+        """In the thread; a step trains a new table."""
+        directory.mkdir(parents=True, exist_ok=True)
+        table.save(directory / FILE)
+        self.go_on_writing()
+        write_atomically(directory / _STATE, msgspec.json.encode({"version": version}))
+
+    def go_on_writing(self) -> None:
+        """A point to be killed at: half of the files are there."""
+
+    def finish_save(self, ledger: Ledger) -> Written | None:
+        with ledger.spend("checkpoint"):
+            return self._background.finish()
 
     def resume(self, version: int) -> None:
         directory = checkpoint_dir(self._run, version) / "trainer"
         self.table = Table.load(directory / FILE)
-        self.version = msgspec.json.decode((directory / _STATE).read_bytes())["version"]
+        self.version = self.saved_version = msgspec.json.decode((directory / _STATE).read_bytes())["version"]
 
     def export(self, ledger: Ledger) -> Path:
         with ledger.spend("export"):

@@ -6,9 +6,11 @@ from itertools import product
 
 import pytest
 
+from palestra.wire.rundir import read_manifests
 from palestra.wire.runlog import read_restarts
 from tests.fault.cases import DEADLINE_S, Case, Make, Maker
 from tests.fault.doomed import Fault
+from tests.fault.table import FILE
 from tests.fault.whole_run import FaultyRun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(DEADLINE_S)]
@@ -88,10 +90,23 @@ def killed_in_a_publish(make: Make) -> FaultyRun:
     return run
 
 
+def killed_while_files_are_written(make: Make) -> FaultyRun:
+    """Half of the second checkpoint is there, and the steps go on: it does not exist, and the one before does."""
+    writes = Point("trainer", "tests.fault.table_trainer:TableTrainer.go_on_writing", 2)
+    run = make(writes.kills("supervisor", "trainer"))
+    run.break_off()
+    (whole,) = read_manifests(run.run)
+    (torn,) = (path for path in run.run.checkpoints.iterdir() if int(path.name) > whole.version)
+    assert [path.name for path in (torn / "trainer").iterdir()] == [FILE]
+    run.resume()
+    return run
+
+
 CASES = [
     *(killed(victim, point) for victim, point in product(KINDS, POINTS)),
     *map(killed_while_resuming, KINDS),
     *map(killed_together, TOGETHER),
+    Case("the trainer killed while files of a checkpoint are written", killed_while_files_are_written),
     Case("one engine of two killed while its publish is proved", killed_in_a_publish),
 ]
 

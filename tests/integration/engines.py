@@ -103,18 +103,25 @@ class TinyTrainer:
             for tensor in self.tensors().values():
                 tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
 
+    def nudge(self) -> None:
+        """Move one number in fifty, as a step of reinforcement learning does in bfloat16."""
+        with torch.no_grad():
+            for tensor in self.tensors().values():
+                tensor.view(-1)[self.version % 50 :: 50] *= 1.5
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state that is published: a tied head once."""
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         ties = self.model.config.tie_word_embeddings
         return {name: tensor for name, tensor in self.model.state_dict().items() if not (ties and name in tied)}
 
-    def stage(self, tensors: dict[str, torch.Tensor] | None = None) -> Staged:
-        """The next version, with a probe of the model as it is; `tensors` may differ from it, to plant a fault."""
+    def stage(self, tensors: dict[str, torch.Tensor] | None = None, *, previous: Staged | None = None) -> Staged:
+        """The next version, with a probe of the model as it is; `tensors` may differ from it, to plant a fault. With
+        `previous`, only what changed since then."""
         self.version += 1
         path = self.directory / f"v{self.version}"
         published = self.layout(self.tensors()) if tensors is None else tensors
-        files.stage(path, self.version, 1, published.items())
+        files.stage(path, self.version, 1, published.items(), previous=Path(previous.directory) if previous else None)
         token_ids = [3 + (7 * position) % 27 for position in range(48)]
         logprobs = self.score(token_ids)
         probe = Probe(token_ids=token_ids, logprobs=logprobs, previous_logprobs=self.previous)

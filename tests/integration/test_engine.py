@@ -15,7 +15,7 @@ from palestra.infer import engine_argv, engine_environment
 from palestra.wire.draft import Draft
 from palestra.wire.policy import EngineClient, EngineError, EngineLoad, RefusedError
 from palestra.wire.publish import Kv, PublishReport, publish
-from palestra.wire.weights.manifest import Staged, read_manifest
+from palestra.wire.weights.manifest import Staged, read_manifest, write_manifest
 from tests.integration.engines import (
     HEALTHY_S,
     Engine,
@@ -193,6 +193,38 @@ async def test_a_prefix_of_an_older_version_is_not_reused(client: EngineClient, 
     await publish_to(client, trainer.stage(), "keep")
     assert await first_logprob(client.cache_salt) <= EXACT
     assert await first_logprob(old_salt) > 10 * EXACT
+
+
+async def test_differences_arrive_though_the_engine_missed_some(
+    client: EngineClient, trainer: TinyTrainer, tmp_path: Path
+) -> None:
+    """It holds the whole version and never saw the first difference; the second, by copies of its own, is exact."""
+    versions = [trainer.stage()]
+    for _ in range(3):
+        trainer.nudge()
+        versions.append(trainer.stage(previous=versions[-1]))
+    assert all(read_manifest(Path(staged.directory)).previous for staged in versions[1:])
+    await publish_to(client, versions[0])
+    report = await publish_to(client, versions[2])
+    assert report.max_gap <= EXACT
+    far = msgspec.structs.replace(versions[3], local=str(tmp_path))
+    report = await publish_to(client, far)
+    assert report.max_gap <= EXACT
+    assert report.engines[0].gap is not None
+    assert (report.engines[0].gap.between or 0.0) > 100 * EXACT, "the versions differ by far more than the tolerance"
+    assert {path.name for path in tmp_path.glob("*/v*")} == {Path(staged.directory).name for staged in versions}
+
+
+async def test_a_difference_applied_to_the_wrong_version(client: EngineClient, trainer: TinyTrainer) -> None:
+    versions = [trainer.stage()]
+    for _ in range(2):
+        trainer.nudge()
+        versions.append(trainer.stage(previous=versions[-1]))
+    path = Path(versions[-1].directory)
+    wrong = msgspec.structs.replace(read_manifest(path), previous=Path(versions[0].directory).name)
+    write_manifest(path, wrong)
+    with pytest.raises(PublishError, match=r"tensor model\.[a-z0-9_.]+ in \S+ arrived corrupted"):
+        await publish_to(client, versions[-1])
 
 
 async def test_a_tensor_left_out(client: EngineClient, trainer: TinyTrainer) -> None:

@@ -62,6 +62,32 @@ def test_a_run_tells_what_it_did(finished: Run):
     assert (finished.path / "weights" / "config.json").exists()
 
 
+@pytest.fixture(scope="module")
+def adapted(directory: Path) -> Run:
+    """Adapters only, stopped after some steps and gone on with."""
+    run = Run(directory, "adapted", max_age=0)
+    code, said = run.finish(*ADAPTED, "train.steps=4")
+    assert code == 0, said
+    code, said = run.finish(*ADAPTED, "--resume")
+    assert code == 0, said
+    return run
+
+
+ADAPTED = ("model.lora.rank=4", "model.lora.alpha=8", "train.checkpoint_every=2")
+
+
+def test_a_run_of_adapters_is_resumed_and_ends_with_both_layouts(adapted: Run):
+    assert sorted(adapted.rows) == list(range(6))
+    assert all(row["train/rl/mismatch_max"] <= 1e-4 for row in adapted.rows.values())
+    assert adapted.summary["publish_max_abs_logprob_gap"] <= 1e-4
+    export = adapted.path / "weights"
+    assert (export / "model.safetensors").exists()
+    assert (export / "adapter" / "adapter_config.json").exists()
+    code, said = adapted.finish("train.steps=7", "--resume")
+    assert code == 2
+    assert "model.lora.rank: 4 in the run, nothing now" in said
+
+
 def test_trainer_and_engine_agree_at_every_step(finished: Run):
     """On-policy in float32: what the engine said it sampled from is what the trainer computes."""
     assert all(row["train/rl/mismatch_max"] <= 1e-4 for row in finished.rows.values())

@@ -165,6 +165,10 @@ _DISK = "the disk takes it or refuses it; a kernel that does neither holds every
 
 ENDS_ALL_THE_SAME = {
     ("model.ring._Blocks.pass_on", "work.wait()"): "the process group ends a collective after its timeout",
+    (
+        "wire.weights.local._alone",
+        "fcntl.flock(...)",
+    ): "for who copies; sync.deadline_s ends the publish, death the lock",
     ("core.deadline.within", "scope"): "this is the deadline",
     ("core.deadline.within", "await awaited"): "this is what has the deadline",
     ("env.aside.limited", "await asyncio.wrap_future(...)"): "the pool ends what takes longer than `timeout`",
@@ -309,6 +313,7 @@ ENDS_ALL_THE_SAME = {
     ("sandbox.service._serve", "await told_to_end.wait()"): "a service goes on until it is told to end",
     ("sandbox.service._serve", "await runner.cleanup()"): "it has a deadline inside, shutdown_timeout",
     ("sandbox.ports.relay", "await asyncio.gather(...)"): "each way gives up after an hour without a byte",
+    ("train.exchange._Transfer.arrived", "self.work.wait()"): "the process group has a deadline",
     ("wire.chat.ChatClient._tried", "await self._http.post(...)"): "`ask` bounds all tries together",
     ("orchestrate.gateway.Gateway._join", "await future"): "the request behind it has engine.call_s",
     ("orchestrate.gateway.Gateway.close", "await asyncio.gather(...)"): "they are cancelled already",
@@ -327,6 +332,7 @@ ENDS_ALL_THE_SAME = {
     ("wire.channel._LoopSocket.receive", "await self._arrived.wait()"): "every caller of a Caller gives a deadline",
     ("wire.channel.Listener.receive", "await self._socket.receive()"): _LISTENS,
     ("wire.channel.BlockingCaller.receive", "self._socket.recv_multipart()"): "ZeroMQ says that a message is there",
+    ("wire.channel.BlockingCaller._was_woken", "self._woken.recv(...)"): "the socket does not block",
     ("wire.connections._Body.__aiter__", "self._answer.content.iter_any()"): "whoever reads the body has a deadline",
     ("wire.connections.Connections.handle_async_request", "await request.aread()"): "it is in memory",
     (

@@ -43,6 +43,26 @@ class Build(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class Lora(Section):
+    """Train low-rank adapters beside frozen weights, instead of the weights."""
+
+    rank: int = Field(default=16, ge=1, le=512)
+    alpha: PositiveFloat = 32.0  # adapters count alpha / rank times, with use_rslora alpha / sqrt(rank)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # ends of names of linear layers in the decoder
+    use_rslora: bool = False
+    dropout: float = 0.0
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        if self.dropout:
+            raise ValueError(
+                f"model.lora.dropout={self.dropout} would make trainer and engine two different policies; set it to 0"
+            )
+        if not self.targets:
+            raise ValueError('model.lora.targets is empty; name layers, or leave it out for "all-linear"')
+        return self
+
+
 class Model(Section):
     """The policy: a Hugging Face directory or hub name, or a `build`."""
 
@@ -50,6 +70,7 @@ class Model(Section):
     build: Build | None = None
     dtype: Dtype = "bfloat16"  # of the forward pass; masters are float32
     experts: Literal["grouped_mm", "eager", "batched_mm"] = "grouped_mm"
+    lora: Lora | None = None  # None trains all weights
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -205,12 +226,23 @@ class SamplingConfig(Section):
         return self
 
 
-class Muon(Section):
-    """Orthogonalised momentum. Its steps are as large as AdamW's, so that one `train.lr` suits both."""
+class Balance(Section):
+    """What keeps the experts of a mixture evenly used. Both off; a model without experts takes neither."""
 
-    momentum: Fraction = Field(default=0.95, ge=0, lt=1)
+    aux_loss: float = Field(default=0.0, ge=0)  # weight of the load-balancing loss (arXiv:2101.03961)
+    bias_rate: float = Field(
+        default=0.0, ge=0
+    )  # of the routers' bias per step, where a family has one (arXiv:2408.15664)
+
+
+class Muon(Section):
+    """How `train.optimizer = "muon"` steps the matrices of decoder layers. All else is stepped by AdamW."""
+
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     nesterov: bool = True
-    newton_schulz_steps: PositiveInt = 5
+    ns_steps: int = Field(default=5, ge=1, le=20)  # of Newton-Schulz
+    scale: Literal["match_adamw", "spectral"] = "match_adamw"  # 0.2 sqrt(max(out, in)), or sqrt(max(1, out / in))
+    lr_ratio: PositiveFloat = 1.0  # of the matrices' learning rate to train.lr
 
 
 class Train(Section):
@@ -223,14 +255,15 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
-    recompute: Literal["none", "selective", "full"] = "none"  # what layers compute again rather than keep
-    offload_activations: bool = False  # what layers keep for their backward waits in host memory
-    compile: bool = False  # layers by torch.compile, when they train
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; the rest stays AdamW's
+    recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
+    offload_activations: bool = False  # what is kept for the backward waits in host memory
+    compile: bool = False  # layers by torch.compile, while they train
+    balance: Balance = Balance()
+    optimizer: Literal["adamw", "muon"] = "adamw"
     muon: Muon = Muon()
-    offload_optimizer: bool = False  # its state is in host memory except while it steps
+    offload_optimizer: bool = False  # its moments are in host memory, and on the device only while they are used
     lr: PositiveFloat = 1e-6
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
@@ -306,14 +339,29 @@ class Engine(Section):
 class Sync(Section):
     """How new weights reach the engines."""
 
+    kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"  # ipc: trainer and engine on one GPU
     kv: Literal["keep", "recompute"] = "keep"
     wait: bool = False  # rollouts that run end before a load, none starts meanwhile; otherwise they go on across it
     at_once: PositiveInt = 1
     every: PositiveInt = 1  # steps between publishes
     staging: Path | None = None  # default: shared memory on one machine
+    difference: bool = False  # stage only what changed since the version before, where that is smaller
+    full_every: int = Field(default=16, ge=2)  # with difference: at least every so many publishes is whole
+    local: Path | None = None  # on engines' machines: copies of what they load, where staging is far from them
     tolerance: PositiveFloat | None = None  # mean |trainer - engine| log-probability of the probe; default by dtype
     probe_tokens: int = Field(default=128, ge=2)
     deadline_s: PositiveFloat = 300
+
+    @model_validator(mode="after")
+    def _is_built(self) -> Self:
+        if self.kind not in ("files", "ipc"):
+            raise ValueError(
+                f"sync.kind={self.kind} is not built: the trainer would have to send while engines receive; use files, "
+                "with sync.difference where few weights change, or ipc on one GPU"
+            )
+        if self.kind == "ipc" and (self.difference or self.local is not None):
+            raise ValueError("sync.kind=ipc copies nothing: leave sync.difference and sync.local out")
+        return self
 
 
 class Endpoint(Section):
@@ -616,8 +664,28 @@ class RunConfig(Section):
                     f"algo.{next(iter(self.algo.frozen))} says how likely tokens are at temperature 1, but the policy "
                     f"samples and trains at {where}.temperature={temperature}; set it to 1"
                 )
+        if self.model.lora is not None and (self.sync.kind != "files" or self.sync.difference or self.sync.local):
+            raise ValueError(
+                "model.lora publishes adapters, which are small, as files that engines read: leave sync.kind, "
+                "sync.difference and sync.local out"
+            )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_a_gpu(self) -> Self:
+        counts = {
+            "train ranks": self.train.num_ranks,
+            "engine.replicas": self.engine.replicas,
+            "engine.tensor_parallel": self.engine.tensor_parallel,
+        }
+        several = [f"{name}={count}" for name, count in counts.items() if count > 1]
+        if self.sync.kind == "ipc" and (several or self.engine.device == "cpu"):
+            raise ValueError(
+                "sync.kind=ipc is for one trainer and one engine on one GPU, not for "
+                f"{', '.join(several) or 'engine.device=cpu'}; use sync.kind=files"
+            )
         return self
 
     @model_validator(mode="after")

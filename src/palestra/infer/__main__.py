@@ -11,7 +11,7 @@ from typing import NoReturn
 from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import UserError
 from palestra.core.process import die_with_parent
-from palestra.infer.launch import Device, engine_argv, engine_environment
+from palestra.infer.launch import Device, engine_argv, engine_environment, require_dense
 
 # The logits of a whole chunk of a scored prompt exist at once, beside what vLLM takes of a GPU's memory.
 _SCORING = {"max-num-batched-tokens": 2048}
@@ -38,6 +38,9 @@ def _command(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[str], dict[str, str]]:
     """Command line and additional environment of engine `index` of a run."""
     engine, device, model = config.engine, _device(config), config.engine_model(index)
+    lora = config.model.lora if index < engine.replicas and config.is_rl else None
+    if lora is not None and device == "cpu":
+        require_dense(model)
     is_frozen_on_gpu = index >= engine.replicas and device == "cuda"
     command = engine_argv(
         model=model,
@@ -50,10 +53,15 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         max_in_flight=engine.max_in_flight,
         kv_cache_gib=engine.kv_cache_gib,
         seed=config.train.seed + index,
+        lora=lora,
         args={**(_SCORING if is_frozen_on_gpu else {}), **engine.args},
     )
     environment = engine_environment(
-        model=model, device=device, tensor_parallel=engine.tensor_parallel, threads=engine.threads
+        model=model,
+        device=device,
+        tensor_parallel=engine.tensor_parallel,
+        threads=engine.threads,
+        loads_adapters=lora is not None,
     )
     return command, environment
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from palestra.config.schema import Lora
 from palestra.core.errors import UserError
-from palestra.wire.weights.vllm_plugin import BACKEND, TIE_PROCESSES
+from palestra.wire.weights.vllm_plugin import ADAPTER_BACKEND, BACKEND, TIE_PROCESSES
 
 Device = Literal["cpu", "cuda"]
 
@@ -19,6 +20,13 @@ _FIXED: dict[str, Any] = {
 }
 
 _CPU_STEP_TOKENS = 4096  # of one forward
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # of configs of transformers
+_DENSE_LAYERS = (  # under the names of transformers, of all families that are tested
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+)
 
 
 def engine_argv(
@@ -33,6 +41,7 @@ def engine_argv(
     max_in_flight: int = 256,
     kv_cache_gib: float = 1.0,
     seed: int = 0,
+    lora: Lora | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Command line of one engine. `args` are further flags of vLLM's server, without dashes: {"block-size": 32}.
@@ -50,6 +59,7 @@ def engine_argv(
         "tensor-parallel-size": tensor_parallel,
         "seed": seed,
         **_FIXED,
+        **({} if lora is None else _adapted(lora)),
     }
     defaults: dict[str, Any] = {
         "max-num-seqs": max_in_flight,
@@ -65,6 +75,32 @@ def engine_argv(
     flags = {**decided, **defaults, **wanted}
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     return server + [word for name, value in flags.items() for word in _flag(name, value)]
+
+
+def _adapted(lora: Lora) -> dict[str, Any]:
+    """One adapter. Layers are named, as vLLM would adapt experts too otherwise, for which CPUs have no kernel."""
+    targets = _DENSE_LAYERS if lora.targets == "all-linear" else lora.targets
+    return {
+        "enable-lora": True,
+        "max-lora-rank": next(rank for rank in _LORA_RANKS if rank >= lora.rank),
+        "max-loras": 1,
+        "lora-target-modules": tuple(dict.fromkeys(target.rpartition(".")[2] for target in targets)),
+        "weight-transfer-config": {"backend": ADAPTER_BACKEND},
+    }
+
+
+def require_dense(model: str) -> None:
+    """For adapters on CPUs: with them vLLM computes experts by Triton, adapted or not, and the engine would die.
+
+    Errors: UserError for a directory whose model has experts.
+    """
+    path = Path(model) / "config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    if found := [name for name in _EXPERTS if fields.get(name)]:
+        raise UserError(
+            f"model.lora: {model} has experts ({found[0]}={fields[found[0]]}), and engines on CPUs have no kernel for "
+            "them beside adapters; leave model.lora out, take a model without experts, or engines on GPUs"
+        )
 
 
 def _on_cpu(max_model_len: int, kv_cache_gib: float) -> dict[str, Any]:
@@ -84,6 +120,7 @@ def engine_environment(
     device: Device,
     tensor_parallel: int = 1,
     threads: int = 1,
+    loads_adapters: bool = False,
     gpus: Sequence[int] | None = None,
     cache: Path | None = None,
 ) -> dict[str, str]:
@@ -98,6 +135,8 @@ def engine_environment(
         "TOKENIZERS_PARALLELISM": "false",
         TIE_PROCESSES: "1",
     }
+    if loads_adapters:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     if Path(model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":
@@ -121,6 +160,8 @@ def _flag(name: str, value: Any) -> list[str]:
             return [f"--{name}"]
         case False:
             return [f"--no-{name}"]
+        case tuple():
+            return [f"--{name}", *map(str, value)]
         case dict() | list():
             return [f"--{name}", json.dumps(value)]
         case _:

@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--only", choices=["train", "env", "infer"], help="what runs live")
     _add_json(replay)
     _add_simulate(commands)
+    _add_plan(commands)
     _add_bench(commands)
     _add_json(_add(commands, "doctor", _doctor, "check this machine and the installation"))
     return parser
@@ -258,6 +259,18 @@ def _add_simulate(commands) -> None:
     _add_json(parser)
 
 
+def _add_plan(commands) -> None:
+    parser = _add(commands, "plan", _plan, "tell what training a recipe asks of its devices, without any")
+    _add_recipe(parser)
+    text = "the model's config.json (default: NAME.config.json beside the recipe, then what model.path names)"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--gpu", default="H200", help="A100, H100, H200, B200 or cpu (default: H200)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="default: 8")
+    parser.add_argument("--mean-tokens", type=int, help="of a rollout or sample (default: half of the longest)")
+    parser.add_argument("--mfu", type=float, help="share of the peak FLOP/s that training reaches (default: 0.35)")
+    _add_json(parser)
+
+
 def _add_bench(commands) -> None:
     bench = commands.add_parser("bench", help="measure palestra itself", description="Measure palestra itself.")
     inner = bench.add_subparsers(metavar="WHAT", required=True)
@@ -269,9 +282,26 @@ def _add_bench(commands) -> None:
         parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="of the built-in recipe: train.lr=1e-5")
         parser.add_argument("--outputs", type=Path, help="keep the runs here, and go on with those that are finished")
         _add_json(parser)
+    _add_bench_trainer(inner)
     sandbox = _add(inner, "sandbox", _bench_sandbox, "programs in sandboxes beside programs without any")
     sandbox.add_argument("--quick", action="store_true", help="a fifth of everything")
     _add_json(sandbox)
+
+
+def _add_bench_trainer(inner) -> None:
+    parser = _add(inner, "trainer", _bench_trainer, "the trainer's step on random tokens: tokens/s, MFU, memory")
+    parser.add_argument("overrides", nargs="*", metavar=_OVERRIDE, help="such as train.shard=2 model.dtype=float32")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="qwen3-0.6b, glm4moe-layers, ... (default: smollm2-135m)"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a model's config.json instead")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a pack (default: 4096)")
+    parser.add_argument("--packs", type=int, default=1, help="of each rank and step (default: 1)")
+    parser.add_argument("--documents", type=int, default=8, help="of a pack, of unequal lengths (default: 8)")
+    parser.add_argument("--kind", choices=["rl", "sft"], default="rl", help="default: rl, a quarter is prompt")
+    parser.add_argument("--steps", type=int, default=3, help="after one that warms up (default: 3)")
+    parser.add_argument("--against", choices=["transformers"], help="the same step without palestra")
+    _add_json(parser)
 
 
 # --- commands
@@ -534,6 +564,21 @@ def _simulate(arguments: argparse.Namespace) -> None:
     simulate.show(wish, as_json=arguments.json)
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from palestra.launch import planning
+
+    wish = planning.Wish(
+        recipe=arguments.recipe,
+        overrides=arguments.overrides,
+        model_config=arguments.config,
+        gpu=arguments.gpu,
+        gpus_per_node=arguments.gpus_per_node,
+        mean_tokens=arguments.mean_tokens,
+        mfu=arguments.mfu,
+    )
+    planning.show(wish, as_json=arguments.json)
+
+
 def _bench_loop(arguments: argparse.Namespace) -> None:
     from palestra.launch.bench import loop
 
@@ -550,6 +595,14 @@ def _bench_env(arguments: argparse.Namespace) -> None:
     from palestra.launch.bench import env
 
     env.show(arguments.overrides, outputs=arguments.outputs, as_json=arguments.json)
+
+
+def _bench_trainer(arguments: argparse.Namespace) -> None:
+    from palestra.launch.bench import trainer
+
+    fields = ("model", "config", "tokens", "packs", "documents", "kind", "steps", "against", "overrides")
+    wish = trainer.Wish(**{name: getattr(arguments, name) for name in fields})
+    trainer.show(wish, as_json=arguments.json)
 
 
 def _bench_sandbox(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ _ROWS = (
     ("steps", "steps", "{:.0f}"),
     ("publishes", "publishes, each proved", "{:.0f}"),
     ("publish_max_abs_logprob_gap", "largest trainer-engine gap", "{:.1e}"),
+    ("publish_share", "bytes sent, of the weights' own", "{:.1%}"),
     ("max_versions_in_a_rollout", "policy versions in a rollout, at most", "{:.0f}"),
     ("mean_age", "mean age", "{:.2f}"),
     ("predicted_mean_age", "mean age, foretold at dispatch", "{:.2f}"),

@@ -91,9 +91,10 @@ def of_trainer(config: RunConfig, parameters: int | None) -> Memory:
     """All ranks together: each copy of the weights is spread over its shard ranks."""
     copies = config.train.replicate
     known = parameters or 0
+    trained = _TRAINED_BYTES if config.model.lora is None else _BYTES[config.model.dtype]  # adapters are small
     parts = (
         ("ranks", config.train.num_ranks * _TORCH_BYTES),
-        ("weights, gradients, AdamW", known * _TRAINED_BYTES * copies),
+        ("weights, gradients, AdamW", known * trained * copies),
         ("weights in use", known * _BYTES[config.model.dtype] * copies if config.model.dtype != "float32" else 0),
     )
     return Memory(parts, unknown=parameters is None)

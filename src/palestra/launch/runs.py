@@ -29,6 +29,8 @@ _SHOWN_METRICS = (
     "engine/limit",
     "engine/kv_use",
     "engine/preemptions",
+    "publish/bytes",
+    "publish/full_bytes",
     "rollout/tokens_per_s",
     "rollout/invalid",
     "train/rl/loss",

@@ -37,6 +37,9 @@ _HARMLESS = (
     "engine.kv_cache_gib",
     "engine.threads",
     "sync.staging",
+    "sync.difference",
+    "sync.full_every",
+    "sync.local",
     "sync.deadline_s",
     "env.stall_s",
     "env.answer_s",
@@ -94,6 +97,8 @@ def new_attempt(
     guard.remove(sockets)
     staging = _staging_directory(config, run, staging_bytes)
     guard.remove(staging)
+    if config.sync.local is not None:
+        guard.remove(config.sync.local.resolve() / staging.name)
     return Attempt(
         number=origin.number,
         resumed_from=origin.version,

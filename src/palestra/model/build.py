@@ -44,9 +44,13 @@ def build_model(build: Build, directory: Path) -> None:
     beside.rename(directory)
 
 
+def new_config(build: Build) -> PretrainedConfig:
+    """Errors: as `build_model`."""
+    return _config(_model_class(build.architecture).config_class, build)
+
+
 def _new_model(build: Build) -> PreTrainedModel:
-    model_class = _model_class(build.architecture)
-    config = _config(model_class.config_class, build)
+    model_class, config = _model_class(build.architecture), new_config(build)
     torch.manual_seed(build.seed)
     try:
         return model_class(config).float()

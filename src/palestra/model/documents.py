@@ -21,7 +21,8 @@ class Documents:
 
     Shapes: `ends` [N + 1] from 0; `source` [S] is the token in each slot (0 where it is padding); `slot` [T] the slot
     of each token; `groups` has (n, L) for each block of n * L slots. `positions` [1, t]: each document counts from 0.
-    `part` [t] are this rank's tokens; `owner` and `place` [T] the rank that has a token and where in its part.
+    `part` [t] are this rank's tokens, `is_real` those of them that are no padding; `owner` and `place` [T] the rank
+    that has a token and where in its part.
     A context of several ranks needs T to be a multiple: what fills it up is one more document at the end.
     """
 
@@ -33,6 +34,7 @@ class Documents:
     groups: tuple[tuple[int, int], ...]
     positions: Tensor
     part: Tensor
+    is_real: Tensor
     owner: Tensor
     place: Tensor
 
@@ -68,6 +70,7 @@ def documents_of(lengths: list[int], device: torch.device | str = "cpu", context
         groups=groups,
         positions=position[part].unsqueeze(0).to(device),
         part=part.to(device),
+        is_real=(part < sum(lengths)).to(device),
         owner=owner.to(device),
         place=place.to(device),
     )

@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from palestra.core.errors import InfrastructureError
 from palestra.model.files import TOKENIZER_FILES, tokenizer_directory
+from palestra.model.lora import fold, iterate_adapter, write_adapter
 from palestra.model.policy import Policy
 
 SHARD_BYTES = 4 << 30
@@ -24,12 +25,20 @@ SHARD_BYTES = 4 << 30
 def iterate_weights(policy: Policy, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and persistent buffer once, whole, layer by layer; only one layer is gathered at a time.
 
-    Parameters come in `dtype`, buffers as they are. Tied tensors come once, under the name of the first. A collective:
-    every rank must iterate to the end.
+    Parameters come in `dtype`, buffers as they are. Tied tensors come once, under the name of the first. Adapters come
+    inside the weights that they are added to. A collective: every rank must iterate to the end.
     """
     for group in _groups(policy.model.state_dict(keep_vars=True)):
-        whole = {name: _whole(tensor, dtype) for name, tensor in group.items()}
-        yield from revert_weight_conversion(policy.model, whole).items()
+        plain = group if policy.adapter is None else fold(group, policy.adapter)
+        yield from _layout(policy, {name: _whole(tensor, dtype) for name, tensor in plain.items()})
+
+
+def _layout(policy: Policy, layer: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """As a checkpoint has it. What was handed out is let go of: two layers are never whole at once."""
+    tensors = revert_weight_conversion(policy.model, layer)
+    del layer
+    for name in list(tensors):
+        yield name, tensors.pop(name)
 
 
 def _groups(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -54,10 +63,12 @@ def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def save_huggingface(policy: Policy, directory: Path, *, dtype: torch.dtype, source: str, writes: bool = True) -> None:
-    """Write config, weights and the tokenizer of `source` to `directory`, whole or not at all.
+    """Write config, weights and the tokenizer of `source` to `directory`, whole or not at all; an adapter lies in
+    `adapter/` in peft's layout, and is inside the weights too.
 
     A collective; one rank `writes`. Errors: InfrastructureError, if the disk is full.
     """
+    adapter = dict(iterate_adapter(policy.model, dtype=torch.float32))
     tensors = iterate_weights(policy, dtype=dtype)
     if not writes:
         for _ in tensors:
@@ -71,6 +82,8 @@ def save_huggingface(policy: Policy, directory: Path, *, dtype: torch.dtype, sou
         _write_weights(tensors, beside)
         _write_config(policy, beside, dtype)
         copy_tokenizer(source, beside)
+        if policy.adapter is not None:
+            write_adapter(beside / "adapter", adapter, policy.adapter, source)
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)
     except (OSError, SafetensorError) as error:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from palestra.core.errors import UserError
 from palestra.model import attention
+from palestra.model.lora import plain_name
 
 _LAYER = re.compile(r".*?\.\d+\.")
 
@@ -47,10 +48,11 @@ def fill(model: PreTrainedModel, path: Path, *, device: torch.device) -> None:
     """
     _fill_computed_buffers(model, device)
     mould = _Mould(model, path)
+    names = {plain_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     with ExitStack() as files:
         for layer in _layers(_tensors(path, files)):
             for name, tensor in mould.convert(layer).items():
-                _give(model, name, tensor, device)
+                give(model, names.get(name, name), tensor, device)
     model.__dict__["_weight_conversions"] = mould.conversions  # as transformers leaves them, for the export to undo
     _require_all(model, path)
 
@@ -125,7 +127,7 @@ class _Mould:
         return taken
 
 
-def _give(model: Any, name: str, whole: Tensor, device: torch.device) -> None:
+def give(model: Any, name: str, whole: Tensor, device: torch.device) -> None:
     """To every module that has it: tied tensors stay one."""
     old = model.get_parameter_or_buffer(name)
     if not old.is_meta:

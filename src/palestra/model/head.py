@@ -80,8 +80,16 @@ class _TokenLogprobs(Function):
             grad_CV *= grads[0][chunk, None] / temperature_C1 * ctx.logit_map.derivative(logits_CV)
             grad_CV = grad_CV.to(weight_VD.dtype)
             grad_hidden_KD[chunk] = grad_CV @ weight_VD
-            grad_weight_VD += grad_CV.T @ hidden_KD[chunk]
+            _add_product(grad_weight_VD, grad_CV.T, hidden_KD[chunk])
         return grad_hidden_KD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
+
+
+def _add_product(into_VD: Tensor, grad_VC: Tensor, hidden_CD: Tensor) -> None:
+    """Without another [V, D] where the precision is one."""
+    if grad_VC.dtype == into_VD.dtype:
+        into_VD.addmm_(grad_VC, hidden_CD)
+    else:
+        into_VD += grad_VC @ hidden_CD
 
 
 def _product(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:

@@ -11,14 +11,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from palestra.config.schema import Lora
 from palestra.core.errors import UserError
-from palestra.model.activations import PLAIN, Activations, keep_activations
 from palestra.model.experts import expert_modules, split_experts
 from palestra.model.files import model_directory
 from palestra.model.fill import empty_model, fill
+from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
+from palestra.model.recompute import PLAIN, Activations, keep_activations
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
 
@@ -31,11 +33,13 @@ def load_policy(
     head_chunk_tokens: int,
     meshes: Meshes,
     device: torch.device,
+    lora: Lora | None = None,
+    seed: int = 0,
     activations: Activations = PLAIN,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
 
-    A collective; no process ever holds the whole model.
+    A collective; no process ever holds the whole model. With `lora` only adapters are trained, which `seed` begins.
 
     Errors: UserError for a path without a model, a family that cannot be packed, or a model that does not fit.
     """
@@ -44,8 +48,11 @@ def load_policy(
     model = empty_model(config, experts=experts)
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
+    if lora is not None:
+        policy.adapter = add_adapter(model, lora, dtype=dtype)
     keep_activations(policy.decoder_layers, activations, device)
     shard(policy, dtype=dtype, experts=experts, meshes=meshes)
+    begin_adapter(model, seed=seed, device=device)
     fill(model, model_directory(path), device=device)
     check_against_own_forward(policy, tolerance=_TOLERANCE[dtype])
     return policy
@@ -107,6 +114,9 @@ def sharded_modules(policy: nn.Module) -> list[FSDPModule]:
 
 
 def set_gradient_sync(policy: nn.Module, sync: bool) -> None:
-    """Whether the next backward adds up the gradients over the ranks; before that they pile up on each."""
+    """Whether the next backward adds up the gradients over replicas; before that they pile up on each.
+
+    Ranks that share weights add theirs up in every backward: what piles up is a rank's part, never a whole model.
+    """
     for module in sharded_modules(policy):
-        module.set_requires_gradient_sync(sync, recurse=False)
+        module.set_requires_all_reduce(sync, recurse=False)

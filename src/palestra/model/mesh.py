@@ -21,10 +21,11 @@ CONTEXTS = {"ulysses": Ulysses, "ring": Ring}
 @dataclass(frozen=True)
 class Meshes:
     """`dense` is replicate x fsdp, `experts` replicate x efsdp x ep. `data` has the ranks with other packs than this
-    one's; this is number `data_rank` of them."""
+    one's; this is number `data_rank` of them. `everyone` has all ranks of the layout."""
 
     dense: DeviceMesh
     experts: DeviceMesh
+    everyone: dist.ProcessGroup
     data: dist.ProcessGroup
     context: Context
 
@@ -69,6 +70,7 @@ def make_meshes(
             members.view(replicate, fsdp // experts, experts),
             mesh_dim_names=("replicate", "efsdp", "ep"),
         ),
+        everyone=_group_of(members.view(1, -1)),
         data=_group_of(parts_DC.T),
         context=WHOLE if context == 1 else CONTEXTS[context_kind](contexts),
     )

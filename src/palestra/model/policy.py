@@ -14,6 +14,8 @@ from palestra.model.attention import NAME
 from palestra.model.context import WHOLE, Context
 from palestra.model.documents import Documents, documents_of
 from palestra.model.head import logit_map_of, token_logprobs
+from palestra.model.lora import Adapter
+from palestra.model.routers import Routers
 
 
 class Policy(nn.Module):
@@ -26,7 +28,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.decoder_layers = _layers_of(model)
+        self.routers = Routers(model)
         self.context: Context = WHOLE
+        self.adapter: Adapter | None = None  # None: all weights are trained
         self._logit_map = logit_map_of(model.config)
         self._head_chunk_tokens = head_chunk_tokens
         self.eval()
@@ -39,12 +43,13 @@ class Policy(nn.Module):
         `scored_K` are positions in the pack; none is the first of its document. Float32 or wider, [K] each, on
         every rank of the context.
         """
-        hidden_1tD = self.model.get_decoder()(
-            input_ids=documents.take(token_ids_T).unsqueeze(0),
-            position_ids=documents.positions,
-            use_cache=False,
-            documents=documents,
-        ).last_hidden_state
+        with self.routers.listening(documents.is_real):
+            hidden_1tD = self.model.get_decoder()(
+                input_ids=documents.take(token_ids_T).unsqueeze(0),
+                position_ids=documents.positions,
+                use_cache=False,
+                documents=documents,
+            ).last_hidden_state
         head = self.model.get_output_embeddings()
         assert head is not None
         owner_K = documents.owner[scored_K - 1]

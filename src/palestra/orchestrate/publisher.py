@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from palestra.core.errors import InfrastructureError
-from palestra.core.metrics import Max, Mean
+from palestra.core.metrics import Max, Mean, Metrics
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
@@ -87,8 +87,8 @@ class Publisher:
         ]
         if any(held):
             desk = self._desk
-            desk.teller.note({"publish/max_abs_logprob_gap": Max(report.max_gap)})
-            desk.teller.totals.note_publish(report.max_gap)
+            desk.teller.note({"publish/max_abs_logprob_gap": Max(report.max_gap), **_staged_metrics(staged)})
+            desk.teller.totals.note_publish(report.max_gap, staged)
         return any(held)
 
     async def _publish_to(self, staged: Staged, links: list[EngineLink], starts: dict[str, int]) -> PublishReport:
@@ -171,6 +171,15 @@ class Publisher:
     def _note_stop(self, client: EngineClient, is_stopped: bool) -> None:
         link = next(link for link in self._desk.fleet.links if link.client is client)
         link.stop(is_stopped, refills=self._desk.config.sync.kv == "recompute")
+
+
+def _staged_metrics(staged: Staged) -> Metrics:
+    """What a version cost to send, beside what it is."""
+    return {
+        "publish/bytes": Mean(staged.sent_bytes),
+        "publish/full_bytes": Mean(staged.full_bytes),
+        "publish/stage_s": Mean(staged.stage_s),
+    }
 
 
 def _serves(links: list[EngineLink]) -> bool:

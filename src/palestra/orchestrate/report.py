@@ -12,6 +12,7 @@ from palestra.core.records import Ending, RolloutRecord
 from palestra.orchestrate.buffer import seat_rewards
 from palestra.orchestrate.curriculum import pool_metrics, pool_summary
 from palestra.orchestrate.state import EvalEnded, Group, LoopState
+from palestra.wire.weights.manifest import Staged
 
 
 def finished_metrics(record: RolloutRecord) -> Metrics:
@@ -80,6 +81,8 @@ class Totals:
     started_at: float
     publishes: int = 0
     max_gap: float = 0.0
+    sent_bytes: int = 0
+    full_bytes: int = 0
     age: Mean = field(default_factory=lambda: Mean(0, 0))
     predicted_age: Mean = field(default_factory=lambda: Mean(0, 0))
     sampled_tokens: int = 0
@@ -95,8 +98,10 @@ class Totals:
         if isinstance(age, Mean):
             self.age += age
 
-    def note_publish(self, max_gap: float) -> None:
+    def note_publish(self, max_gap: float, staged: Staged) -> None:
         self.publishes += 1
+        self.sent_bytes += staged.sent_bytes
+        self.full_bytes += staged.full_bytes
         self.max_gap = max(self.max_gap, max_gap)
 
     @property
@@ -154,6 +159,8 @@ def summary(totals: Totals, state: LoopState, *, name: str, first_eval: str | No
         "max_versions_in_a_rollout": state.max_versions_in_a_rollout,
         "publishes": totals.publishes,
         "publish_max_abs_logprob_gap": totals.max_gap,
+        "publish_bytes": totals.sent_bytes,
+        "publish_share": totals.sent_bytes / totals.full_bytes if totals.full_bytes else None,
         "ledger_closure": totals.ledger_closure,
         "trainer_idle": totals.trainer_idle,
         "mean_age": totals.age.value if totals.age.count else None,

@@ -1,242 +1,257 @@
-"""Muon on sharded matrices: each is orthogonalised whole, by one rank of those that share it.
+"""Muon: momentum, orthogonalised matrix by matrix. Whatever the layout of the ranks, whole matrices are orthogonalised.
 
-Legend: M matrices of a parameter, R rows and C columns of a whole one, r rows of it on this rank, N ranks of a group.
+Legend: B matrices of one shape, a x b each; E experts.
 
-A step sends the rows of every matrix to its owner (one all-to-all), orthogonalises there, and sends the rows back
-(another). Within a group no work is done twice. Where a rank has whole matrices, as of experts, nothing is sent.
-Replicas have the same gradients and do the same work.
-
-Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; dealt out as in Ahn et al. 2025,
-arXiv:2504.05295; the scale of the update, which makes steps as large as AdamW's: Liu et al. 2025, arXiv:2502.16982.
+A parameter of two dimensions is one matrix, one of three a matrix per expert. Experts that keep gate and up in one
+parameter have two matrices each, as they have in a checkpoint: fusing them for the grouped product changes nothing.
+Matrices that are whole on a rank are done there (experts sharded by expert); all others are dealt over the ranks
+(`exchange`). Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; scale: Liu et al. 2025, arXiv:2502.16982;
+dealing whole matrices by all-to-all: Ahn et al. 2025, arXiv:2504.05295, and arXiv:2512.16144.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed import ProcessGroup, get_group_rank, get_rank
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-_BUCKET = 1 << 26  # elements of a rank that are on their way at once
+from palestra.core.errors import PalestraError
+from palestra.train.exchange import ROUND_ELEMENTS, Exchange, Index, Matrix, cut, group_of
+from palestra.train.holdings import Holding, holdings, is_sharded
+from palestra.train.moments import Home, local
 
+QUINTIC = (3.4445, -4.7750, 2.0315)
+_EPSILON = 1e-7
+_NO_MATRIX = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-class Muon(torch.optim.Optimizer):
-    """For parameters of matrices, [R, C] or [M, R, C], on any mesh. `step` is a collective.
-
-    A group's `parts` says of how many matrices along `parts_dim` (-2 or -1) each is made up: they are orthogonalised
-    apart. Errors: NotImplementedError for a matrix that is sharded over more than one axis.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        *,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        weight_decay: float = 0.0,
-        newton_schulz_steps: int = 5,
-    ):
-        defaults = {
-            "lr": 0.0,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "newton_schulz_steps": newton_schulz_steps,
-            "parts": 1,
-            "parts_dim": -2,
-        }
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for bucket in _buckets(parameters):
-                self._step(bucket, group)
-
-    def _step(self, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        slabs = [_slab(parameter, self._momentum(parameter, group), group) for parameter in parameters]
-        _orthogonalise(slabs, group["newton_schulz_steps"])
-        for parameter, slab in zip(parameters, slabs, strict=True):
-            local = _local(parameter)
-            local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.add_(slab.back().to(local.dtype), alpha=-group["lr"] * 0.2 * slab.longest**0.5)
-
-    def _momentum(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        """This rank's part of what is to be orthogonalised."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        assert parameter.grad is not None
-        grad, buffer = _local(parameter.grad), _local(state["momentum_buffer"])
-        buffer.lerp_(grad, 1 - group["momentum"])
-        return grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer.clone()
+Scale = Literal["match_adamw", "spectral"]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+@dataclass(frozen=True)
+class Stored:
+    """How a parameter holds its matrices: as [out, in] or transposed, `num` of them side by side."""
 
+    num: int = 1
+    interleaved: bool = False  # taking turns, rather than one after the other
+    transposed: bool = False  # [in, out]
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The same on all ranks that share them: by the size of the largest share."""
-    bucket: list[nn.Parameter] = []
-    num = 0
-    for parameter in parameters:
-        ranks = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
-        share = -(-parameter.numel() // ranks)
-        if bucket and num + share > _BUCKET:
-            yield bucket
-            bucket, num = [], 0
-        bucket.append(parameter)
-        num += share
-    if bucket:
-        yield bucket
-
-
-@dataclass
-class _Slab:
-    """What this rank has of a parameter's matrices, turned so that it is rows that are shared out.
-
-    Shapes: `rows` [M, r, C] of matrices [M, R, C]; `shape` (R, C). `group` shares the rows, None: they are all here.
-    """
-
-    rows: Tensor
-    shape: tuple[int, int]
-    group: dist.ProcessGroup | None
-    is_turned: bool
-    parts: int
-    is_across: bool  # the parts lie side by side, in columns
-    local_shape: torch.Size
-
-    @property
-    def longest(self) -> int:
-        """Side of one part."""
-        rows, columns = self.shape
-        return max(rows, columns // self.parts) if self.is_across else max(rows // self.parts, columns)
-
-    def back(self) -> Tensor:
-        """In the shape of the parameter's part on this rank."""
-        return (self.rows.transpose(1, 2) if self.is_turned else self.rows).reshape(self.local_shape)
-
-
-def _slab(parameter: nn.Parameter, update: Tensor, group: dict[str, Any]) -> _Slab:
-    """The last two dimensions are the matrix; ranks that differ in the first of three have other matrices."""
-    sharing: list[tuple[int, int]] = []  # mesh axis, dimension counted from the end
-    if isinstance(parameter, DTensor):
-        for axis, placement in enumerate(parameter.placements):
-            dim = None if isinstance(placement, Replicate) else placement.dim - parameter.dim()  # type: ignore[attr-defined]
-            if dim is not None and dim >= -2 and parameter.device_mesh.size(axis) > 1:
-                sharing.append((axis, dim))
-    if len(sharing) > 1:
-        raise NotImplementedError(f"Muon on a matrix that is sharded over {len(sharing)} axes; use AdamW")
-    is_turned = bool(sharing) and sharing[0][1] == -1
-    matrices = update if update.dim() == 3 else update.unsqueeze(0)
-    shape = tuple(parameter.shape[-2:])
-    return _Slab(
-        rows=matrices.transpose(1, 2) if is_turned else matrices,
-        shape=(shape[1], shape[0]) if is_turned else (shape[0], shape[1]),
-        group=parameter.device_mesh.get_group(sharing[0][0]) if sharing else None,  # type: ignore[attr-defined]
-        is_turned=is_turned,
-        parts=group["parts"],
-        is_across=(group["parts_dim"] == -1) != is_turned,
-        local_shape=update.shape,
-    )
-
-
-def _orthogonalise(slabs: Sequence[_Slab], steps: int) -> None:
-    """Put in place of each slab's rows those of its orthogonalised matrices."""
-    groups: dict[dist.ProcessGroup, list[_Slab]] = {}
-    for slab in slabs:
-        if slab.group is None:
-            slab.rows = _apart(slab.rows, slab, steps)
+    def matrices(self, shape: Sequence[int]) -> list[tuple[slice, slice]]:
+        """Rows and columns of each."""
+        size = shape[-1] if self.transposed else shape[-2]
+        if self.interleaved:
+            outs = [slice(part, size, self.num) for part in range(self.num)]
         else:
-            groups.setdefault(slab.group, []).append(slab)
-    for group, sharing in groups.items():
-        matrices = [(slab, index) for slab in sharing for index in range(len(slab.rows))]
-        _at_owners(matrices, group, steps)
+            outs = [slice(part * size // self.num, (part + 1) * size // self.num) for part in range(self.num)]
+        return [(slice(0, shape[-2]), out) if self.transposed else (out, slice(0, shape[-1])) for out in outs]
+
+    def scale(self, shape: Sequence[int], rule: Scale) -> float:
+        """What an orthogonal update of a matrix of the parameter is multiplied with, beside the learning rate.
+
+        `match_adamw`: its root mean square is about that of AdamW's, 0.2, so that both share one learning rate.
+        `spectral`: sqrt(out / in), where there are more outputs than inputs.
+        """
+        out, into = (shape[-1], shape[-2]) if self.transposed else (shape[-2], shape[-1])
+        out //= self.num
+        return 0.2 * math.sqrt(max(out, into)) if rule == "match_adamw" else math.sqrt(max(1.0, out / into))
 
 
-def _at_owners(matrices: Sequence[tuple[_Slab, int]], group: dist.ProcessGroup, steps: int) -> None:
-    num, me = dist.get_world_size(group), dist.get_rank(group)
-    owned = _deal([slab.shape for slab, _ in matrices], num)
-    dtype = _working_dtype(matrices[0][0].rows)
-    sent = [[slab.rows[index].to(dtype) for slab, index in (matrices[i] for i in owned[owner])] for owner in range(num)]
-    mine = [matrices[i][0] for i in owned[me]]
-    arriving = [[(_rows_of(rank, slab.shape[0], num), slab.shape[1]) for slab in mine] for rank in range(num)]
-    parts = _exchange(sent, arriving, group, dtype)
-    whole = [_apart(torch.cat(rows).unsqueeze(0), slab, steps)[0] for slab, *rows in zip(mine, *parts, strict=True)]
-    splits = [[_rows_of(rank, slab.shape[0], num) for rank in range(num)] for slab in mine]
-    answers = [list(rows) for rows in zip(*(w.split(s) for w, s in zip(whole, splits, strict=True)), strict=True)]
-    back = _exchange(answers or [[]] * num, [[tuple(rows.shape) for rows in each] for each in sent], group, dtype)
-    for owner, rows in enumerate(back):
-        for i, found in zip(owned[owner], rows, strict=True):
-            slab, index = matrices[i]
-            slab.rows[index] = found.to(slab.rows.dtype)
+def matrices_of(layers: Sequence[nn.Module]) -> dict[nn.Parameter, Stored]:
+    """What Muon trains of decoder layers: all matrices but embeddings; not vectors, biases, or matrices of one row.
+
+    Routers are among them, as in GLM-4.5 (arXiv:2508.06471) and INTELLECT-3. How experts are stored, they say
+    themselves: transformers marks every module that its experts registry can replace.
+    """
+    found: dict[nn.Parameter, Stored] = {}
+    for layer in layers:
+        for module in layer.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad and _is_matrix(module, name, parameter):
+                    found.setdefault(parameter, _stored(module, name, parameter))
+    return found
 
 
-def _deal(shapes: Sequence[tuple[int, int]], num: int) -> list[list[int]]:
-    """Matrices by owner: the dearest first, each to whoever has least to do. The same on every rank."""
-    owned: list[list[int]] = [[] for _ in range(num)]
-    load = [0] * num
-    for i in sorted(range(len(shapes)), key=lambda i: (-_cost(shapes[i]), i)):
-        owner = load.index(min(load))
-        owned[owner].append(i)
-        load[owner] += _cost(shapes[i])
-    return owned
+def _is_matrix(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    if isinstance(module, _NO_MATRIX) or name.endswith("bias") or parameter.dim() not in (2, 3):
+        return False
+    return min(parameter.shape[-2:]) > 1
 
 
-def _cost(shape: tuple[int, int]) -> int:
-    return shape[0] * shape[1] * min(shape)
-
-
-def _rows_of(rank: int, rows: int, num: int) -> int:
-    """How FSDP deals rows: equal runs, and what is left of them for the last ranks."""
-    run = -(-rows // num)
-    return max(0, min(rows - rank * run, run))
-
-
-def _exchange(
-    sent: Sequence[Sequence[Tensor]],
-    arriving: Sequence[Sequence[tuple[int, ...]]],
-    group: dist.ProcessGroup,
-    dtype: torch.dtype,
-) -> list[list[Tensor]]:
-    """`sent[n]` goes to rank n; what comes from rank n has the shapes `arriving[n]`."""
-    device = next((tensor.device for each in sent for tensor in each), torch.device("cpu"))
-    buffer = torch.cat([torch.empty(0, dtype=dtype, device=device), *(t.reshape(-1) for each in sent for t in each)])
-    sizes = [[rows * columns for rows, columns in each] for each in arriving]
-    received = buffer.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(
-        received, buffer, list(map(sum, sizes)), [sum(t.numel() for t in each) for each in sent], group=group
+def _stored(module: nn.Module, name: str, parameter: Tensor) -> Stored:
+    if parameter.dim() != 3:
+        return Stored()
+    is_pair = name == "gate_up_proj" and getattr(module, "has_gate", False)
+    return Stored(
+        num=2 if is_pair else 1,
+        interleaved=is_pair and not getattr(module, "is_concatenated", True),
+        transposed=getattr(module, "is_transposed", False),
     )
-    pieces = iter(received.split([size for each in sizes for size in each]))
-    return [[next(pieces).view(shape) for shape in each] for each in arriving]
 
 
-def _working_dtype(x: Tensor) -> torch.dtype:
-    return torch.bfloat16 if x.is_cuda else x.dtype
+def orthogonalize(matrices_Bab: Tensor, *, steps: int) -> Tensor:
+    """The nearest matrix with all singular values 1, roughly: they are in 0.7 to 1.2 after 5 steps, unless tiny.
 
-
-def _apart(x_MRC: Tensor, slab: _Slab, steps: int) -> Tensor:
-    """Each part of each matrix orthogonalised by itself."""
-    if slab.is_across:
-        parts = x_MRC.unflatten(2, (slab.parts, -1)).transpose(1, 2)
-    else:
-        parts = x_MRC.unflatten(1, (slab.parts, -1))
-    done = newton_schulz(parts, steps)
-    return (done.transpose(1, 2).flatten(2) if slab.is_across else done.flatten(1, 2)).to(x_MRC.dtype)
-
-
-def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """Matrices [..., R, C] with their singular values brought near 1, in bfloat16 on a GPU."""
-    a, b, c = _QUINTIC
-    is_tall = x.shape[-2] > x.shape[-1]
-    y = (x.transpose(-2, -1) if is_tall else x).to(_working_dtype(x))
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    By Newton-Schulz steps of the quintic polynomial that lifts small singular values fastest, in the dtype given.
+    """
+    is_tall = matrices_Bab.shape[-2] > matrices_Bab.shape[-1]
+    x_Bab = matrices_Bab.mT if is_tall else matrices_Bab
+    x_Bab = x_Bab / torch.linalg.vector_norm(x_Bab, dim=(-2, -1), keepdim=True).clamp(min=_EPSILON)
+    a, b, c = QUINTIC
     for _ in range(steps):
-        gram = y @ y.transpose(-2, -1)
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
-    return y.transpose(-2, -1) if is_tall else y
+        gram_Baa = x_Bab @ x_Bab.mT
+        polynomial_Baa = torch.baddbmm(gram_Baa, gram_Baa, gram_Baa, beta=b, alpha=c)
+        x_Bab = torch.baddbmm(x_Bab, polynomial_Baa, x_Bab, beta=a)
+    return x_Bab.mT if is_tall else x_Bab
+
+
+def working_dtype(parameter: Tensor) -> torch.dtype:
+    """In which matrices travel and are orthogonalised: rounding to it first loses what the iteration loses anyway."""
+    if parameter.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if parameter.device.type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step does to one parameter's shard."""
+
+    parameter: Tensor
+    gradient: Tensor
+    momentum: Tensor
+    settings: Mapping[str, Any]
+    home: Home
+    scale: float
+
+    def direction(self, index: Index) -> Tensor:
+        """Move the momentum of this part of the shard on, and return what is to be orthogonalised. Once a step."""
+        momentum, gradient = self.settings["momentum"], self.gradient[index]
+        with self.home.borrow([self.momentum[index]], gradient.device) as (average,):
+            average.lerp_(gradient, 1 - momentum)
+            return gradient.lerp(average, momentum) if self.settings["nesterov"] else average.clone()
+
+    def apply(self, index: Index, orthogonal: Tensor) -> None:
+        lr = self.settings["lr"] * self.settings["lr_ratio"]
+        part = self.parameter[index]
+        part.mul_(1 - lr * self.settings["weight_decay"]).add_(orthogonal, alpha=-lr * self.scale)
+
+
+class Muon:
+    """Steps a fixed list of parameters. Making it is a collective, as is every step.
+
+    Every rank of a mesh must have gradients of the same parameters; a parameter without one is left as it is.
+    """
+
+    def __init__(self, stored: Mapping[nn.Parameter, Stored], home: Home, *, dtype: torch.dtype | None = None):
+        self._stored, self._home, self._dtype = stored, home, dtype
+        self._groups: dict[DeviceMesh, ProcessGroup] = {}
+        for parameter in stored:
+            if not _is_whole_here(parameter):
+                mesh = _mesh_of(parameter)
+                self._groups[mesh] = self._groups.get(mesh) or group_of(mesh)
+        self._plans: dict[tuple[int, ...], list[tuple[list[nn.Parameter], Exchange]]] = {}
+
+    def step(self, settings: Mapping[str, Any], momenta: Mapping[Tensor, Tensor]) -> None:
+        """`settings`: the optimizer's group. `momenta`: of every parameter of the group that has a gradient."""
+        updates = {
+            parameter: self._update(parameter, settings, momenta[parameter])
+            for parameter in settings["params"]
+            if parameter.grad is not None
+        }
+
+        def transform(stack: Tensor) -> Tensor:
+            return orthogonalize(stack, steps=settings["ns_steps"])
+
+        for parameter, update in updates.items():
+            if _is_whole_here(parameter):
+                for index in _parts(update.parameter, self._stored[parameter]):
+                    direction = update.direction(index).to(self._dtype or working_dtype(parameter))
+                    stack = direction if direction.dim() == 3 else direction.unsqueeze(0)
+                    update.apply(index, transform(stack).reshape(direction.shape))
+        for parameters, exchange in self._plan([one for one in updates if not _is_whole_here(one)]):
+            here = [updates[parameter] for parameter in parameters]
+            exchange.run(
+                read=lambda which, index, here=here: here[which].direction(index),
+                transform=transform,
+                write=lambda which, index, values, here=here: here[which].apply(index, values),
+            )
+
+    def _update(self, parameter: nn.Parameter, settings: Mapping[str, Any], momentum: Tensor) -> Update:
+        assert parameter.grad is not None
+        scale = self._stored[parameter].scale(parameter.shape, settings["scale"])
+        return Update(local(parameter.detach()), local(parameter.grad), local(momentum), settings, self._home, scale)
+
+    def _plan(self, parameters: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Exchange]]:
+        """An exchange for each mesh and dtype."""
+        key = tuple(id(parameter) for parameter in parameters)
+        if key not in self._plans:
+            together: dict[tuple[DeviceMesh, torch.dtype], list[nn.Parameter]] = {}
+            for parameter in parameters:
+                dtype = self._dtype or working_dtype(parameter)
+                together.setdefault((_mesh_of(parameter), dtype), []).append(parameter)
+            self._plans[key] = [
+                (alike, self._exchange(alike, mesh, dtype)) for (mesh, dtype), alike in together.items()
+            ]
+        return self._plans[key]
+
+    def _exchange(self, parameters: Sequence[nn.Parameter], mesh: DeviceMesh, dtype: torch.dtype) -> Exchange:
+        group = self._groups[mesh]
+        known: dict[Any, list[Matrix]] = {}  # layers are alike: each kind of parameter is cut once
+        matrices: list[Matrix] = []
+        for which, parameter in enumerate(parameters):
+            assert isinstance(parameter, DTensor)
+            stored = self._stored[parameter]
+            kind = (parameter.shape, parameter.placements, stored)
+            if kind not in known:
+                held = holdings(parameter.shape, mesh, parameter.placements)
+                in_group = {get_group_rank(group, rank): one for rank, one in held.items()}
+                _check(local(parameter), in_group[get_rank(group)])
+                known[kind] = _cut_all(parameter.shape, stored, in_group)
+            matrices += [replace(matrix, parameter=which) for matrix in known[kind]]
+        return Exchange(matrices, group, device=local(parameters[0]).device, dtype=dtype)
+
+
+def _cut_all(shape: Sequence[int], stored: Stored, held: dict[int, Holding]) -> list[Matrix]:
+    """The matrices of a parameter, of every expert."""
+    experts = [None] if len(shape) == 2 else range(shape[0])
+    return [
+        cut(0, rows, columns, expert, held, shape) for rows, columns in stored.matrices(shape) for expert in experts
+    ]
+
+
+def _is_whole_here(parameter: Tensor) -> bool:
+    """Whether every matrix of which a rank has anything is there whole: then nothing is sent.
+
+    A matrix that all ranks of a mesh have is dealt nevertheless, as they would all do the same work.
+    """
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
+        return True
+    is_cut = is_sharded(parameter.device_mesh, parameter.placements, (parameter.dim() - 2, parameter.dim() - 1))
+    return parameter.dim() == 3 and not is_cut
+
+
+def _mesh_of(parameter: Tensor) -> DeviceMesh:
+    assert isinstance(parameter, DTensor)
+    return parameter.device_mesh
+
+
+def _parts(shard: Tensor, stored: Stored) -> Iterator[Index]:
+    """Of a shard of whole matrices, so many matrices at a time that they fit a round."""
+    for rows, columns in stored.matrices(shard.shape):
+        if shard.dim() == 2:
+            yield rows, columns
+            continue
+        at_once = max(1, ROUND_ELEMENTS // (shard.shape[1] * shard.shape[2]))
+        for first in range(0, shard.shape[0], at_once):
+            yield slice(first, first + at_once), rows, columns
+
+
+def _check(shard: Tensor, held: Holding) -> None:
+    expected = tuple(sum(run.length for run in runs) for runs in held.runs)
+    if tuple(shard.shape) != expected:
+        raise PalestraError(
+            f"a shard has the shape {tuple(shard.shape)}, but its placements say {expected}: it cannot be put together"
+        )

@@ -1,18 +1,18 @@
 """Optimizers, and the learning rate as a pure function of the step."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from palestra.algo.schedules import ScheduleName, lr_multiplier
 from palestra.config.schema import Train, WarmUp
-from palestra.model.policy import Policy
-from palestra.train.muon import Muon
+from palestra.train.moments import Home, local
+from palestra.train.muon import Muon, Stored, matrices_of
 
 
 @dataclass(frozen=True)
@@ -54,84 +54,104 @@ def warmup_rate(warmup: WarmUp) -> LearningRate:
     )
 
 
-def make_optimizers(policy: Policy, train: Train) -> list[torch.optim.Optimizer]:
-    """Every trainable parameter is in one of them. Learning rates are set at every step, the same for all."""
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    made: list[torch.optim.Optimizer] = []
-    if train.optimizer == "muon":
-        groups = _matrices(policy)
-        matrices = {id(parameter) for group in groups for parameter in group["params"]}
-        trained = [parameter for parameter in trained if id(parameter) not in matrices]
-        made.append(Muon(groups, weight_decay=train.weight_decay, **train.muon.model_dump()))
-    made.append(adamw(trained, betas=train.betas, weight_decay=train.weight_decay))
-    for optimizer in made if train.offload_optimizer else ():
-        keep_on_host(optimizer)
-    return made
+class Optimizer(torch.optim.Optimizer):
+    """AdamW and Muon side by side, on shards of any mesh, moments in device or host memory.
 
-
-def adamw(parameters: Iterable[nn.Parameter], *, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """Decay pulls on matrices only, not on norms and biases."""
-    groups = [
-        {"params": some, "weight_decay": decay}
-        for on_mesh in by_mesh(parameters)
-        for some, decay in (
-            ([p for p in on_mesh if p.dim() > 1], weight_decay),
-            ([p for p in on_mesh if p.dim() <= 1], 0.0),
-        )
-        if some
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-
-def _matrices(policy: Policy) -> list[dict[str, Any]]:
-    """Muon's: the matrices of the decoder's layers. Embeddings, head, norms and biases are AdamW's.
-
-    Experts whose gates and ups a family keeps as one parameter, one above the other, are two matrices each.
+    Each group names its `algorithm`. Groups do not depend on how the ranks are laid out, so a checkpoint is resumed on
+    another layout. All arithmetic is on this rank's shards; parameters of one group may be on different meshes.
     """
-    groups: dict[tuple[int, int], list[nn.Parameter]] = {}
-    for layer in policy.decoder_layers:
-        for module in layer.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad and parameter.dim() >= 2 and not name.endswith("bias"):
-                    groups.setdefault(_parts(module, name), []).append(parameter)
-    return [{"params": some, "parts": parts, "parts_dim": dim} for (parts, dim), some in groups.items()]
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        matrices: Mapping[nn.Parameter, Stored] = MappingProxyType({}),
+        offload: bool = False,
+        muon_dtype: torch.dtype | None = None,
+    ):
+        """`matrices`: how the parameters of groups of Muon's hold theirs. A collective where there are any."""
+        super().__init__(groups, {"lr": 0.0})
+        self._home = Home(on_host=offload)
+        self._muon = Muon(matrices, self._home, dtype=muon_dtype)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._moments(group, parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A collective. Nothing calls a closure: gradients are there."""
+        for group in self.param_groups:
+            if group["algorithm"] == "muon":
+                trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+                self._muon.step(group, {one: self._moments(group, one)["momentum_buffer"] for one in trained})
+            else:
+                self._adamw(group)
+        self._home.settle()
+
+    def _adamw(self, group: dict[str, Any]) -> None:
+        """Fused, bucket by bucket."""
+        for bucket in self._home.buckets([parameter for parameter in group["params"] if parameter.grad is not None]):
+            states = [self._moments(group, parameter) for parameter in bucket]
+            moments = [local(state[name]) for name in ("exp_avg", "exp_avg_sq") for state in states]
+            with self._home.borrow(moments, local(bucket[0]).device) as here:
+                adamw(
+                    [local(parameter) for parameter in bucket],
+                    [local(parameter.grad) for parameter in bucket if parameter.grad is not None],
+                    here[: len(bucket)],
+                    here[len(bucket) :],
+                    [],
+                    [state["step"] for state in states],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+
+    def _moments(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state and group["algorithm"] == "muon":
+            state["momentum_buffer"] = self._home.zeros_like(parameter)
+        elif not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = self._home.zeros_like(parameter)
+            state["exp_avg_sq"] = self._home.zeros_like(parameter)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but into the moments that are there: those in host memory stay there."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, key in zip(group["params"], saved["params"], strict=True):
+                for name, moment in self._moments(group, parameter).items():
+                    if (value := state_dict["state"][key][name]) is not moment:
+                        moment.copy_(value)
+            group.update({name: value for name, value in saved.items() if name != "params"})
 
 
-def _parts(module: nn.Module, name: str) -> tuple[int, int]:
-    """How many matrices a parameter is made up of, and along which dimension."""
-    is_stacked = name == "gate_up_proj" and getattr(module, "is_concatenated", False)
-    return 2 if is_stacked else 1, -1 if getattr(module, "is_transposed", False) else -2
+def make_optimizer(model: nn.Module, layers: Sequence[nn.Module], train: Train) -> Optimizer:
+    """What `train.optimizer` says; the learning rate is set at every step. A collective.
+
+    Muon trains the matrices of `layers`, the decoder's; AdamW all others: embeddings, head, norms, biases.
+    Decay pulls on matrices only, not on norms and biases.
+    """
+    matrices = matrices_of(layers) if train.optimizer == "muon" else {}
+    others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p not in matrices]
+    decayed = [p for name, p in others if p.dim() > 1 and not name.endswith("bias")]
+    plain = [p for name, p in others if p.dim() <= 1 or name.endswith("bias")]
+    muon = {"algorithm": "muon", "weight_decay": train.weight_decay, **train.muon.model_dump()}
+    adam = {"algorithm": "adamw", "betas": train.betas, "eps": 1e-8}
+    groups = [
+        {"params": list(matrices), **muon},
+        {"params": decayed, "weight_decay": train.weight_decay, **adam},
+        {"params": plain, "weight_decay": 0.0, **adam},
+    ]
+    return Optimizer([group for group in groups if group["params"]], matrices=matrices, offload=train.offload_optimizer)
 
 
-def keep_on_host(optimizer: torch.optim.Optimizer) -> None:
-    """Its state is on the device during its steps only: activations get the room."""
-
-    def fetch(*_: Any) -> None:
-        _move_state(optimizer, to_host=False)
-
-    def put_away(*_: Any) -> None:
-        _move_state(optimizer, to_host=True)
-
-    optimizer.register_step_pre_hook(fetch)
-    optimizer.register_step_post_hook(put_away)
-
-
-def _move_state(optimizer: torch.optim.Optimizer, *, to_host: bool) -> None:
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim():
-                state[name] = value.to("cpu" if to_host else parameter.device, non_blocking=not to_host)
-
-
-def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that one operation can take together: those of experts may be on a mesh of their own."""
-    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-    return list(groups.values())
-
-
-def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,17 +1,50 @@
 """Stage the weights of a version for the engines, with a probe that proves their arrival."""
 
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from palestra.core.errors import InfrastructureError
 from palestra.core.ledger import Ledger
 from palestra.model.export import iterate_weights
+from palestra.model.lora import iterate_adapter
 from palestra.model.policy import Policy
 from palestra.train.ranks import Ranks
 from palestra.wire.weights import files
-from palestra.wire.weights.manifest import Probe, Staged, record
+from palestra.wire.weights.manifest import Probe, Staged, WeightsManifest, chain, record
 
 KEPT_VERSIONS = 3
+KEPT_COPIES = 2  # where each is a copy of the model in the GPU's memory: one that engines hold, one on its way
+MAX_CHAIN = 0.5  # of a whole version's bytes: so much may lie in differences before the next version is whole
+
+
+@dataclass
+class Differences:
+    """Which version the next one is told as a difference from.
+
+    A version is whole where it is the first of the trainer's life, the `full_every`-th since a whole one, or where the
+    differences since then come to `MAX_CHAIN` of it: what is put together from many parts takes long to load.
+    """
+
+    full_every: int
+    newest: Path | None = None
+    num_since_full: int = 0
+    bytes_since_full: int = 0
+    full_bytes: int = 0
+
+    @property
+    def previous(self) -> Path | None:
+        """None: the next one is whole."""
+        is_due = self.num_since_full + 1 >= self.full_every or self.bytes_since_full > MAX_CHAIN * self.full_bytes
+        return None if is_due or self.newest is None or not self.newest.exists() else self.newest
+
+    def staged(self, directory: Path, manifest: WeightsManifest) -> None:
+        self.newest, self.full_bytes = directory, manifest.full_bytes
+        self.num_since_full = self.num_since_full + 1 if manifest.previous else 0
+        self.bytes_since_full = self.bytes_since_full + manifest.sent_bytes if manifest.previous else 0
 
 
 class Publisher:
@@ -32,49 +65,112 @@ class Publisher:
         probe_tokens: int,
         seed: int,
         recorded_in: Path | None = None,
+        full_every: int = 1,
+        local: str = "",
+        by_handle: bool = False,
+        base: str = "",
     ):
-        """`recorded_in`: where every version is kept beside being staged."""
+        """`recorded_in`: where every version is kept beside being staged. `full_every`: 1 stages all of them whole.
+        `by_handle`: not at all; the engine finds a copy in the memory of the GPU that both are on. `base`: the model
+        that adapters belong to."""
+        self._base = base
         self._policy, self._ranks, self._directory = policy, ranks, directory
         self._attempt, self._life, self._dtype, self._recorded_in = attempt, life, dtype, recorded_in
         generator = torch.Generator().manual_seed(seed)
         self._probe_ids = torch.randint(policy.vocab_size, (probe_tokens,), generator=generator).to(ranks.device)
         self._previous: list[float] | None = None
         self._staged: list[int] = []
+        self._differences, self._local = Differences(full_every), local
+        self._held: dict[int, list[torch.Tensor]] | None = {} if by_handle else None
 
     @property
     def is_full(self) -> bool:
         """As many versions are staged as should ever lie there at once."""
-        return len(self._staged) >= KEPT_VERSIONS
+        return len(self._staged) >= (KEPT_VERSIONS if self._held is None else KEPT_COPIES)
 
     def stage(self, version: int, ledger: Ledger) -> Staged:
         """A collective; the first rank writes. Errors: InfrastructureError, if the disk is full."""
-        directory = self._path(version)
+        directory, began = self._path(version), time.monotonic()
         with ledger.spend("stage"):
-            tensors = iterate_weights(self._policy, dtype=self._dtype)
             self._staged.append(version)
-            if self._ranks.is_first:
-                files.stage(directory, version, self._attempt, tensors)
-            else:
-                for _ in tensors:
-                    pass
+            manifest = self._write(directory, version)
+        stage_s = time.monotonic() - began
         with ledger.spend("probe"):
             logprobs = self._policy.score(self._probe_ids).tolist()
         probe = Probe(token_ids=self._probe_ids.tolist(), logprobs=logprobs, previous_logprobs=self._previous)
         self._previous = logprobs
-        staged = Staged(version=version, directory=str(directory), probe=probe)
-        if self._recorded_in is not None and self._ranks.is_first:
+        staged = Staged(
+            version=version,
+            directory=str(directory),
+            probe=probe,
+            sent_bytes=manifest.sent_bytes if manifest else 0,
+            full_bytes=manifest.full_bytes if manifest else 0,
+            stage_s=stage_s,
+            local=self._local,
+            is_adapter=self._policy.adapter is not None,
+        )
+        if self._recorded_in is not None and manifest is not None:
             with ledger.spend("record"):
-                record(staged, self._recorded_in)
+                self._record(staged, manifest, self._recorded_in)
         return staged
 
+    def _write(self, directory: Path, version: int) -> WeightsManifest | None:
+        """On the first rank; the others only take part in what it gathers."""
+        adapter = self._policy.adapter
+        if adapter is None:
+            tensors = iterate_weights(self._policy, dtype=self._dtype)
+        else:
+            tensors = iterate_adapter(self._policy.model, dtype=self._dtype)
+        if not self._ranks.is_first:
+            for _ in tensors:
+                pass
+            return None
+        if adapter is not None:
+            return files.stage_adapter(directory, version, self._attempt, tensors, adapter.config_json(self._base))
+        if self._held is not None:
+            manifest, self._held[version] = self._hand_out(directory, version, tensors)
+            return manifest
+        manifest = files.stage(directory, version, self._attempt, tensors, previous=self._differences.previous)
+        self._differences.staged(directory, manifest)
+        return manifest
+
+    def _hand_out(
+        self, directory: Path, version: int, tensors: Iterator[tuple[str, torch.Tensor]]
+    ) -> tuple[WeightsManifest, list[torch.Tensor]]:
+        from palestra.wire.weights import handles  # vLLM's side of it: seconds to import, and nowhere else needed
+
+        return handles.stage(directory, version, self._attempt, tensors)
+
+    def _record(self, staged: Staged, manifest: WeightsManifest, published: Path) -> None:
+        def write_whole(target: Path) -> None:
+            if self._held is None:
+                tensors = files.read(staged.directory, manifest)
+            else:
+                tensors = zip((entry.name for entry in manifest.tensors), self._held[staged.version], strict=True)
+            files.stage(target, staged.version, 0, tensors)
+
+        record(staged, published, write_whole if manifest.previous or self._held is not None else None)
+
     def loaded(self, version: int) -> None:
-        """Engines hold `version`: what is older is not needed again, whichever life of the trainer staged it."""
+        """Engines hold `version`: what is older, and no part of it or of a later one, is not needed again, whichever
+        life of the trainer staged it."""
         self._staged = [staged for staged in self._staged if staged >= version]
+        if self._held is not None:
+            self._held = {staged: copy for staged, copy in self._held.items() if staged >= version}
         if self._ranks.is_first:
-            for path in self._directory.glob("v*"):
-                if int(path.name[1:].split(".")[0]) < version:
-                    files.discard(path)
+            paths = {path: int(path.name[1:].split(".")[0]) for path in self._directory.glob("v*")}
+            needed = {link for path, number in paths.items() if number >= version for link in _links(path)}
+            for path in paths.keys() - needed:
+                files.discard(path)
 
     def _path(self, version: int) -> Path:
         """Each life has its own: engines may be reading what the one before has staged."""
         return self._directory / (f"v{version:06d}" + (f".{self._life}" if self._life else ""))
+
+
+def _links(directory: Path) -> list[Path]:
+    """What a version needs; of one that was broken off, only itself is left alone."""
+    try:
+        return chain(directory)
+    except InfrastructureError:
+        return [directory]

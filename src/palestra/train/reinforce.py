@@ -2,15 +2,16 @@
 
 Consumes: messages of the orchestrator, batch files of the run directory.
 Produces: a policy version per batch, staged weights, checkpoints, and at the end the export.
-Waits for: the orchestrator's next message, or that engines load a version where too many are staged; at most
-`train.batch_deadline_s` each. Woken by: that message. Ends when: it is told to finish.
+Waits for: the orchestrator's next message, that engines load a version where too many are staged, or that the files of
+a checkpoint are whole before the next one or the end; at most `train.batch_deadline_s` each.
+Woken by: that message, or by a checkpoint whose files are whole. Ends when: it is told to finish.
 With several ranks the first one talks and tells the others. An orchestrator that was replaced is told again what the
 one before may not have heard.
 """
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.process import life
 from palestra.core.spans import SpanLog
 from palestra.wire.batches import Batch
-from palestra.wire.channel import BlockingCaller, Reconnected
+from palestra.wire.channel import BlockingCaller, Reconnected, Woken
 from palestra.wire.messages import (
     Exported,
     Finish,
@@ -81,6 +82,10 @@ def _start(
         probe_tokens=min(config.sync.probe_tokens, config.engine.max_model_len - 1),
         seed=config.train.seed,
         recorded_in=run.published if config.log.keep_weights else None,
+        base=config.model_dir,
+        full_every=config.sync.full_every if config.sync.difference else 1,
+        local=str(config.sync.local.resolve()) if config.sync.local else "",
+        by_handle=config.sync.kind == "ipc",
     )
     loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)
     if (version := version_to_load(run, attempt, life())) is not None:
@@ -106,14 +111,26 @@ class Loop:
 
     def serve(self) -> None:
         """Until `Finish`: then export."""
-        while not isinstance(message := self.orchestrator.next(self.trainer.version), Finish):
-            if isinstance(message, WeightsLoaded):
-                self.publisher.loaded(message.version)
-            else:
-                self._train(message)
+        try:
+            self._serve()
+        except Exception:
+            with suppress(Exception):
+                self.tell_saved()  # it counts, whatever ended the run
+            raise
         with self.spans.span("export"):
             directory = self.trainer.export(self.ledger)
         self.orchestrator.tell(Exported(directory=str(directory), ledgers=self._close_ledgers()))
+
+    def _serve(self) -> None:
+        while not isinstance(message := self.orchestrator.next(self.trainer.version), Finish):
+            match message:
+                case WeightsLoaded():
+                    self.publisher.loaded(message.version)
+                case Woken():
+                    self.tell_saved()
+                case TrainBatch():
+                    self._train(message)
+        self.tell_saved()
 
     def _train(self, message: TrainBatch) -> None:
         if message.step < self.trainer.version:
@@ -127,10 +144,10 @@ class Loop:
     def _catch_up(self, message: TrainBatch) -> None:
         """A step that is trained already, asked for by an orchestrator that did not know: only what is missing."""
         if message.step + 1 == self.trainer.version:
-            staged, saved = self.orchestrator.staged, self.orchestrator.saved
+            staged = self.orchestrator.staged
             self._keep(
                 publish=message.publish and (staged is None or staged.version < self.trainer.version),
-                save=message.save and (saved is None or saved.version < self.trainer.version),
+                save=message.save and self.trainer.saved_version < self.trainer.version,
             )
 
     def _keep(self, *, publish: bool, save: bool) -> None:
@@ -138,8 +155,17 @@ class Loop:
             self.stage()
         if save:
             with self.spans.span("checkpoint", version=self.trainer.version):
-                directory = self.trainer.save(self.ledger)
-            self.orchestrator.tell(TrainerSaved(version=self.trainer.version, directory=str(directory)))
+                self.tell_saved()
+                self.trainer.save(self.ledger, on_end=self.orchestrator.wake)
+
+    def tell_saved(self) -> None:
+        """Of the save that was begun, if there is one, and not before its files are whole: waits for it.
+
+        Errors: InfrastructureError, if they could not be written.
+        """
+        if (written := self.trainer.finish_save(self.ledger)) is not None:
+            self.spans.write("write_checkpoint", written.started_at, written.write_s, {"version": written.version})
+            self.orchestrator.tell(TrainerSaved(version=written.version, directory=str(written.directory)))
 
     def _close_ledgers(self) -> list[LedgerEntry]:
         """Of all ranks, on the first one."""
@@ -167,7 +193,7 @@ class Orchestrator:
 
     def __init__(self, config: RunConfig, attempt: Attempt, ranks: "Ranks", ledger: Ledger):
         self._ranks, self._ledger, self._deadline_s = ranks, ledger, config.train.batch_deadline_s
-        self._set_aside: deque[Order] = deque()
+        self._set_aside: deque[Order | Woken] = deque()
         self.staged: Staged | None = None
         self.saved: TrainerSaved | None = None
         self._version = 0
@@ -192,7 +218,12 @@ class Orchestrator:
         if self._caller is not None:
             self._caller.send(message)
 
-    def next(self, version: int) -> Order:
+    def wake(self) -> None:
+        """From another thread, of the first rank: all ranks hear `Woken` next."""
+        if self._caller is not None:
+            self._caller.wake()
+
+    def next(self, version: int) -> Order | Woken:
         """Errors: DeadlineError."""
         if self._set_aside:
             return self._set_aside.popleft()
@@ -209,7 +240,7 @@ class Orchestrator:
                 self._set_aside.append(message)
         return message
 
-    def _receive(self, waiting_for: str) -> Order:
+    def _receive(self, waiting_for: str) -> Order | Woken:
         """All ranks hear everything, so that all of their deadlines begin anew with it."""
         while True:
             message = None if self._caller is None else self._hear(self._caller, waiting_for)
@@ -218,7 +249,7 @@ class Orchestrator:
             if not isinstance(message, StillEvaluating):
                 return message
 
-    def _hear(self, caller: BlockingCaller[ToTrainer, FromTrainer], waiting_for: str) -> ToTrainer:
+    def _hear(self, caller: BlockingCaller[ToTrainer, FromTrainer], waiting_for: str) -> ToTrainer | Woken:
         while isinstance(message := caller.receive(deadline_s=self._deadline_s, waiting_for=waiting_for), Reconnected):
             caller.send(
                 TrainerReady(version=self._version, staged=self.staged, saved=self.saved, steps=list(self._steps))

@@ -12,20 +12,28 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from palestra.algo.losses import LossTerm, PolicyLoss, cross_entropy, effective_sample_share, reference_kl
+from palestra.config.schema import Balance
 from palestra.core.errors import PalestraError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Last, Max, Mean, Metrics, Sum
 from palestra.model.load import set_gradient_sync
 from palestra.model.policy import Policy
-from palestra.train.optimizer import by_mesh, set_lr
+from palestra.model.routers import max_violation
+from palestra.train.holdings import sharding_dims
+from palestra.train.moments import local
+from palestra.train.optimizer import set_lr
 from palestra.train.packs import Pack, Plan
 from palestra.train.ranks import Ranks
 from palestra.train.spread import histogram, spread_metrics
+
+_UNBALANCED = Balance()
 
 
 class Readings:
@@ -67,7 +75,7 @@ class Readings:
 
 def train_step(
     policy: Policy,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     plan: Plan,
     *,
     rl_loss: PolicyLoss,
@@ -76,6 +84,7 @@ def train_step(
     ranks: Ranks,
     ledger: Ledger,
     lr_ess_power: float = 0.0,
+    balance: Balance = _UNBALANCED,
 ) -> Metrics:
     """Turn the policy into the next version. A collective. Metrics are those of the whole batch on every rank.
 
@@ -85,24 +94,28 @@ def train_step(
     Errors: PalestraError for a gradient that is not finite; the policy is then unchanged.
     """
     readings = Readings()
+    policy.routers.forget()
     with ledger.spend("forward_backward"):
         for index, pack in enumerate(plan.packs):
             set_gradient_sync(policy, index == len(plan.packs) - 1)
-            pack_loss(policy, pack, plan.counts, rl_loss, readings).backward()
+            loss = pack_loss(policy, pack, plan.counts, rl_loss, readings)
+            if balance.aux_loss:
+                loss = loss + balance.aux_loss / plan.num_tokens * policy.routers.balance_loss()
+            loss.backward()
     with ledger.spend("optimizer"):
         grad_norm = clip_gradients(policy, max_grad_norm)
         if not math.isfinite(grad_norm):
-            policy.zero_grad()
+            optimizer.zero_grad()
             raise PalestraError(
                 f"step {plan.step}: the gradient's norm is {grad_norm}; lower train.lr or check the rewards"
             )
         sums, metrics = readings.over_all(ranks)
         if plan.counts["rl"]:
             lr *= _effective_share(sums) ** lr_ess_power
-        set_lr(optimizers, lr)
-        for optimizer in optimizers:
-            optimizer.step()
-        policy.zero_grad()
+        set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics |= _expert_metrics(policy, ranks, balance)
     return metrics | _step_metrics(plan, grad_norm, lr, sums)
 
 
@@ -143,14 +156,50 @@ def _mean(value_K: Tensor, where_K: Tensor) -> Tensor:
     return torch.stack([torch.where(where_K, value_K, 0.0).sum(dtype=torch.float64), where_K.sum(dtype=torch.float64)])
 
 
-def clip_gradients(policy: Policy, max_norm: float) -> float:
-    """The norm over all parameters, on whatever mesh, before clipping."""
-    groups = by_mesh(parameter for parameter in policy.parameters() if parameter.grad is not None)
-    norms = [get_total_norm([parameter.grad for parameter in group if parameter.grad is not None]) for group in groups]
-    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
-    for group in groups:
-        clip_grads_with_norm_(group, max_norm, norm)
+@torch.no_grad()
+def clip_gradients(policy: nn.Module, max_norm: float) -> float:
+    """The norm over all ranks before clipping. A collective. Parameters may be on different meshes."""
+    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    norm = sum_of_squares(gradients).sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local(gradient).mul_(factor.to(gradient.dtype))
     return float(norm)
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all values of tensors that may be sharded over several meshes, each value counted once, in float64."""
+    alike: dict[tuple[DeviceMesh, tuple[int, ...]] | None, list[Tensor]] = {}
+    for tensor in tensors:
+        where = None
+        if isinstance(tensor, DTensor):
+            where = tensor.device_mesh, sharding_dims(tensor.device_mesh, tensor.placements)
+        alike.setdefault(where, []).append(local(tensor))
+    sums = []
+    for where, shards in alike.items():
+        total = get_total_norm(shards).double().square()
+        mesh, dims = where if where is not None else (None, ())
+        for dim in dims:
+            assert mesh is not None
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        sums.append(total)
+    return torch.stack(sums).sum()
+
+
+def _expert_metrics(policy: Policy, ranks: Ranks, balance: Balance) -> Metrics:
+    """How evenly the experts were used; and their biases moved by it."""
+    if not len(policy.routers):
+        return {}
+    load_LE = policy.routers.load(ranks.meshes.everyone)
+    if balance.bias_rate:
+        policy.routers.update_biases(load_LE, balance.bias_rate)
+    violation_L = max_violation(load_LE)
+    return {
+        "train/experts/max_violation": Mean(float(violation_L.sum()), len(violation_L)),
+        "train/experts/max_violation_worst": Max(float(violation_L.max())),
+        "train/experts/dead_share": Mean(float((load_LE == 0).sum()), load_LE.numel()),
+        "train/experts/weight_entropy": Mean(*policy.routers.weight_entropy(ranks.meshes.everyone)),
+    }
 
 
 def _step_metrics(plan: Plan, grad_norm: float, lr: float, sums: dict[str, Tensor]) -> Metrics:

@@ -1,11 +1,12 @@
 """Supervised steps: the warm-up before version 0, and the whole of a run without environments.
 
 Consumes: `data.sources`. Produces: a policy version per step, checkpoints, the export; rows of the run's log.
-Waits for: nothing but the other ranks. Ends when: all steps are done.
+Waits for: the other ranks, and for a checkpoint's files before the next one or the end. Ends when: all steps are done.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from palestra.config import RunConfig
 from palestra.core.clock import unix_now
@@ -62,16 +63,38 @@ def supervise(
             stream.restore(trainer.resume(version, ledger))
     report = Report(config, run, attempt, tell) if ranks.is_first else None
     ledger.switch("other")
-    for metrics in _steps(trainer, stream, config, attempt, ledger):
-        entries = ranks.to_first(ledger.close())
-        if report is not None:
-            report.step(trainer.version - 1, metrics, entries)
-        if trainer.version % config.train.checkpoint_every == 0 or trainer.version == config.train.steps:
-            _checkpoint(trainer, stream, config, run, attempt, ledger)
+    try:
+        _train(trainer, stream, config, run, attempt, ledger, report)
+    except Exception:
+        with suppress(Exception):
+            _count_saved(trainer, config, run, attempt, ledger)  # it counts, whatever ended the run
+        raise
     directory = trainer.export(ledger)
     entries = ranks.to_first(ledger.close())
     if report is not None:
         report.end(str(directory), entries)
+
+
+def _train(
+    trainer: Trainer,
+    stream: SftStream,
+    config: RunConfig,
+    run: RunDir,
+    attempt: Attempt,
+    ledger: Ledger,
+    report: "Report | None",
+) -> None:
+    """All steps and their checkpoints."""
+    for metrics in _steps(trainer, stream, config, attempt, ledger):
+        entries = trainer.ranks.to_first(ledger.close())
+        if report is not None:
+            report.step(trainer.version - 1, metrics, entries)
+        if trainer.has_saved:
+            _count_saved(trainer, config, run, attempt, ledger)
+        if trainer.version % config.train.checkpoint_every == 0 or trainer.version == config.train.steps:
+            _count_saved(trainer, config, run, attempt, ledger)
+            trainer.save(ledger, stream.state())
+    _count_saved(trainer, config, run, attempt, ledger)
 
 
 def _steps(
@@ -98,13 +121,11 @@ def _data_metrics(stream: SftStream) -> Metrics:
     return {"data/rows/dropped": Sum(stream.take_dropped())}
 
 
-def _checkpoint(
-    trainer: Trainer, stream: SftStream, config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger
-) -> None:
-    """The trainer's files, then the manifest, then the oldest checkpoints beyond `train.keep_checkpoints` go."""
-    trainer.save(ledger, stream.state())
-    if trainer.ranks.is_first:
-        manifest = Manifest(version=trainer.version, attempt=attempt.number, trainer="trainer", orchestrator="")
+def _count_saved(trainer: Trainer, config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger) -> None:
+    """When the files are whole: the manifest, then the oldest checkpoints beyond `train.keep_checkpoints` go."""
+    written = trainer.finish_save(ledger)
+    if written is not None and trainer.ranks.is_first:
+        manifest = Manifest(version=written.version, attempt=attempt.number, trainer="trainer", orchestrator="")
         write_manifest(run, manifest)
         drop_checkpoints(run, keep=config.train.keep_checkpoints)
 

@@ -1,6 +1,7 @@
 """The trainer's state and what can be done with it: load, train one batch, save, export. Both loops drive it."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,17 @@ import torch
 
 from palestra.algo.losses import RolloutMasks, policy_loss, with_masks
 from palestra.config import RunConfig
+from palestra.config.schema import Balance
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Mean, Metrics
-from palestra.model.activations import Activations
 from palestra.model.export import save_huggingface
 from palestra.model.load import load_policy
-from palestra.train import checkpoint
-from palestra.train.checkpoint import TrainerState
-from palestra.train.optimizer import LearningRate, make_optimizers, training_rate
+from palestra.model.policy import Policy
+from palestra.model.recompute import Activations
+from palestra.train.background import Written
+from palestra.train.checkpoint import Checkpoints, TrainerState
+from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
 from palestra.train.packs import plan_step
 from palestra.train.ranks import Ranks
 from palestra.train.step import train_step
@@ -44,20 +47,29 @@ class Trainer:
                 head_chunk_tokens=config.train.head_chunk_tokens,
                 meshes=ranks.meshes,
                 device=ranks.device,
+                lora=config.model.lora,
+                seed=config.train.seed,
                 activations=Activations(
                     recompute=config.train.recompute,
                     offload=config.train.offload_activations,
                     compile=config.train.compile,
                 ),
             )
-        self.version = 0
-        self.use_fresh_optimizer(training_rate(config.train))
+        _require_balance(self.policy, config.train.balance)
+        self._rate, self.version = training_rate(config.train), 0
+        self._optimizer = self._new_optimizer()
+        self._checkpoints = Checkpoints(ranks, deadline_s=config.train.batch_deadline_s)
+        self.saved_version = -1  # of the newest save that was begun, or resumed from
+        self._notes: Metrics = {}  # of what happened beside the steps
 
     def use_fresh_optimizer(self, rate: LearningRate) -> None:
         """Count from version 0 with new moments and this learning rate."""
-        train = self._config.train
-        self._optimizers = make_optimizers(self.policy, train)
+        self._optimizer.state.clear()  # there is no room for two sets of moments
+        self._optimizer = self._new_optimizer()
         self._rate, self.version = rate, 0
+
+    def _new_optimizer(self) -> Optimizer:
+        return make_optimizer(self.policy, self.policy.decoder_layers, self._config.train)
 
     def train(self, batch: Batch, ledger: Ledger) -> Metrics:
         """Turn `version` into the next. Errors: InfrastructureError for the batch of another step."""
@@ -77,7 +89,7 @@ class Trainer:
             )
         metrics = train_step(
             self.policy,
-            self._optimizers,
+            self._optimizer,
             plan,
             rl_loss=self._rl_loss,
             lr=self._rate.at(self.version),
@@ -85,29 +97,50 @@ class Trainer:
             ranks=self.ranks,
             ledger=ledger,
             lr_ess_power=self._config.train.lr_ess_power,
+            balance=self._config.train.balance,
         )
         self.version += 1
         seconds = time.perf_counter() - started
-        return metrics | {"train/step_s": Mean(seconds), "train/tokens_per_s": Mean(plan.num_tokens, seconds)}
+        notes, self._notes = self._notes, {}
+        times = {"train/step_s": Mean(seconds), "train/tokens_per_s": Mean(plan.num_tokens, seconds)}
+        return metrics | times | notes
 
-    def save(self, ledger: Ledger, data: dict[str, Any] | None = None) -> Path:
-        """The trainer's part of the checkpoint of `version`; its directory."""
-        directory = self._checkpoint(self.version)
+    def save(
+        self, ledger: Ledger, data: dict[str, Any] | None = None, on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin the trainer's part of the checkpoint of `version`: it is copied, then written beside the steps.
+
+        `on_end` is called in another thread when `finish_save` need not wait any more. The save before must be
+        finished.
+        """
         with ledger.spend("checkpoint"):
-            checkpoint.save(
-                directory,
+            self._checkpoints.begin(
+                self._checkpoint(self.version),
                 TrainerState(version=self.version, data=data or {}),
                 self.policy,
-                self._optimizers,
-                self.ranks,
+                self._optimizer,
+                on_end,
             )
-        return directory
+        self.saved_version = self.version
+
+    @property
+    def has_saved(self) -> bool:
+        """Whether the save that was begun is at its end, well or not; the same on all ranks."""
+        return self._checkpoints.has_ended
+
+    def finish_save(self, ledger: Ledger) -> Written | None:
+        """What was written by the save that was begun, if there is one; waits for it. Errors: InfrastructureError."""
+        with ledger.spend("checkpoint"):
+            written = self._checkpoints.finish()
+        if written is not None:
+            self._notes = {"train/checkpoint/write_s": Mean(written.write_s)}
+        return written
 
     def resume(self, version: int, ledger: Ledger) -> dict[str, Any]:
         """Go back to the checkpoint of `version`; returns the state of the data that was saved with it."""
         with ledger.spend("load"):
-            state = checkpoint.load(self._checkpoint(version), self.policy, self._optimizers)
-        self.version = state.version
+            state = self._checkpoints.load(self._checkpoint(version), self.policy, self._optimizer)
+        self.version = self.saved_version = state.version
         return state.data
 
     def export(self, ledger: Ledger) -> Path:
@@ -125,3 +158,20 @@ class Trainer:
 
     def _checkpoint(self, version: int) -> Path:
         return checkpoint_dir(self._run, version) / "trainer"
+
+
+def _require_balance(policy: Policy, balance: Balance) -> None:
+    """Errors: UserError for what the model has nothing to balance by."""
+    name = type(policy.model).__name__
+    if balance.bias_rate and policy.adapter is not None:
+        raise UserError(
+            f"train.balance.bias_rate={balance.bias_rate:g} changes what is no part of an adapter (model.lora), so "
+            "that engines would not hear of it; set it to 0"
+        )
+    if balance.aux_loss and not len(policy.routers):
+        raise UserError(f"train.balance.aux_loss={balance.aux_loss:g}, but {name} has no routers; set it to 0")
+    if balance.bias_rate and not policy.routers.biases:
+        raise UserError(
+            f"train.balance.bias_rate={balance.bias_rate:g}, but the routers of {name} have no bias for their choice; "
+            "set it to 0 and use train.balance.aux_loss"
+        )

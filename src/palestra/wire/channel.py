@@ -11,6 +11,8 @@ import asyncio
 import sys
 import time
 from collections import deque
+from contextlib import suppress
+from socket import socketpair
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -29,6 +31,10 @@ _TURN_S = 0.005  # so long messages are taken one after the other, then the loop
 
 class Reconnected(Struct, frozen=True):
     """The listener is there again after it was cut off: a successor, or the same one that missed something."""
+
+
+class Woken(Struct, frozen=True):
+    """Something else than a message: another thread of the process has called `wake`."""
 
 
 class _Head(Struct, frozen=True, order=True, array_like=True):
@@ -231,17 +237,28 @@ class BlockingCaller(Generic[In, Out]):
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._connection = _Connection(self._socket)
+        self._waker, self._woken = socketpair()
+        for end in (self._waker, self._woken):
+            end.setblocking(False)
         _connect(self._socket, address, name)
 
     def send(self, message: Out) -> None:
         self._socket.send_multipart(_frame(self._head, message))
 
-    def receive(self, *, deadline_s: float, waiting_for: str) -> In | Reconnected:
+    def wake(self) -> None:
+        """The one method for other threads: `receive` returns `Woken`, now or when it is called next."""
+        with suppress(OSError):  # it is told so already, or closed
+            self._waker.send(b"\0")
+
+    def receive(self, *, deadline_s: float, waiting_for: str) -> In | Reconnected | Woken:
         """Errors: DeadlineError."""
         poller, ends_at = zmq.Poller(), time.monotonic() + deadline_s
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._connection.events, zmq.POLLIN)
+        poller.register(self._woken, zmq.POLLIN)
         while True:
+            if self._was_woken():
+                return Woken()
             if self._connection.was_cut():
                 return Reconnected()
             if self._socket.get(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
@@ -251,8 +268,17 @@ class BlockingCaller(Generic[In, Out]):
             elif not poller.poll(max(0, int(1000 * (ends_at - time.monotonic())))):
                 raise DeadlineError(waiting_for, deadline_s)
 
+    def _was_woken(self) -> bool:
+        """Since the last look, however often."""
+        try:
+            return bool(self._woken.recv(4096))
+        except BlockingIOError:
+            return False
+
     def close(self) -> None:
         """Waits, up to a second, until what was sent has left: the last words of a process arrive."""
+        self._waker.close()
+        self._woken.close()
         self._connection.close()
         self._socket.close()
         self._context.term()

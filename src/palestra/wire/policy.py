@@ -31,6 +31,7 @@ _KEEPALIVE_S = 3.0  # shorter than the 5 s after which vLLM's server hangs up
 _LAST_WORD_S = 1.0
 _HEALTH_S, _HEALTH_PAUSE_S = 5.0, 0.2
 _GENERATE = "/inference/v1/generate"
+ADAPTER = "policy"
 _JSON = {"content-type": "application/json"}
 _CONNECTING = {"timeout": {"connect": 5.0}}
 _SAFE = re.compile(r'^vllm:cache_config_info\{.*kv_cache_max_concurrency="([0-9.]+)"', re.MULTILINE)
@@ -79,6 +80,8 @@ class EngineClient:
         self.url = url.rstrip("/")
         self.cache_salt = "unpublished"
         self.serving: int | None = None  # the last version published to it by this client
+        self.adapter: str | None = None  # the name under which it has the policy, if that is an adapter to its model
+        self._home: str | None = None  # where it reads that adapter
         self._call_s = call_s
         self._connections = transport or Connections(keepalive_s=_KEEPALIVE_S)
 
@@ -93,7 +96,7 @@ class EngineClient:
 
     def forget(self) -> None:
         """Another process answers at the address from now on: it has no weights of this run."""
-        self.cache_salt, self.serving = "unpublished", None
+        self.cache_salt, self.serving, self.adapter, self._home = "unpublished", None, None, None
 
     async def generate(
         self,
@@ -113,6 +116,7 @@ class EngineClient:
         """
         body = _GenerateRequest(
             request_id=uuid.uuid4().hex,
+            model=self.adapter,
             token_ids=list(token_ids),
             sampling_params=_sampling_params(sampling, seed=seed, num_replies=num_replies),
             cache_salt=cache_salt,
@@ -141,6 +145,7 @@ class EngineClient:
         async def exchange() -> Reply:
             body = _GenerateRequest(
                 request_id=uuid.uuid4().hex,
+                model=self.adapter,
                 token_ids=list(token_ids),
                 sampling_params=params,
                 cache_salt=cache_salt,
@@ -179,6 +184,7 @@ class EngineClient:
         """log p(token t+1 | tokens up to t) at temperature 1 under the weights of now, [T-1]; caches are not used."""
         body = _GenerateRequest(
             request_id=uuid.uuid4().hex,
+            model=self.adapter,
             token_ids=list(token_ids),
             sampling_params={"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0, "detokenize": False},
             cache_salt=uuid.uuid4().hex,
@@ -218,12 +224,38 @@ class EngineClient:
     async def resume(self, *, deadline_s: float | None = None) -> None:
         await self._call("/resume", deadline_s=deadline_s, repeatable=True)
 
+    async def update_adapter(self, directory: str, version: int, *, deadline_s: float | None = None) -> None:
+        """`update` for an adapter: the version goes to the directory from which the engine reads its adapter.
+
+        One that has none yet gets a directory beside `directory`, and reads it by `load_adapter`.
+        """
+        if self._home is None:
+            answer = await self._call("/v1/models", method="GET", deadline_s=deadline_s, repeatable=True)
+            homes = {model["id"]: model["root"] for model in msgspec.json.decode(answer)["data"]}
+            if ADAPTER in homes:  # whoever was the client before has loaded it
+                self._home, self.adapter = homes[ADAPTER], ADAPTER
+        home = self._home or f"{directory.rpartition('/')[0]}/adapter-{self.url.rpartition(':')[2]}"
+        body = {"update_info": {"directory": directory, "version": version, "home": home}}
+        await self._call("/update_weights", body, deadline_s=deadline_s)
+        self._home = home
+
+    async def load_adapter(self, *, deadline_s: float | None = None) -> None:
+        """Requests ask for the adapter from here on. After the first update is finished, which brought it."""
+        if self.adapter is None:
+            body = {"lora_name": ADAPTER, "lora_path": self._home}
+            await self._call("/v1/load_lora_adapter", body, deadline_s=deadline_s)
+            self.adapter = ADAPTER
+
     async def start_update(self, *, deadline_s: float | None = None) -> None:
         await self._call("/start_weight_update", deadline_s=deadline_s)
 
-    async def update(self, directory: str, version: int, *, deadline_s: float | None = None) -> None:
-        """Load the version staged in `directory`. Errors: EngineError naming the tensor or module that is wrong."""
-        body = {"update_info": {"directory": directory, "version": version}}
+    async def update(self, directory: str, version: int, *, local: str = "", deadline_s: float | None = None) -> None:
+        """Load the version staged in `directory`; `local` is where the engine's machine keeps copies, if it does.
+
+        Errors: EngineError naming the tensor or module that is wrong.
+        """
+        where = {"directory": directory, "local": local} if local else {"directory": directory}
+        body = {"update_info": {**where, "version": version}}
         await self._call("/update_weights", body, deadline_s=deadline_s)
 
     async def abandon_update(self, *, deadline_s: float | None = None) -> None:
@@ -342,6 +374,10 @@ class EngineClient:
         said = _message(response)
         if response.status_code == 503:
             raise _BusyError(said)
+        if response.status_code == 404 and self.adapter is not None and f"`{self.adapter}`" in said:
+            raise UnpublishedError(
+                f"engine {self.url} has no adapter {self.adapter}: it took the place of one that had"
+            )
         if response.is_client_error:
             raise RefusedError(f"engine {self.url} refused {path} ({response.status_code}): {said}")
         raise EngineError(f"engine {self.url} failed at {path} ({response.status_code}): {said}")
@@ -381,6 +417,7 @@ class _BusyError(Exception):
 
 class _GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
+    model: str | None = None
     token_ids: list[int]
     sampling_params: dict[str, Any]
     cache_salt: str | None = None

@@ -151,8 +151,13 @@ async def _load_and_probe(
     engine.cache_salt = f"v{staged.version}"
     async with progress.timed("load_s"):
         await engine.start_update(deadline_s=deadline_s)
-        await engine.update(staged.directory, staged.version, deadline_s=deadline_s)
+        if staged.is_adapter:
+            await engine.update_adapter(staged.directory, staged.version, deadline_s=deadline_s)
+        else:
+            await engine.update(staged.directory, staged.version, local=staged.local, deadline_s=deadline_s)
         await engine.finish(staged.version, deadline_s=deadline_s)
+        if staged.is_adapter:
+            await engine.load_adapter(deadline_s=deadline_s)
         await _require_label(engine, staged.version)
     async with progress.timed("resume_s"):
         await engine.resume(deadline_s=deadline_s)

@@ -6,6 +6,7 @@ import pytest
 
 from palestra.config import RunConfig, load, read_resolved
 from palestra.config.load import flatten, load_tree
+from palestra.config.schema import Lora
 from palestra.core.errors import UserError
 
 BASE = """
@@ -86,6 +87,12 @@ def test_override_values_are_toml(recipe: Path):
         ("algo.group_size=1", "use at least 2"),
         ("train.seed=-1", "train.seed"),
         ("sync.probe_tokens=1", "sync.probe_tokens"),
+        ("sync.full_every=1", "sync.full_every"),
+        ("sync.kind=nccl", "sync.kind=nccl is not built"),
+        ("sync={kind='ipc', difference=true}", "leave sync.difference and sync.local out"),
+        ("model.lora.dropout=0.1", "two different policies; set it to 0"),
+        ("model.lora.rank=513", "model.lora.rank"),
+        ("model.lora.targets=[]", "model.lora.targets is empty"),
         ("env.mix.1.id=a", "env.mix has 2 entries called 'a'"),
         ("data.warmup.steps=5", "needs data.sources"),
         ("model.build={architecture='X', alphabet='a'}", "exactly one of model.path"),
@@ -95,6 +102,28 @@ def test_a_mistake_is_named_with_field_value_and_fix(recipe: Path, override: str
     with pytest.raises(UserError) as raised:
         load(recipe, [override])
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.shard=2", "not for train ranks=2; use sync.kind=files"),
+        ("engine={replicas=2, tensor_parallel=4}", "not for engine.replicas=2, engine.tensor_parallel=4"),
+        ("engine.device=cpu", "not for engine.device=cpu"),
+    ],
+)
+def test_weights_stay_on_a_gpu_only_where_there_is_one(recipe: Path, override: str, words: str):
+    assert load(recipe, ["sync.kind=ipc"]).config.sync.kind == "ipc"
+    with pytest.raises(UserError) as raised:
+        load(recipe, ["sync.kind=ipc", override])
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("override", ["sync.kind=ipc", "sync.difference=true", "sync.local=/tmp/x"])
+def test_adapters_go_by_files(recipe: Path, override: str):
+    assert load(recipe, ["model.lora.rank=8"]).config.model.lora == Lora(rank=8)
+    with pytest.raises(UserError, match=r"model\.lora publishes adapters"):
+        load(recipe, ["model.lora.rank=8", override])
 
 
 def test_every_mistake_is_named_at_once(recipe: Path):

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from palestra.config import RunConfig
+from palestra.config.schema import Lora
 from palestra.core.errors import UserError
 from palestra.infer import engine_argv, engine_environment
 from palestra.infer.__main__ import engine_command
+from palestra.infer.launch import require_dense
 
 
 def argv(**options: object) -> list[str]:
@@ -30,6 +32,24 @@ def test_what_the_client_relies_on_is_always_there() -> None:
     assert json.loads(value(words, "--weight-transfer-config")) == {"backend": "files"}
     assert "--enable-scale-out" in words
     assert engine_environment(model="m", device="cpu")["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_an_engine_for_adapters_makes_room_for_one_and_names_the_layers() -> None:
+    words = argv(lora=Lora(rank=12))
+    assert value(words, "--max-lora-rank") == "16"  # vLLM knows some ranks only
+    assert value(words, "--max-loras") == "1"
+    assert json.loads(value(words, "--weight-transfer-config")) == {"backend": "adapter-files"}
+    named = words[words.index("--lora-target-modules") + 1 :]
+    assert named[:2] == ["q_proj", "k_proj"]
+    assert "--enable-lora" in words
+    assert not {"experts", "lm_head", "gate"} & set(words)
+    own = argv(lora=Lora(rank=512, targets=("self_attn.q_proj", "mlp.down_proj")))
+    start = own.index("--lora-target-modules") + 1
+    assert own[start : start + 2] == ["q_proj", "down_proj"]
+    assert "--enable-lora" not in argv()
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in engine_environment(model="m", device="cpu")
+    allowed = engine_environment(model="m", device="cpu", loads_adapters=True)
+    assert allowed["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
 
 
 @pytest.mark.parametrize("flag", ["logprobs-mode", "--weight-transfer-config", "enable_scale_out", "model", "port"])
@@ -107,3 +127,12 @@ def test_wrong_calls_end_with_code_2(arguments: list[str], said: str) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert (ended.returncode, said in ended.stderr, "Traceback" in ended.stderr) == (2, True, False)
+
+
+def test_adapters_beside_experts_are_refused_on_cpus(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"n_routed_experts": 8}')
+    with pytest.raises(UserError, match=r"has experts \(n_routed_experts=8\)"):
+        require_dense(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"num_experts": null}')
+    require_dense(str(tmp_path))
+    require_dense("owner/name-on-a-hub")

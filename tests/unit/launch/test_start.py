@@ -97,6 +97,7 @@ def test_a_torn_manifest_is_named(tmp_path: Path, run: RunDir):
         ({"env": {"mix": [{"id": "other"}]}}, "env.mix.0.id"),
         ({"env": {"mix": [{"id": "e"}, {"id": "f"}]}}, "env.mix.1.id: nothing in the run"),
         ({"model": {"path": "y"}}, "model.path"),
+        ({"model": {"path": "x", "lora": {"rank": 4}}}, "model.lora.rank: nothing in the run, 4 now"),
         ({"engine": {"max_in_flight": 8}}, "engine.max_in_flight: 256 in the run, 8 now"),
     ],
 )

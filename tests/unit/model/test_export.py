@@ -2,6 +2,7 @@
 
 import json
 import resource
+import weakref
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def test_layer_by_layer(tmp_path, load):
     layers = [name.split(".")[2] if ".layers." in name else name for name in names]
     runs = [layer for i, layer in enumerate(layers) if i == 0 or layers[i - 1] != layer]
     assert len(runs) == len(set(runs))
+
+
+@pytest.mark.parametrize("architecture", ["Glm4MoeForCausalLM", "Qwen3ForCausalLM"])
+def test_a_layer_is_let_go_of_before_the_next_one_is_whole(tmp_path, load, architecture):
+    policy, whole = load(tiny.build(tmp_path, architecture)), []  # of bfloat16: copies, not the parameters themselves
+    for name, tensor in iterate_weights(policy, dtype=torch.bfloat16):
+        layer = name.split(".")[2] if ".layers." in name else name
+        alive = {before for before, reference in whole if reference() is not None}
+        assert alive <= {layer}, f"{alive - {layer}} is there while {name} is handed out"
+        if tensor.dtype == torch.bfloat16:
+            whole.append((layer, weakref.ref(tensor)))
+        del tensor
+    assert whole
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 10_000])

@@ -24,7 +24,7 @@ class Watched(ScriptedEngine):
     async def pause(self, *, clear_cache, deadline_s=None):
         self.is_paused = True
 
-    async def update(self, directory, version, *, deadline_s=None):
+    async def update(self, directory, version, *, local="", deadline_s=None):
         self.most_paused = max(self.most_paused, sum(other.is_paused for other in self.fleet))
         before = self._answered_by_others()
         await asyncio.sleep(0.01)

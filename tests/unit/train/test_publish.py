@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from palestra.core.ledger import Ledger
 from palestra.model.load import load_policy
-from palestra.train.publish import KEPT_VERSIONS, Publisher
-from palestra.wire.weights import files
-from palestra.wire.weights.manifest import read_manifest, record, recorded
+from palestra.train.publish import KEPT_COPIES, KEPT_VERSIONS, Differences, Publisher
+from palestra.wire.weights import files, handles
+from palestra.wire.weights.manifest import WeightsManifest, read_manifest, record, recorded
+from tests.unit.wire.fake_gpu import DEVICE, fake_gpu
 
 
 @pytest.fixture
@@ -76,6 +77,126 @@ def test_says_when_it_is_full_and_removes_nothing_by_itself(publisher, tmp_path)
     assert len(list(tmp_path.iterdir())) == KEPT_VERSIONS
     publisher.loaded(1)
     assert not publisher.is_full
+
+
+@pytest.fixture
+def differing(policy, ranks, tmp_path):
+    """A publisher of differences; every fifth version is whole."""
+    return Publisher(
+        policy,
+        ranks=ranks,
+        directory=tmp_path / "staging",
+        attempt=1,
+        dtype=torch.bfloat16,
+        probe_tokens=20,
+        seed=0,
+        recorded_in=tmp_path / "published",
+        full_every=5,
+    )
+
+
+def _nudge(policy) -> None:
+    """Change few of the bits that bfloat16 has, as a step of reinforcement learning does."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.view(-1)[::37] *= 1.01
+
+
+def _whole_versions(staged) -> list[int]:
+    return [one.version for one in staged if not read_manifest(Path(one.directory)).previous]
+
+
+def test_differences_are_staged_and_each_version_is_what_was_recorded_whole(differing, policy, tmp_path):
+    staged = []
+    for version in range(7):
+        staged.append(differing.stage(version, Ledger("test")))
+        _nudge(policy)
+    assert _whole_versions(staged) == [0, 5]
+    assert all(one.sent_bytes < 0.1 * one.full_bytes for one in staged if one.version not in (0, 5))
+    assert all(one.stage_s > 0 for one in staged)
+    for one, kept in zip(staged, recorded(tmp_path / "published"), strict=True):
+        assert not read_manifest(Path(kept.directory)).previous, "what is kept needs no other version"
+        tensors, whole = (dict(files.read(each.directory, read_manifest(Path(each.directory)))) for each in (one, kept))
+        assert tensors.keys() == whole.keys()
+        assert all(files.hash_tensor(tensors[name]) == files.hash_tensor(whole[name]) for name in tensors)
+
+
+def test_what_a_later_version_is_put_together_from_stays(differing, policy, tmp_path):
+    for version in range(5):
+        differing.stage(version, Ledger("test"))
+        _nudge(policy)
+    differing.loaded(3)
+    there = sorted(path.name for path in (tmp_path / "staging").iterdir())
+    assert there == [f"v{version:06d}" for version in range(5)], "engines that join load 3 from 0 on"
+    differing.stage(5, Ledger("test"))
+    differing.loaded(5)
+    assert [path.name for path in (tmp_path / "staging").iterdir()] == ["v000005"]
+
+
+def test_after_a_restart_the_first_is_whole_and_the_life_before_is_left_to_engines(differing, policy, ranks, tmp_path):
+    for version in range(3):
+        differing.stage(version, Ledger("test"))
+        _nudge(policy)
+    again = Publisher(
+        policy,
+        ranks=ranks,
+        directory=tmp_path / "staging",
+        attempt=1,
+        life=1,
+        dtype=torch.bfloat16,
+        probe_tokens=20,
+        seed=0,
+        full_every=5,
+    )
+    staged = [again.stage(1, Ledger("test")), again.stage(2, Ledger("test"))]
+    assert _whole_versions(staged) == [1]
+    again.loaded(2)
+    left = sorted(path.name for path in (tmp_path / "staging").iterdir())
+    assert left == ["v000000", "v000001", "v000001.1", "v000002", "v000002.1"]
+    again.loaded(3)  # a version of the life before, which went further
+    assert not list((tmp_path / "staging").iterdir())
+    assert _whole_versions([again.stage(3, Ledger("test"))]) == [3]
+
+
+def test_a_version_is_handed_out_by_handle_until_a_later_one_is_loaded(policy, ranks, tmp_path, monkeypatch):
+    fake_gpu(monkeypatch)
+    publisher = Publisher(
+        policy,
+        ranks=ranks,
+        directory=tmp_path / "staging",
+        attempt=1,
+        dtype=torch.float32,
+        probe_tokens=20,
+        seed=0,
+        recorded_in=tmp_path / "published",
+        by_handle=True,
+    )
+    staged = []
+    for version in range(KEPT_COPIES):
+        assert not publisher.is_full
+        staged.append(Path(publisher.stage(version, Ledger("test")).directory))
+        _change(policy)
+    assert publisher.is_full, "each is a copy of the model in the GPU's memory"
+    for directory, kept in zip(staged, recorded(tmp_path / "published"), strict=True):
+        handed = dict(handles.read(directory, read_manifest(directory), DEVICE))
+        whole = dict(files.read(kept.directory, read_manifest(Path(kept.directory))))
+        assert handed.keys() == whole.keys()
+        assert all(torch.equal(handed[name], whole[name]) for name in whole)
+    publisher.loaded(1)
+    assert not publisher.is_full
+    assert [path.name for path in (tmp_path / "staging").iterdir()] == ["v000001"]
+
+
+def test_large_differences_bring_the_next_whole_version_forward():
+    differences = Differences(full_every=100)
+    for version, (sent, is_next_whole) in enumerate([(1000, False), (300, False), (300, True)]):
+        path = Path("/")  # a directory that exists
+        previous = "before" if version else ""
+        manifest = WeightsManifest(
+            version=version, attempt=1, tensors=(), previous=previous, sent_bytes=sent, full_bytes=1000
+        )
+        differences.staged(path, manifest)
+        assert (differences.previous is None) is is_next_whole
 
 
 def test_time_is_booked(publisher):

@@ -1,39 +1,65 @@
 """What the trainer answers to what the orchestrator says, without processes."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from palestra.config.schema import RunConfig
-from palestra.core.errors import DeadlineError
+from palestra.core.errors import DeadlineError, InfrastructureError, PalestraError
 from palestra.core.ledger import Ledger
+from palestra.train import checkpoint
 from palestra.train import reinforce as module
+from palestra.train.background import Background, Written
 from palestra.train.publish import KEPT_VERSIONS
 from palestra.train.reinforce import reinforce
-from palestra.wire.channel import Reconnected
-from palestra.wire.messages import Finish, StillEvaluating, TrainBatch, TrainerReady, WeightsLoaded
+from palestra.train.trainer import Trainer
+from palestra.wire.channel import Reconnected, Woken
+from palestra.wire.messages import (
+    Finish,
+    StillEvaluating,
+    TrainBatch,
+    TrainerReady,
+    TrainerSaved,
+    WeightsLoaded,
+)
 from palestra.wire.rundir import Attempt, Manifest, RunDir, write_manifest
 from tests.unit.train.batches import make_batch
 
+FILES = {"__0_0.distcp", ".metadata", "state.json"}
+
 
 class ScriptedCaller:
-    """Says what is written, and notes in one list what is said and heard."""
+    """Says what is written, and notes in one list what is said and heard. `Woken` is said when it happens."""
 
     script: Sequence[Any] = ()
     log: list[Any] = []
+    at_finish: Callable[[], None] = staticmethod(lambda: None)
+    torn: list[int] = []  # versions that were told to be saved before their files were whole
 
     def __init__(self, *_: Any, **__: Any):
-        self._messages = iter(self.script)
+        self._messages, self._is_woken = iter(self.script), threading.Event()
 
     def send(self, message: Any) -> None:
         self.log.append(message)
+        if isinstance(message, TrainerSaved) and not {path.name for path in Path(message.directory).iterdir()} >= FILES:
+            self.torn.append(message.version)
+
+    def wake(self) -> None:
+        self._is_woken.set()
 
     def receive(self, *, deadline_s: float, waiting_for: str) -> Any:
         message = next(self._messages, None)
         if message is None:
             raise DeadlineError(waiting_for, deadline_s)
+        if isinstance(message, Woken):
+            assert self._is_woken.wait(20)
+            self._is_woken.clear()
         self.log.append(message)
+        if isinstance(message, Finish):
+            self.at_finish()
         return message
 
 
@@ -53,6 +79,7 @@ def play(qwen, ranks, tmp_path, monkeypatch):
             run.batches.write(make_batch([6, 7], step=step, seed=step))
         monkeypatch.setattr(ScriptedCaller, "script", script)
         monkeypatch.setattr(ScriptedCaller, "log", [])
+        monkeypatch.setattr(ScriptedCaller, "torn", [])
         monkeypatch.setattr(module, "BlockingCaller", ScriptedCaller)
         attempt = Attempt(
             number=1,
@@ -66,11 +93,12 @@ def play(qwen, ranks, tmp_path, monkeypatch):
         reinforce(config, run, attempt, ranks, Ledger("trainer"), lambda ready: None)
         return [type(message).__name__ for message in ScriptedCaller.log]
 
+    play.directory = tmp_path / "run"  # type: ignore[attr-defined]
     return play
 
 
-def _train(step: int, *, publish: bool = True) -> TrainBatch:
-    return TrainBatch(step=step, publish=publish, save=False)
+def _train(step: int, *, publish: bool = True, save: bool = False) -> TrainBatch:
+    return TrainBatch(step=step, publish=publish, save=save)
 
 
 def test_word_of_an_evaluation_is_heard_and_asks_for_nothing(play):
@@ -135,3 +163,98 @@ def test_a_successor_begins_at_the_newest_checkpoint(play, tmp_path, monkeypatch
     log = play(_train(1), Finish())
     assert log == ["WeightsStaged", "TrainerReady", "TrainBatch", "StepTrained", "WeightsStaged", "Finish", "Exported"]
     assert {path.name for path in tmp_path.glob("v0*")} == {"v000000", "v000001.1", "v000002.1"}
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """No checkpoint is whole before this is set: the disk takes its time."""
+    may_end, finish = threading.Event(), checkpoint._Writer.finish
+
+    def slow(self, **found: Any) -> None:
+        assert may_end.wait(20)
+        finish(self, **found)
+
+    monkeypatch.setattr(checkpoint._Writer, "finish", slow)
+    yield may_end
+    may_end.set()
+
+
+def _names(*groups: Sequence[str] | str) -> list[str]:
+    return [name for group in groups for name in ([group] if isinstance(group, str) else group)]
+
+
+STEP = ["TrainBatch", "StepTrained"]
+START = ["WeightsStaged", "TrainerReady"]
+
+
+def test_a_checkpoint_is_told_as_soon_as_its_files_are_whole(play):
+    """Also while nothing else is said."""
+    log = play(_train(0, publish=False, save=True), Woken(), _train(1, publish=False), Finish())
+    assert log == _names(START, STEP, "Woken", "TrainerSaved", STEP, "Finish", "Exported")
+    assert ScriptedCaller.torn == []
+    metrics = [message.metrics for message in ScriptedCaller.log if type(message).__name__ == "StepTrained"]
+    assert ["train/checkpoint/write_s" in of_step for of_step in metrics] == [False, True]
+
+
+def test_steps_go_on_while_it_is_written_and_the_end_waits_for_it(play, held, monkeypatch):
+    monkeypatch.setattr(ScriptedCaller, "at_finish", threading.Timer(0.1, held.set).start)
+    steps = [_train(step, publish=False) for step in (1, 2)]
+    log = play(_train(0, publish=False, save=True), *steps, Finish())
+    assert log == _names(START, STEP, STEP, STEP, "Finish", "TrainerSaved", "Exported")
+    assert ScriptedCaller.torn == []
+
+
+def test_the_next_checkpoint_waits_for_the_one_before(play, held):
+    threading.Timer(0.3, held.set).start()
+    log = play(*(_train(step, publish=False, save=True) for step in (0, 1)), Finish())
+    assert log == _names(START, STEP, STEP, "TrainerSaved", "Finish", "TrainerSaved", "Exported")
+    assert ScriptedCaller.torn == []
+
+
+def test_a_checkpoint_that_is_told_too_early_would_be_seen(play, held, monkeypatch):
+    """The negative control: told when it is begun."""
+    directory = RunDir(play.directory).checkpoints / "000001" / "trainer"
+
+    def hasty(self: Background) -> Written | None:
+        begun, self._written = self._written, None
+        while begun is not None and not directory.exists():
+            pass
+        return None if begun is None else Written(1, directory, 0.0, 0.0)
+
+    monkeypatch.setattr(Background, "finish", hasty)
+    play(_train(0, publish=False, save=True), _train(1, publish=False), Finish())
+    assert ScriptedCaller.torn == [1]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_the_next_word(play, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint._Writer, "finish", full)
+    with pytest.raises(InfrastructureError, match=r"could not write .*No space left on device; free space and resume"):
+        play(_train(0, publish=False, save=True), Woken(), _train(1), Finish())
+    assert "TrainerSaved" not in [type(message).__name__ for message in ScriptedCaller.log]
+
+
+def test_a_checkpoint_counts_also_if_the_step_after_it_fails(play, monkeypatch):
+    train = Trainer.train
+
+    def fails_later(self: Trainer, batch: Any, ledger: Ledger) -> Any:
+        if batch.step == 1:
+            raise PalestraError("the gradient's norm is nan")
+        return train(self, batch, ledger)
+
+    monkeypatch.setattr(Trainer, "train", fails_later)
+    with pytest.raises(PalestraError, match="nan"):
+        play(_train(0, publish=False, save=True), _train(1), Finish())
+    assert isinstance(ScriptedCaller.log[-1], TrainerSaved)
+    assert ScriptedCaller.torn == []
+
+
+def test_what_is_being_saved_is_not_saved_again_for_an_orchestrator_that_took_anothers_place(play, held):
+    threading.Timer(0.3, held.set).start()
+    save = _train(0, publish=False, save=True)
+    log = play(save, Reconnected(), save, Woken(), Finish())
+    assert log == _names(
+        START, STEP, "Reconnected", "TrainerReady", "TrainBatch", "Woken", "TrainerSaved", "Finish", "Exported"
+    )

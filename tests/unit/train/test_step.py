@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from palestra.algo.losses import policy_loss
+from palestra.config.schema import Train
 from palestra.core.errors import PalestraError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Mean, values
 from palestra.model.load import load_policy
-from palestra.train.optimizer import adamw
+from palestra.train.optimizer import make_optimizer
 from palestra.train.packs import plan_step
 from palestra.train.step import Readings, pack_loss, train_step
 from tests.unit.train.batches import make_batch
@@ -49,11 +50,11 @@ def _assert_same(grads, others):
 
 
 def _step(policy, batch, ranks, lr=1e-3, rl_loss=LOSS, lr_ess_power=0.0):
-    optimizers = [adamw(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizer = make_optimizer(policy, policy.decoder_layers, Train())
     plan = plan_step(batch, rank=0, num_ranks=1)
     return train_step(
         policy,
-        optimizers,
+        optimizer,
         plan,
         rl_loss=rl_loss,
         lr=lr,
@@ -134,9 +135,9 @@ def test_a_rollout_of_two_samples_is_masked_whole(policy):
 def test_learns_and_accounts_for_its_time(policy, ranks):
     batch = make_batch(LENGTHS, supervised=range(8))
     ledger = Ledger("test")
-    optimizers = [adamw(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.01)]
+    optimizer = make_optimizer(policy, policy.decoder_layers, Train(weight_decay=0.01))
     plan = plan_step(batch, rank=0, num_ranks=1)
-    step = partial(train_step, policy, optimizers, plan, rl_loss=LOSS, max_grad_norm=1.0, ranks=ranks, ledger=ledger)
+    step = partial(train_step, policy, optimizer, plan, rl_loss=LOSS, max_grad_norm=1.0, ranks=ranks, ledger=ledger)
     losses = [step(lr=1e-2)["train/ce/loss"].value for _ in range(10)]
     assert losses[-1] < 0.5 * losses[0]
     entry = ledger.close()

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from palestra.core.errors import DeadlineError, InfrastructureError
-from palestra.wire.channel import BlockingCaller, Caller, Listener, Reconnected
+from palestra.wire.channel import BlockingCaller, Caller, Listener, Reconnected, Woken
 from palestra.wire.messages import Done, Finish, FromTrainer, Progress, ToSupervisor, ToTrainer, TrainerReady
 
 
@@ -205,3 +206,15 @@ def test_closing_without_a_listener_does_not_wait_for_ever(address: str):
     script = LAST_WORDS + "print('ended')"
     ended = subprocess.run([sys.executable, "-c", script, address], capture_output=True, text=True, timeout=30)
     assert ended.stdout == "ended\n"
+
+
+def test_a_thread_wakes_who_waits_once_and_nobody_else(address: str):
+    there = BlockingCaller(address, name="trainer", attempt=1, receives=ToTrainer)
+    threading.Timer(0.1, lambda: [there.wake() for _ in range(3)]).start()
+    assert there.receive(deadline_s=20, waiting_for="a thread") == Woken()
+    there.wake()  # before anybody waits
+    assert there.receive(deadline_s=0, waiting_for="a thread") == Woken()
+    with pytest.raises(DeadlineError):
+        there.receive(deadline_s=0.05, waiting_for="nothing")
+    there.close()
+    there.wake()  # by a thread that is late

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from palestra.launch.memory import GIB
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -52,6 +54,8 @@ AIMS = {
     "idle_create_ms_each": at_most(10),
     "queue_failures": at_most(0),
     "queue_p99_over_p50": at_most(10),
+    "throughput_over_transformers": at_least(1.0),
+    "memory_over_transformers": at_most(1.0),
 }
 _ORDER = (
     "generate_over_train",
@@ -108,8 +112,14 @@ def tell_numbers(numbers: dict[str, Any], *, as_json: bool) -> None:
     for key, value in numbers.items():
         if key != "machine":
             judged = verdict(key, value, "1")
-            table.add_row(key, f"{value:.3g}", AIMS[key].text if judged else "", judged)
+            table.add_row(key, _text(key, value), AIMS[key].text if judged else "", judged)
     _print([table], numbers, as_json=as_json)
+
+
+def _text(key: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value / GIB:.3g} GiB" if key.endswith("_bytes") else f"{value:.3g}"
 
 
 def tables(numbers: dict[str, Any]) -> list[Table]:
@@ -119,7 +129,7 @@ def tables(numbers: dict[str, Any]) -> list[Table]:
 def verdict(key: str, value: float | None, ratio: str) -> str:
     """Met, missed, or "" where the number has no aim there."""
     aim = AIMS.get(key)
-    if aim is None or value is None or ratio not in aim.ratios:
+    if aim is None or not isinstance(value, float | int) or ratio not in aim.ratios:
         return ""
     return "met" if aim.is_met(value) else "missed"
 

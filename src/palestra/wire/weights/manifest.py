@@ -1,6 +1,7 @@
 """What a publish consists of: the tensors in a directory, and the probe that proves that they arrived."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,21 +15,33 @@ MANIFEST, STAGED = "manifest.json", "staged.json"
 
 
 class TensorEntry(Struct, frozen=True, kw_only=True):
-    """One tensor of a publish. `file` is relative to the directory; `hash` covers bytes, dtype and shape."""
+    """One tensor of a publish. `file` is relative to the directory; `hash` covers bytes, dtype and shape.
+
+    `num_changed`: `file` has only what changed since the manifest's `previous` version, of so many elements; of 0
+    there is no file. Whatever is sent, `hash` is the whole tensor's.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: str
     hash: str
+    num_changed: int | None = None
 
 
 class WeightsManifest(Struct, frozen=True, kw_only=True):
-    """All tensors of one policy version, in the order in which they are to be loaded. Names differ."""
+    """All tensors of one policy version, in the order in which they are to be loaded. Names differ.
+
+    `previous`: the directory beside this one from which those come that are not sent whole, itself whole or not; empty
+    where all are. `sent_bytes` are those of the files, `full_bytes` those of the tensors.
+    """
 
     version: int
     attempt: int
     tensors: tuple[TensorEntry, ...]
+    previous: str = ""
+    sent_bytes: int = 0
+    full_bytes: int = 0
 
 
 class Probe(Struct, frozen=True, kw_only=True):
@@ -44,11 +57,21 @@ class Probe(Struct, frozen=True, kw_only=True):
 
 
 class Staged(Struct, frozen=True, kw_only=True):
-    """A version that lies ready in `directory` for the engines to load."""
+    """A version that lies ready in `directory` for the engines to load: all weights, or an adapter to the model that
+    they were started with.
+
+    `sent_bytes` were written for it in `stage_s`, `full_bytes` it has; 0 where nobody counted. `local`: where engines
+    keep copies of what they load, on their own machines; empty if they read `directory` itself.
+    """
 
     version: int
     directory: str
     probe: Probe
+    sent_bytes: int = 0
+    full_bytes: int = 0
+    stage_s: float = 0.0
+    local: str = ""
+    is_adapter: bool = False
 
 
 def write_manifest(directory: Path, manifest: WeightsManifest) -> None:
@@ -69,23 +92,57 @@ def read_manifest(directory: Path) -> WeightsManifest:
     return manifest
 
 
-def record(staged: Staged, published: Path) -> None:
+class _Link(Struct, frozen=True, kw_only=True):
+    """All that a chain needs of a manifest."""
+
+    version: int
+    previous: str = ""
+
+
+def chain(directory: Path) -> list[Path]:
+    """What a version is put together from: one that is whole, those that changed it, at last itself.
+
+    Errors: InfrastructureError naming the one that is missing.
+    """
+    links, version = [directory], None
+    while True:
+        path = links[0] / MANIFEST
+        try:
+            link = msgspec.json.decode(path.read_bytes(), type=_Link)
+        except (OSError, msgspec.DecodeError) as error:
+            raise InfrastructureError(
+                f"{directory} cannot be put together: {path} cannot be read ({error}); stage the version whole"
+            ) from error
+        if version is not None and link.version >= version:
+            raise InfrastructureError(f"{directory} cannot be put together: {links[0]} is not older than what follows")
+        if not link.previous:
+            return links
+        version = link.version
+        links.insert(0, directory.parent / link.previous)
+
+
+def record(staged: Staged, published: Path, write_whole: Callable[[Path], object] | None = None) -> None:
     """Keep a second name for the files of a version under `published`, for `palestra replay`; its `Staged` is last.
 
-    It is of no attempt: those of several stand beside one another in a run that was resumed.
+    It is of no attempt: those of several stand beside one another in a run that was resumed. `write_whole` writes what
+    is not staged whole to a directory, so that none of them needs another.
     Errors: InfrastructureError, if the disk is full.
     """
     target = published / f"{staged.version:06d}"
     try:
         shutil.rmtree(target, ignore_errors=True)  # of an attempt before, or half written
-        shutil.copytree(staged.directory, target, copy_function=link_or_copy)
+        if write_whole is None:
+            shutil.copytree(staged.directory, target, copy_function=link_or_copy)
+        else:
+            write_whole(target)
         write_manifest(target, msgspec.structs.replace(read_manifest(target), attempt=0))
     except OSError as error:
         raise InfrastructureError(
             f"version {staged.version} could not be recorded in {target}: {error}; free space, or set "
             "log.keep_weights=false"
         ) from error
-    write_atomically(target / STAGED, msgspec.json.encode(msgspec.structs.replace(staged, directory=str(target))))
+    kept = msgspec.structs.replace(staged, directory=str(target), local="")
+    write_atomically(target / STAGED, msgspec.json.encode(kept))
 
 
 def recorded(published: Path) -> list[Staged]:

@@ -1,5 +1,6 @@
-"""The engine's side of a publish through files: check, load, prove. Runs inside vLLM's workers."""
+"""The engine's side of a publish: check what is staged, load, prove. Runs inside vLLM's workers."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from palestra.core.errors import FencedError, InfrastructureError
-from palestra.wire.weights import files
+from palestra.wire.weights import files, handles
 from palestra.wire.weights.coverage import Coverage
+from palestra.wire.weights.local import fetch
 from palestra.wire.weights.manifest import WeightsManifest, read_manifest
 
 
@@ -27,10 +29,14 @@ class FilesInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class FilesUpdateInfo(WeightTransferUpdateInfo):
-    """One whole version: the directory that holds it, and its number, which the manifest must repeat."""
+    """One whole version: the directory that holds it, and its number, which the manifest must repeat.
+
+    `local`: where copies of what is loaded are kept on this machine; empty for none.
+    """
 
     directory: str
     version: int
+    local: str = ""
 
 
 class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
@@ -70,8 +76,11 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
         try:
             if self._coverage is None or self._complete:
                 raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
-            manifest = self._expect(update_info)
-            self._coverage.require_complete(self._load(update_info.directory, manifest))
+            directory = Path(update_info.directory)
+            if update_info.local:
+                directory = fetch(directory, Path(update_info.local))
+            manifest = self._expect(directory, update_info.version)
+            self._coverage.require_complete(self._load(directory, manifest))
         except BaseException:
             self._put_back_together()
             raise
@@ -88,23 +97,21 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
     def shutdown(self) -> None:
         """Nothing is held open between updates."""
 
-    def _expect(self, update_info: FilesUpdateInfo) -> WeightsManifest:
-        manifest = read_manifest(Path(update_info.directory))
-        if manifest.version != update_info.version:
-            raise InfrastructureError(
-                f"version {update_info.version} was announced, but its manifest says {manifest.version}"
-            )
+    def _expect(self, directory: Path, version: int) -> WeightsManifest:
+        manifest = read_manifest(directory)
+        if manifest.version != version:
+            raise InfrastructureError(f"version {version} was announced, but its manifest says {manifest.version}")
         if manifest.attempt < self._attempt:
             raise FencedError(f"weights of attempt {manifest.attempt} refused: those of {self._attempt} came before")
         return manifest
 
-    def _load(self, directory: str, manifest: WeightsManifest) -> set[str] | None:
+    def _load(self, directory: Path, manifest: WeightsManifest) -> set[str] | None:
         """Names of the engine's tensors that got anything."""
         current = "none yet"
 
         def checked():
             nonlocal current
-            for name, tensor in files.read(directory, manifest):
+            for name, tensor in self._read(directory, manifest):
                 current = name
                 yield name, tensor
 
@@ -116,6 +123,10 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
             raise InfrastructureError(
                 f"the engine could not load tensor {current} (or the one after it): {type(error).__name__} {error}"
             ) from error
+
+    def _read(self, directory: Path, manifest: WeightsManifest) -> Iterator[tuple[str, torch.Tensor]]:
+        is_here = handles.are_in(manifest)
+        return handles.read(directory, manifest, self.device) if is_here else files.read(directory, manifest)
 
     def _forget_packed_experts(self) -> None:
         """On CPUs vLLM packs experts only when it builds their kernel, once: after a reload it would compute nonsense.

@@ -1,4 +1,4 @@
-"""Entry point for vLLM (`vllm.general_plugins`): the `files` backend, and processes that die together."""
+"""Entry point for vLLM (`vllm.general_plugins`): the `files` backends, and processes that die together."""
 
 import os
 from functools import cache
@@ -6,6 +6,7 @@ from functools import cache
 from palestra.core.process import die_with_parent
 
 BACKEND = "files"
+ADAPTER_BACKEND = "adapter-files"
 TIE_PROCESSES = "PALESTRA_TIE_PROCESSES"  # set by palestra's own launcher only
 
 
@@ -15,6 +16,7 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     WeightTransferEngineFactory.register_engine(BACKEND, "palestra.wire.weights.vllm_engine", "FilesEngine")
+    WeightTransferEngineFactory.register_engine(ADAPTER_BACKEND, "palestra.wire.weights.vllm_adapter", "AdapterEngine")
     if TIE_PROCESSES in os.environ:
         die_with_parent(os.getppid())
         _Tie().to_every_fork()

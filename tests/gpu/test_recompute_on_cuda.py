@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from palestra.model.activations import PLAIN, Activations, keep_activations
 from palestra.model.documents import documents_of
+from palestra.model.recompute import PLAIN, Activations, keep_activations
 from tests.unit.model import tiny
 
 pytestmark = [

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from palestra.config.schema import Train
-from palestra.model import activations as activations_module
 from palestra.model import offload as offload_module
-from palestra.model.activations import PLAIN, Activations, keep_activations
+from palestra.model import recompute as recompute_module
 from palestra.model.documents import documents_of
 from palestra.model.policy import Policy
+from palestra.model.recompute import PLAIN, Activations, keep_activations
 from tests.unit.model import tiny
 
 LENGTHS = [40, 3, 30, 7]
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_equal_to_the_bit(run, family, way):
 
 def test_a_kept_result_that_the_layer_changes_in_place_is_copied(run):
     """gpt-oss adds its biases to the very tensor that a matrix product returned."""
-    with patch.object(activations_module, "_written", lambda *call: ()):
+    with patch.object(recompute_module, "_written", lambda *call: ()):
         wrong = run.__wrapped__("GptOssForCausalLM", Activations("selective"))
     assert not _equal(wrong, run("GptOssForCausalLM", PLAIN))
 
@@ -153,6 +153,12 @@ def test_what_two_more_layers_keep_is_counted_by_hand(models):
         on_device, on_host = of_two_layers(Activations(way.recompute, offload=True))
         assert on_device <= 2 * 1024 * 4, "small ones stay"
         assert on_device + on_host == kept[0]
+
+
+def test_a_mixture_of_experts_keeps_less(models):
+    path = models("Glm4MoeForCausalLM", num_hidden_layers=3)
+    kept = {recompute: _kept_bytes(path, Activations(recompute), 64)[0] for recompute in ("none", "selective", "full")}
+    assert kept["full"] < 0.5 * kept["selective"] < 0.5 * kept["none"]
 
 
 @pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("selective", 1), ("full", 2)])

@@ -19,19 +19,22 @@ from torch.utils.checkpoint import checkpoint
 
 from palestra.model.offload import Keeper, Offload, Stay, Store
 
+PRODUCTS = ("mm", "addmm", "_grouped_mm")  # not bmm: where no kernel does attention, its scores are of that kind
 _FETCHED = frozenset({"_c10d_functional::all_to_all_single"})
-_KEPT = _FETCHED | {
-    "aten::mm",
-    "aten::addmm",
-    "aten::_grouped_mm",
-    "transformers::grouped_mm_fallback",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "torch_attn::_varlen_attn",
-    "palestra::ring",
-}
+_KEPT = (
+    _FETCHED
+    | {f"aten::{name}" for name in PRODUCTS}
+    | {
+        "transformers::grouped_mm_fallback",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+        "torch_attn::_varlen_attn",
+        "palestra::ring",
+    }
+)
 
 
 @dataclass(frozen=True)

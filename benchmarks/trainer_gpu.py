@@ -1,0 +1,132 @@
+"""The trainer's numbers on a GPU machine, in one command: `python benchmarks/trainer_gpu.py [--tiny] [--json FILE]`.
+
+Needs: torch >= 2.11, transformers >= 5.17, safetensors, msgspec, pydantic, numpy, rich, zmq, jinja2 and tokenizers; no
+vLLM, no network, no installation (it finds `src` beside itself). `--only NAME` runs one part; `--tiny` all of them at
+sizes that a CPU does in a minute, to see that they run.
+
+What it measures: Qwen3-0.6B shapes in bfloat16, whole fine-tuning: a step of reinforcement learning packed to 16 K and
+64 K tokens, a supervised one at 16 K; grouped matrix products of 128 experts of GLM-4.5-Air's width at 32 K tokens,
+forward and backward; the share of a step that Muon takes (`optimizer_share`), dense and with experts.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+from palestra.core.errors import PalestraError  # noqa: E402
+from palestra.launch.bench import trainer as bench  # noqa: E402
+
+K = 1024
+AIMS = {
+    "rl-16k": ("tokens_per_s", 28_000),
+    "rl-64k": ("tokens_per_s", 13_000),
+    "sft-16k": ("tokens_per_s", 40_000),
+    "experts-32k": ("tflops", 500),
+}
+
+
+def step(kind: Any, tokens: int, *, tiny: bool, model: str = "qwen3-0.6b", settings: tuple[str, ...] = ()) -> Any:
+    if tiny:
+        tokens, model = tokens // 64, "tiny-moe" if model.startswith("glm") else "tiny"
+    wish = bench.Wish(
+        model=model,
+        tokens=tokens,
+        documents=2 if tiny else max(tokens // (4 * K), 1),
+        kind=kind,
+        steps=2 if tiny else 5,
+        overrides=[f"model.dtype={'float32' if tiny else 'bfloat16'}", "train.head_chunk_tokens=2048", *settings],
+    )
+    return bench.measure(wish)
+
+
+def experts(*, tiny: bool) -> dict[str, float]:
+    """Grouped matrix products as transformers' `grouped_mm` experts run them: gate and up in one, then down."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num, width, inner, tokens, top_k = (8, 64, 32, 64, 2) if tiny else (128, 4096, 1408, 32 * K, 8)
+    rows = tokens * top_k
+    ends = (torch.arange(1, num + 1, device=device) * (rows // num)).to(torch.int32)
+
+    def make(*shape: int) -> Any:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    up, down, hidden = make(num, 2 * inner, width), make(num, width, inner), make(rows, width)
+    grouped: Callable[..., Any] = torch.nn.functional.grouped_mm
+
+    def both() -> None:
+        gate_up = grouped(hidden, up.transpose(1, 2), offs=ends)
+        out = grouped(gate_up[:, :inner] * gate_up[:, inner:], down.transpose(1, 2), offs=ends)
+        out.backward(out.detach())
+        up.grad = down.grad = hidden.grad = None
+
+    took_s = _seconds(both, device, rounds=3 if tiny else 20)
+    flops = 3 * 2 * rows * (2 * inner * width + inner * width)
+    return {"tokens": tokens, "experts": num, "ms": 1000 * took_s, "tflops": flops / took_s / 1e12}
+
+
+def _seconds(work: Callable[[], None], device: Any, *, rounds: int) -> float:
+    import torch
+
+    took_s = []
+    for _ in range(rounds + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        took_s.append(time.perf_counter() - began)
+    return sorted(took_s[2:])[rounds // 2]
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "experts-32k": experts,
+    "rl-16k": lambda *, tiny: step("rl", 16 * K, tiny=tiny),
+    "sft-16k": lambda *, tiny: step("sft", 16 * K, tiny=tiny),
+    "rl-64k": lambda *, tiny: step("rl", 64 * K, tiny=tiny, settings=("train.recompute=full",)),
+    "muon-16k": lambda *, tiny: step("rl", 16 * K, tiny=tiny, settings=("train.optimizer=muon",)),
+    "glm4moe-8k": lambda *, tiny: step(
+        "rl", 8 * K, tiny=tiny, model="glm4moe-layers", settings=("train.optimizer=muon",)
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--json", type=Path, help="write everything here, part by part")
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {}
+    for name in arguments.only:
+        try:
+            found[name] = PARTS[name](tiny=arguments.tiny)
+        except (PalestraError, RuntimeError) as error:
+            found[name] = {"error": str(error)[-600:]}
+        _tell(name, found[name])
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=2))
+    return int(any("error" in part for part in found.values()))
+
+
+def _tell(name: str, part: dict[str, Any]) -> None:
+    keys = ("tokens_per_s", "tflops", "tflops_per_rank", "mfu", "step_s", "optimizer_share", "peak_bytes", "error")
+    told = {key: part[key] for key in keys if key in part}
+    aim = AIMS.get(name)
+    words = f"  (aim: {aim[0]} >= {aim[1]:,})" if aim else ""
+    print(name, json.dumps(told), words, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

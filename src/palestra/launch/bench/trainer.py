@@ -1,0 +1,209 @@
+"""`palestra bench trainer`: the trainer's own step on random tokens, and what it would be with transformers alone.
+
+tokens_per_s  tokens of the packs, without padding / seconds of a step: forward, backward, clipping and optimizer
+mfu           FLOPs of the definition / seconds / peak FLOP/s of the ranks. FLOPs of a step = 3 x sum over documents of
+              2 x (tokens x parameters that a token is multiplied by + scored tokens x head)
+              + sum over layers of 2 x heads x (width of keys + width of values) x visible pairs;
+              nothing that is computed again counts. The peak is the data sheet's where the device is known, otherwise
+              what a large matrix product reaches there
+peak_bytes    most that was in use during the steps, over what the process had before the model. On a CPU the process's
+              own memory, on a GPU torch's
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import msgspec
+
+from palestra.config import RunConfig
+from palestra.config.load import load_tree
+from palestra.core.errors import InfrastructureError, UserError
+from palestra.launch.bench.report import say, tell_numbers
+from palestra.launch.bench.shapes import SHAPES
+from palestra.launch.hardware import HARDWARE
+from palestra.train.job import Job, Speed
+
+_DEADLINE_S = 3600.0
+_SPREAD = 0.7  # sigma of the log-normal law of lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the command line asks for. `overrides` are those of a recipe: train.shard=2 model.dtype=float32."""
+
+    model: str = "smollm2-135m"
+    config: Path | None = None
+    tokens: int = 4096
+    packs: int = 1
+    documents: int = 8
+    kind: Literal["rl", "sft"] = "rl"
+    steps: int = 3
+    against: str | None = None
+    overrides: list[str] = field(default_factory=list)
+
+
+def show(wish: Wish, *, as_json: bool) -> None:
+    """Errors: UserError; InfrastructureError, for a process that fails."""
+    tell_numbers(measure(wish), as_json=as_json)
+
+
+def measure(wish: Wish) -> dict[str, Any]:
+    if wish.against not in (None, "transformers"):
+        raise UserError(f"--against {wish.against} is not known; compare with transformers")
+    with tempfile.TemporaryDirectory(prefix="palestra-bench-") as name:
+        directory = Path(name)
+        config = _config(wish, directory)
+        say("a model of random weights")
+        build(_fields(wish), directory / "model", config)
+        file = directory / "job.json"
+        job = _job(wish, config)
+        file.write_bytes(msgspec.json.encode(job))
+        say(f"{wish.steps} steps of palestra")
+        speed = _speed([*_launcher(config), "palestra.train.speed", str(file)], config)
+        numbers = _numbers(wish, speed, job.num_tokens)
+        if wish.against is not None:
+            numbers |= _compare(wish, config, file, speed)
+    return numbers
+
+
+def build(fields: dict[str, Any], directory: Path, config: RunConfig) -> None:
+    """In a process of its own, so that the one that is measured has only its own memory."""
+    _run([*_module("palestra.train.speed"), "build", json.dumps(fields), str(directory)], config)
+
+
+def _fields(wish: Wish) -> dict[str, Any]:
+    if wish.config is not None:
+        try:
+            return json.loads(wish.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--config {wish.config} cannot be read: {error}; give a model's config.json") from error
+    if wish.model not in SHAPES:
+        raise UserError(f"--model {wish.model} is not known; take one of {', '.join(SHAPES)}, or --config FILE")
+    return SHAPES[wish.model]
+
+
+def _config(wish: Wish, directory: Path) -> RunConfig:
+    tree: dict[str, Any] = {
+        "log": {"name": "bench-trainer", "outputs": str(directory)},
+        "model": {"path": str(directory / "model")},
+        "data": {"sources": [{"path": "random.jsonl"}]},
+        "train": {"max_pack_tokens": wish.tokens},
+    }
+    return load_tree(tree, wish.overrides).config
+
+
+def _job(wish: Wish, config: RunConfig) -> Job:
+    num_packs = wish.packs * config.train.num_data_ranks
+    packs = [unequal_lengths(wish.tokens, wish.documents, seed=seed) for seed in range(num_packs)]
+    return Job(config=config.model_dump(mode="json"), packs=packs, kind=wish.kind, prompt_share=0.25, steps=wish.steps)
+
+
+def unequal_lengths(tokens: int, documents: int, *, seed: int) -> list[int]:
+    """Log-normal lengths of at least 2 that add up to `tokens`. Errors: UserError, if they cannot."""
+    if documents < 1 or tokens < 2 * documents:
+        raise UserError(f"--tokens {tokens} do not make --documents {documents} of at least 2; lower --documents")
+    chance = random.Random(seed)
+    wishes = [chance.lognormvariate(0, _SPREAD) for _ in range(documents)]
+    spare = tokens - 2 * documents
+    lengths = [2 + int(spare * wish / sum(wishes)) for wish in wishes]
+    lengths[lengths.index(max(lengths))] += tokens - sum(lengths)
+    return lengths
+
+
+def _module(name: str) -> list[str]:
+    return [sys.executable, "-m", name]
+
+
+def _launcher(config: RunConfig) -> list[str]:
+    ranks = config.train.num_ranks
+    if ranks == 1:
+        return [sys.executable, "-m"]
+    return [*_module("torch.distributed.run"), "--standalone", "--nproc-per-node", str(ranks), "-m"]
+
+
+def _speed(command: list[str], config: RunConfig) -> Speed:
+    return msgspec.json.decode(_run(command, config).splitlines()[-1], type=Speed)
+
+
+def _run(command: list[str], config: RunConfig) -> bytes:
+    env = _environment(config.train.threads)
+    done = subprocess.run(command, capture_output=True, env=env, timeout=_DEADLINE_S)
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip()[-2000:]
+        raise (UserError if done.returncode == 2 else InfrastructureError)(f"{command[2]} failed: {words}")
+    return done.stdout
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Large blocks of memory go back to the system when they are free, so that a process has what it uses."""
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+# --- numbers
+
+
+def peak_flops(speed: Speed) -> tuple[float, str]:
+    """Of one rank, and whose figure it is."""
+    known = next((hardware for name, hardware in HARDWARE.items() if name in speed.device), None)
+    if known is None:
+        return speed.product_flops, "a large matrix product here"
+    return known.flops, f"the data sheet of {known.name}"
+
+
+def _numbers(wish: Wish, speed: Speed, num_tokens: int) -> dict[str, Any]:
+    step_s, tokens = median(speed.steps_s), num_tokens
+    peak, whose = peak_flops(speed)
+    return {
+        "model": str(wish.config or wish.model),
+        "kind": wish.kind,
+        "device": speed.device,
+        "ranks": speed.ranks,
+        "parameters": speed.parameters,
+        "tokens_per_step": tokens,
+        "step_s": step_s,
+        "tokens_per_s": tokens / step_s,
+        "flops_per_step": speed.flops,
+        "tflops_per_rank": speed.flops / step_s / speed.ranks / 1e12,
+        "mfu": speed.flops / step_s / speed.ranks / peak,
+        "peak_flops": peak,
+        "peak_flops_from": whose,
+        "optimizer_share": speed.parts_s["optimizer"] / step_s,
+        "state_bytes": speed.bytes_loaded - speed.bytes_before,
+        "peak_bytes": _used(speed),
+        "loss": speed.loss,
+    }
+
+
+def _used(speed: Speed) -> int:
+    return speed.bytes_peak - speed.bytes_before
+
+
+def _compare(wish: Wish, config: RunConfig, file: Path, ours: Speed) -> dict[str, Any]:
+    """With the faster way of transformers alone, and the one that needs less memory; both are told."""
+    if config.train.num_ranks != 1:
+        raise UserError("--against transformers compares one rank; leave train.shard and train.replicate at 1")
+    ways = {}
+    for way in ("padded", "masked"):
+        say(f"{wish.steps} steps of transformers, {way}")
+        ways[way] = _speed([*_module("palestra.train.plain"), str(file), way], config)
+    fastest = min(ways, key=lambda way: median(ways[way].steps_s))
+    theirs, step_s = ways[fastest], median(ours.steps_s)
+    numbers: dict[str, Any] = {}
+    for way, speed in ways.items():
+        numbers[f"transformers_{way}_step_s"] = median(speed.steps_s)
+        numbers[f"transformers_{way}_peak_bytes"] = _used(speed)
+    return numbers | {
+        "transformers_way": fastest,
+        "transformers_loss": theirs.loss,
+        "throughput_over_transformers": median(theirs.steps_s) / step_s,
+        "cpu_throughput_over_transformers": median(theirs.cpu_s) / median(ours.cpu_s),
+        "memory_over_transformers": _used(ours) / min(map(_used, ways.values())),
+    }

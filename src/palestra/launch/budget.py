@@ -1,0 +1,259 @@
+"""What training a model costs each device, told from its anatomy: bytes at the peak and published, seconds of a step.
+
+A pure function of the recipe's `train` section, the model's anatomy and the hardware. Legend: P parameters, T tokens of
+a pack on one rank, F ranks that share the weights (shard x context_parallel).
+
+What is assumed: experts have equal loads; documents are as long as the mean; gathering weights and adding gradients
+overlap with computing, sending tokens to experts does not.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from palestra.config.schema import Train
+from palestra.launch.hardware import Hardware
+from palestra.model.anatomy import Anatomy, Layer
+
+MASTER_BYTES = GRADIENT_BYTES = 4
+MOMENT_BYTES = {"adamw": 8, "muon": 4}
+"""Of a parameter: two moments, or one for the matrices of layers. The rest has AdamW's in either case."""
+CHANGED = (0.01, 0.02)
+"""Expected share of bfloat16 weights that one step of reinforcement learning changes."""
+_CHANGED_BYTES = 2  # of the place of a changed weight
+_STEPPED_BYTES = 2 * (MASTER_BYTES + 8) + GRADIENT_BYTES  # of a parameter, read and written by a step of AdamW
+_LOGIT_COPIES = 3  # of a chunk's logits in float32 at once
+_WORKING = 0.5  # of what a layer keeps: what its backward pass holds beside that
+_RECOMPUTED = {"none": 0.0, "selective": 0.0, "full": 1.0}  # forwards of layers, for each step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One step: how many tokens, in documents of which mean length. Assumed where the recipe cannot know it."""
+
+    tokens: int
+    document_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Of one step; `communication` and `offload` hide behind `compute` as far as they are shorter."""
+
+    compute: float
+    communication: float
+    offload: float
+    to_experts: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return max(self.compute, self.communication, self.offload) + self.to_experts + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Of one device, at its peak: `parts` by purpose. `host_bytes` is what it puts into its host's memory."""
+
+    parts: tuple[tuple[str, int], ...]
+    limit_bytes: int
+    host_bytes: int
+    host_limit_bytes: int
+    packs: int
+    seconds: Seconds
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(size for _, size in self.parts)
+
+    @property
+    def fits(self) -> bool:
+        return self.device_bytes <= self.limit_bytes and self.host_bytes <= self.host_limit_bytes
+
+
+def budget_of(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int = 8) -> Budget:
+    """`node_ranks` are the ranks of one node, which its links join."""
+    state, moved_state = _state(train, anatomy)
+    passing, moved_activations = _passing(train, anatomy)
+    packs = -(-work.tokens // (train.max_pack_tokens * train.num_data_ranks))
+    if packs == 1:  # gradients come as activations go
+        state["gradients (float32)"] = max(state["gradients (float32)"] - passing["activations"], 0.0)
+    parts = {"runtime": hardware.reserved_bytes, **state, **passing}
+    return Budget(
+        parts=tuple((name, round(size)) for name, size in parts.items()),
+        limit_bytes=hardware.memory_bytes,
+        host_bytes=round(moved_state + moved_activations),
+        host_limit_bytes=hardware.host_bytes,
+        packs=packs,
+        seconds=replace(
+            _seconds(train, anatomy, hardware, work, packs, node_ranks),
+            offload=2 * packs * moved_activations / hardware.host_link_bytes_s,
+        ),
+    )
+
+
+# --- bytes
+
+
+def _state(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
+    """What is there all the time: this rank's part; and what of it is in the host's memory."""
+    shards = train.shard * train.context_parallel
+    by_muon = anatomy.matrices if train.optimizer == "muon" else 0
+    moments = MOMENT_BYTES["muon"] * by_muon + MOMENT_BYTES["adamw"] * (anatomy.parameters - by_muon)
+    masters, gradients = MASTER_BYTES * anatomy.parameters, GRADIENT_BYTES * anatomy.parameters
+    moved = moments / shards if train.offload_optimizer else 0.0
+    return {
+        "weights (float32)": masters / shards,
+        "gradients (float32)": gradients / shards,
+        "optimizer": moments / shards - moved,
+    }, moved
+
+
+def gathered(layer: Layer, train: Train) -> float:
+    """Parameters of a layer that one rank computes with: of the experts only those it owns."""
+    return layer.parameters - layer.experts * (1 - 1 / train.expert_parallel)
+
+
+def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
+    """What comes and goes while a pack is trained, at the worst moment; and what is in the host's memory meanwhile.
+
+    The worst moment is in the backward pass of the last of the largest layers, or in that of the head.
+    """
+    tokens = train.max_pack_tokens // train.context_parallel
+    largest = max(anatomy.layers, key=lambda layer: gathered(layer, train))
+    layer_weights = gathered(largest, train)
+    reduced = GRADIENT_BYTES if anatomy.itemsize != GRADIENT_BYTES else 0
+    in_layer = layer_weights * (anatomy.itemsize + reduced) + _working(train, anatomy, tokens)
+    chunk = min(train.head_chunk_tokens, tokens)
+    head_weights = (GRADIENT_BYTES + (2 * anatomy.itemsize if reduced else 0)) * anatomy.head
+    in_head = _LOGIT_COPIES * 4 * chunk * anatomy.vocab_size + head_weights
+    kept, moved = _kept(train, anatomy, tokens)
+    return {
+        "weights in use": anatomy.itemsize * (anatomy.root + 2 * layer_weights),
+        "activations": kept,
+        "at work": max(in_layer, in_head),
+    }, moved
+
+
+def kept_per_token(layer: Layer, train: Train) -> float:
+    """Bytes that a layer keeps until its backward pass; `selective` also keeps what comes from other ranks."""
+    if train.recompute == "none":
+        return layer.saved_bytes
+    arriving = 2 * layer.routed_bytes if train.expert_parallel > 1 else 0.0
+    return layer.input_bytes + (layer.product_bytes + arriving if train.recompute == "selective" else 0.0)
+
+
+def _kept(train: Train, anatomy: Anatomy, tokens: int) -> tuple[float, float]:
+    """On the device and in the host's memory: all but two layers' where activations are moved there."""
+    kept = [kept_per_token(layer, train) * tokens for layer in anatomy.layers]
+    stays = 2 * max(kept) if train.offload_activations else sum(kept)
+    hidden = anatomy.width * tokens * anatomy.itemsize
+    return min(stays, sum(kept)) + 2 * hidden, max(sum(kept) - stays, 0.0)
+
+
+def _working(train: Train, anatomy: Anatomy, tokens: int) -> float:
+    """Of one layer: what it computed again, and gradients of what it kept."""
+    again = max(layer.saved_bytes for layer in anatomy.layers) * tokens
+    return again * (_WORKING + (train.recompute != "none"))
+
+
+def published_bytes(anatomy: Anatomy) -> int:
+    return anatomy.parameters * anatomy.itemsize
+
+
+def difference_bytes(anatomy: Anatomy) -> tuple[int, int]:
+    """Expected, at either end of `CHANGED`."""
+    low, high = (round(share * anatomy.parameters * (anatomy.itemsize + _CHANGED_BYTES)) for share in CHANGED)
+    return low, high
+
+
+# --- seconds
+
+
+def step_flops(anatomy: Anatomy, work: Work) -> float:
+    """Of a whole step, as `Anatomy.train_flops` counts them."""
+    return anatomy.train_flops([work.document_tokens]) / work.document_tokens * work.tokens
+
+
+def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, packs: int, node_ranks: int) -> Seconds:
+    again = 1 + _RECOMPUTED[train.recompute] / 3
+    compute = step_flops(anatomy, work) * again / train.num_ranks / (hardware.flops * hardware.mfu)
+    shards = train.shard * train.context_parallel
+    rate = hardware.link_bytes_s if train.num_ranks <= node_ranks else hardware.network_bytes_s
+    weights = anatomy.root + sum(gathered(layer, train) for layer in anatomy.layers)
+    each = 2 * weights * anatomy.itemsize + weights * GRADIENT_BYTES  # gathered twice, gradients added up
+    tokens = work.tokens / train.num_ranks
+    routed = sum(layer.routed_bytes for layer in anatomy.layers) * tokens * 2 * (2 + _RECOMPUTED[train.recompute])
+    owners = train.expert_parallel
+    rate_to_experts = hardware.link_bytes_s if owners <= node_ranks else hardware.network_bytes_s
+    return Seconds(
+        compute=compute,
+        communication=packs * each * (1 - 1 / shards) / rate,
+        offload=0.0,
+        to_experts=routed * (1 - 1 / owners) / rate_to_experts,
+        optimizer=_STEPPED_BYTES * anatomy.parameters / shards / _optimizer_rate(train, hardware),
+    )
+
+
+def _optimizer_rate(train: Train, hardware: Hardware) -> float:
+    return hardware.host_link_bytes_s if train.offload_optimizer else hardware.memory_bytes_s
+
+
+# --- changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """The same plan with other settings."""
+
+    settings: dict[str, int | str | bool]
+    num_ranks: int
+    budget: Budget
+
+
+def changes(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int) -> list[Change]:
+    """What each setting of memory would do alone, one step away from what it is; those that a recipe may not have are
+    left out."""
+    found = []
+    for settings in _variants(train):
+        try:
+            changed = Train.model_validate(train.model_dump() | settings)
+        except ValidationError:
+            continue
+        if anatomy.num_experts % changed.expert_parallel or (changed.expert_parallel > 1 and not anatomy.num_experts):
+            continue
+        told = {name: getattr(changed, name) for name in settings}
+        found.append(
+            Change(
+                settings=told,
+                num_ranks=changed.num_ranks,
+                budget=budget_of(changed, anatomy, hardware, work, node_ranks=node_ranks),
+            )
+        )
+    return found
+
+
+def _variants(train: Train) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"recompute": how} for how in ("full", "selective", "none")]
+    found += [{name: here} for name in ("offload_activations", "offload_optimizer") for here in (True, False)]
+    found += [{"optimizer": name} for name in ("muon", "adamw")]
+    for factor in (2, 0.5):
+        found += [{"shard": train.shard * factor, "replicate": train.replicate / factor}]
+        found += [{"context_parallel": train.context_parallel * factor, "shard": train.shard / factor}]
+        found += [{"shard": train.shard * factor}, {"expert_parallel": train.expert_parallel * factor}]
+        found += [{name: getattr(train, name) / factor} for name in ("max_pack_tokens", "head_chunk_tokens")]
+    now = train.model_dump()
+    return [settings for settings in found if any(now[name] != value for name, value in settings.items())]
+
+
+def longest_pack(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int) -> int:
+    """The largest `train.max_pack_tokens` that fits, in whole thousands of 1,024; 0 if none does."""
+    low, high = 0, 1 << 14
+    while low < high:
+        middle = (low + high + 1) // 2
+        some = train.model_copy(update={"max_pack_tokens": middle * 1024})
+        if budget_of(some, anatomy, hardware, work, node_ranks=node_ranks).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low * 1024

@@ -1,0 +1,96 @@
+"""What a model is made of, in numbers: parameters, what a token meets of them, what a forward pass leaves behind.
+
+Counted by `dissect` on the meta device; this module alone imports no torch. FLOPs are those of the definition: a
+product of [m, k] and [k, n] is 2 m k n, a backward pass twice its forward; nothing that is computed again counts, and
+padding is not there.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+TRAINING = 3
+"""Forward and backward, in forwards."""
+
+
+class Attention(Struct, frozen=True, kw_only=True):
+    """Widths are those of one head. `window` in tokens, itself included; None: every token before."""
+
+    heads: int
+    qk_width: int
+    v_width: int
+    window: int | None = None
+
+    def flops(self, length: int) -> int:
+        """Of one document, forward: scores and weighted values, of the pairs that a causal mask lets through."""
+        return 2 * self.heads * (self.qk_width + self.v_width) * pairs(length, self.window)
+
+
+class Layer(Struct, frozen=True, kw_only=True):
+    """One decoder layer. `met` are the parameters that one token is computed with; `products` those of them that it is
+    multiplied by; `experts` all of the routed experts; `matrices` those of two or more dimensions, without the router.
+
+    Bytes are for one token, in the precision that was asked for: `input_bytes` of the hidden state, `saved_bytes` of
+    what autograd keeps, `product_bytes` of the outputs of attention and of matrix products, and
+    `routed_bytes` of the hidden states that travel to experts.
+    """
+
+    parameters: int
+    experts: int
+    matrices: int
+    met: int
+    products: int
+    attention: Attention
+    input_bytes: float
+    saved_bytes: float
+    product_bytes: float
+    routed_bytes: float
+
+
+class Anatomy(Struct, frozen=True, kw_only=True):
+    """A decoder and its head. `root` are the parameters outside of layers: embeddings, head, last norm; `head` the
+    head's, [vocabulary, width], which are the embeddings' own if `is_tied`."""
+
+    architecture: str
+    layers: tuple[Layer, ...]
+    root: int
+    head: int
+    vocab_size: int
+    width: int
+    num_experts: int
+    num_experts_per_token: int
+    is_tied: bool
+    itemsize: int  # bytes of one value in computing
+
+    @property
+    def parameters(self) -> int:
+        return self.root + sum(layer.parameters for layer in self.layers)
+
+    @property
+    def active(self) -> int:
+        """What one token meets: its layers, the head, one row of the embeddings."""
+        return sum(layer.met for layer in self.layers) + self.head + self.width
+
+    @property
+    def matrices(self) -> int:
+        return sum(layer.matrices for layer in self.layers)
+
+    @property
+    def products(self) -> int:
+        return sum(layer.products for layer in self.layers)
+
+    def forward_flops(self, lengths: Sequence[int], *, num_scored: int | None = None) -> int:
+        """Of documents of these lengths, of which `num_scored` tokens go through the head (default: all)."""
+        num_tokens = sum(lengths)
+        scored = num_tokens if num_scored is None else num_scored
+        seen = sum(layer.attention.flops(length) for layer in self.layers for length in lengths)
+        return 2 * (self.products * num_tokens + self.head * scored) + seen
+
+    def train_flops(self, lengths: Sequence[int], *, num_scored: int | None = None) -> int:
+        return TRAINING * self.forward_flops(lengths, num_scored=num_scored)
+
+
+def pairs(length: int, window: int | None = None) -> int:
+    """Query and key pairs of a causal document: a token sees itself and at most `window - 1` before."""
+    near = length if window is None else min(length, window)
+    return near * (near + 1) // 2 + (length - near) * near

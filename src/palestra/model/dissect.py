@@ -1,0 +1,257 @@
+"""Take a model apart on the meta device, where it has shapes and no bytes: `python -m palestra.model.dissect MODEL`.
+
+MODEL is the `model` section of a run, as JSON. No family is known here: parameters are counted module by module, and
+what a forward pass keeps is read off one of the family's own code, with an attention that keeps what flash kernels do.
+Legend: T tokens of the probe, H query heads, G key and value heads, D width of a head or of the model, S choices of
+experts, E experts, I width of one.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from palestra.config.schema import Model
+from palestra.core.errors import UserError
+from palestra.model.anatomy import Anatomy, Attention, Layer
+from palestra.model.experts import expert_modules
+from palestra.model.policy import Policy
+from palestra.model.recompute import PRODUCTS
+
+NAME = "palestra_shapes"
+PROBE_TOKENS = 512
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+
+
+def dissect(config: PretrainedConfig, dtype: torch.dtype) -> Anatomy:
+    """Errors: UserError for a family whose forward needs more than shapes."""
+    model = _on_meta(config, dtype)
+    layers = Policy(model, head_chunk_tokens=1).decoder_layers
+    kept = _keep(model, layers)
+    head: Any = model.get_output_embeddings()
+    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    text = model.config.get_text_config()
+    return Anatomy(
+        architecture=type(model).__name__,
+        layers=tuple(
+            _layer(layer, _attention(text, index), top_k_of(text), model, kept[index])
+            for index, layer in enumerate(layers)
+        ),
+        root=sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers),
+        head=head.weight.numel(),
+        vocab_size=text.vocab_size,
+        width=head.weight.shape[1],
+        num_experts=max((module.num_experts for module in _experts(model)), default=0),
+        num_experts_per_token=top_k_of(text) if any(True for _ in _experts(model)) else 0,
+        is_tied=head.weight is _embeddings(model).weight,
+        itemsize=dtype.itemsize,
+    )
+
+
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=NAME).eval()
+
+
+def _experts(module: nn.Module) -> Iterator[Any]:
+    return expert_modules(module)
+
+
+def _embeddings(model: PreTrainedModel) -> Any:
+    return model.get_input_embeddings()
+
+
+def top_k_of(text: Any) -> int:
+    """Experts of a token, as the families' configurations name it; 0 for a dense model."""
+    found = next((getattr(text, name) for name in _TOP_K if getattr(text, name, None)), 0)
+    return max(found) if isinstance(found, list | tuple) else found
+
+
+def _attention(text: Any, index: int) -> Attention:
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    parts = [getattr(text, f"qk_{name}_head_dim", None) for name in ("nope", "rope")]  # latent attention
+    kinds = getattr(text, "layer_types", None)
+    slides = kinds[index] == "sliding_attention" if kinds else getattr(text, "use_sliding_window", True)
+    return Attention(
+        heads=heads,
+        qk_width=parts[0] + parts[1] if parts[0] else width,
+        v_width=getattr(text, "v_head_dim", None) or width,
+        window=getattr(text, "sliding_window", None) if slides else None,
+    )
+
+
+# --- parameters
+
+
+def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrainedModel, kept: "_Kept") -> Layer:
+    experts = {id(p): module for module in _experts(layer) for p in module.parameters()}
+    total = routed = matrices = products = 0
+    met = 0.0
+    for name, parameter in layer.named_parameters():
+        module, size = experts.get(id(parameter)), parameter.numel()
+        share = top_k / module.num_experts if module is not None else 1.0
+        is_matrix = parameter.dim() == (2 if module is None else 3)
+        total += size
+        met += size * share
+        routed += size if module is not None else 0
+        products += int(size * share) if is_matrix else 0
+        matrices += size if is_matrix and not _is_router(name, parameter, experts) else 0
+    width = model.get_output_embeddings().weight.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+    return Layer(
+        parameters=total,
+        experts=routed,
+        matrices=matrices,
+        met=round(met),
+        products=products,
+        attention=attention,
+        input_bytes=width * kept.itemsize,
+        saved_bytes=kept.saved / kept.tokens,
+        product_bytes=kept.products / kept.tokens + attention.heads * (attention.v_width * kept.itemsize + 4),
+        routed_bytes=top_k * width * kept.itemsize if experts else 0.0,
+    )
+
+
+def _is_router(name: str, parameter: nn.Parameter, experts: dict[int, Any]) -> bool:
+    """The one matrix with a row for each expert, in a layer that has experts."""
+    counts = {module.num_experts for module in experts.values()}
+    return id(parameter) not in experts and parameter.dim() == 2 and parameter.shape[0] in counts
+
+
+# --- what a forward pass keeps
+
+
+class _Kept:
+    """Bytes that one layer leaves for the backward pass, each storage once; those of parameters are not its own."""
+
+    def __init__(self, tokens: int, itemsize: int):
+        self.tokens, self.itemsize = tokens, itemsize
+        self.saved = self.products = 0
+
+
+class _Products(TorchDispatchMode):
+    """Counts the outputs of matrix products into `into`."""
+
+    def __init__(self):
+        super().__init__()
+        self.into: _Kept | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        out = _grouped(*args[:2]) if name == "_grouped_mm" else func(*args, **(kwargs or {}))
+        if self.into is not None and name in PRODUCTS:
+            self.into.products += out.nbytes
+        return out
+
+
+def _grouped(rows_SD: Tensor, weights_EDI: Tensor) -> Tensor:
+    """Its shape [S, I] in any precision, where torch's own on the meta device has bfloat16 alone."""
+    return rows_SD.new_empty(rows_SD.shape[0], weights_EDI.shape[2])
+
+
+class _Shapes(Function):
+    """Attention as far as shapes go. Keeps queries, keys, values, output, and a sum [T, H] in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor) -> Tensor:
+        out_THD = v_GTD.new_empty(q_HTD.shape[2], q_HTD.shape[1], v_GTD.shape[3])
+        sums = q_HTD.new_empty(q_HTD.shape[1:3], dtype=torch.float32)
+        copies = (x.clone(memory_format=torch.contiguous_format) for x in (q_HTD, k_GTD, v_GTD))
+        ctx.save_for_backward(*copies, out_THD, sums)
+        return out_THD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def _shapes(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any) -> Any:
+    return _Shapes.apply(query, key, value).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _shapes)
+
+
+def _keep(model: PreTrainedModel, layers: list[nn.Module], tokens: int = PROBE_TOKENS) -> list[_Kept]:
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = [_Kept(tokens, next(model.parameters()).dtype.itemsize) for _ in layers]
+    known: dict[int, torch.UntypedStorage] = {}  # keeps them, so that no address is used twice
+    products = _Products()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if products.into is not None and storage._cdata not in own and storage._cdata not in known:
+            known[storage._cdata] = storage
+            products.into.saved += storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    positions = torch.arange(tokens, device="meta").unsqueeze(0)
+    with _watch(layers, kept, products), saved_tensors_hooks(pack, lambda tensor: tensor), products:
+        try:
+            model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"{type(model).__name__} cannot be planned: its forward needs more than shapes ({error})"
+            ) from error
+    return kept
+
+
+@contextmanager
+def _watch(layers: list[nn.Module], kept: list[_Kept], products: _Products) -> Iterator[None]:
+    """Says into which layer's account things go while it runs."""
+
+    def enter(account: _Kept) -> Any:
+        def hook(*_: Any) -> None:
+            products.into = account
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        products.into = None
+
+    handles = [layer.register_forward_pre_hook(enter(account)) for layer, account in zip(layers, kept, strict=True)]
+    handles += [layer.register_forward_hook(leave) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- as a program
+
+
+def config_of(model: Model) -> PretrainedConfig:
+    """Errors: UserError."""
+    from palestra.model.build import new_config
+    from palestra.model.load import read_config
+
+    return new_config(model.build) if model.build is not None else read_config(model.path or "")
+
+
+def main(model_json: str) -> int:
+    from transformers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()
+    model = Model.model_validate_json(model_json)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
+    sys.stdout.buffer.write(msgspec.json.encode(dissect(config_of(model), dtype)) + b"\n")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,91 @@
+"""`palestra bench trainer`: what it makes of readings; and a whole one, of a model of a few thousand parameters."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from palestra.core.errors import UserError
+from palestra.launch.bench import trainer as bench
+from palestra.train import plain
+from palestra.train.job import Job, Speed
+from palestra.train.speed import build, synthetic_batch
+
+SPEED = Speed(
+    who="palestra",
+    device="NVIDIA H100 80GB HBM3",
+    ranks=2,
+    steps_s=[2.0, 4.0, 9.0],
+    cpu_s=[1.0, 1.0, 1.0],
+    parts_s={"optimizer": 1.0},
+    bytes_before=10,
+    bytes_loaded=30,
+    bytes_peak=60,
+    flops=int(8 * 989e12),
+    product_flops=7e14,
+    loss=0.5,
+    parameters=100,
+)
+
+
+def job(kind="rl") -> Job:
+    return Job(config={}, packs=[[8, 4], [12]], kind=kind, prompt_share=0.25, steps=1)
+
+
+def test_numbers_by_hand():
+    told = bench._numbers(bench.Wish(), SPEED, 1000)
+    assert told["tokens_per_s"] == 1000 / 4.0
+    assert told["mfu"] == pytest.approx(8 * 989e12 / 4 / 2 / 989e12)  # the data sheet's peak, of two ranks
+    assert (told["state_bytes"], told["peak_bytes"], told["optimizer_share"]) == (20, 50, 0.25)
+
+
+def test_an_unknown_device_is_as_fast_as_its_products():
+    assert bench.peak_flops(SPEED)[0] == 989e12
+    unknown = Speed(**{name: getattr(SPEED, name) for name in SPEED.__struct_fields__} | {"device": "cpu"})
+    assert bench.peak_flops(unknown)[0] == 7e14
+
+
+@pytest.mark.parametrize(("tokens", "documents"), [(100, 1), (100, 50), (4096, 7)])
+def test_lengths_add_up_and_differ(tokens, documents):
+    lengths = bench.unequal_lengths(tokens, documents, seed=1)
+    assert (sum(lengths), len(lengths)) == (tokens, documents)
+    assert min(lengths) >= 2
+    assert documents in (1, 50) or len(set(lengths)) > documents // 2
+
+
+def test_more_documents_than_tokens_are_refused():
+    with pytest.raises(UserError, match="--documents 51"):
+        bench.unequal_lengths(100, 51, seed=0)
+
+
+def test_a_quarter_of_a_document_is_prompt_in_rl_and_its_first_token_in_sft():
+    assert (job("rl").num_scored, job("sft").num_scored) == (24 - 2 - 1 - 3, 24 - 3)
+    for kind, weight in (("rl", "rl_weight"), ("sft", "ce_weight")):
+        batch = synthetic_batch(job(kind), step=0, vocab_size=9)
+        assert getattr(batch, weight).sum() == job(kind).num_scored
+        assert batch.token_ids.max() < 9
+
+
+def test_a_whole_one_agrees_with_transformers_alone(monkeypatch, tmp_path):
+    """The same objective on the same weights and tokens: the losses are equal, after a step of training too."""
+    monkeypatch.setattr(bench, "build", lambda fields, directory, config: build(fields, directory))
+    in_a_process = bench._speed
+
+    def speed(command, config):
+        if "palestra.train.plain" not in command:
+            return in_a_process(command, config)
+        *_, file, way = command  # starting it would take longer than the step
+        return plain.measure(msgspec.json.decode(Path(file).read_bytes(), type=Job), way)
+
+    monkeypatch.setattr(bench, "_speed", speed)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(bench.SHAPES["tiny"]))
+    wish = bench.Wish(
+        config=Path(file), tokens=64, documents=3, steps=1, against="transformers", overrides=["model.dtype=float32"]
+    )
+    told = bench.measure(wish)
+    assert told["loss"] == pytest.approx(told["transformers_loss"], abs=1e-4)
+    assert 0 < told["mfu"] < 1
+    assert told["peak_bytes"] > told["state_bytes"] > 4 * told["parameters"] * 0.8
+    assert told["throughput_over_transformers"] > 0

@@ -1,0 +1,158 @@
+"""Models taken apart: numbers that were computed by hand, and what autograd really keeps."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from palestra.model import attention
+from palestra.model.anatomy import Anatomy, Attention, pairs
+from palestra.model.dissect import dissect
+from palestra.model.documents import documents_of
+from palestra.model.policy import Policy
+
+SHAPES = Path(__file__).parents[3] / "recipes/intellect-3/GLM-4.5-Air.config.json"
+
+QWEN = {
+    "model_type": "qwen3",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": True,
+}
+GLM = QWEN | {
+    "model_type": "glm4_moe",
+    "tie_word_embeddings": False,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "attention_bias": False,
+    "use_qk_norm": False,
+}
+ATTENTION = 32 * 32 + 2 * 32 * 16 + 32 * 32  # q, k and v, o
+NORMS = 2 * 32
+
+
+def anatomy_of(fields: dict, dtype: torch.dtype = torch.float32) -> Anatomy:
+    return dissect(AutoConfig.for_model(**fields), dtype)
+
+
+def test_a_dense_model():
+    found = anatomy_of(QWEN)
+    layer = found.layers[0]
+    assert layer.products == layer.matrices == ATTENTION + 3 * 32 * 64
+    assert layer.parameters == layer.met == layer.products + NORMS + 2 * 8  # and norms of queries and keys
+    assert (found.head, found.root, found.is_tied) == (100 * 32, 100 * 32 + 32, True)
+    assert found.parameters == 3 * layer.parameters + found.root
+    assert (found.num_experts, found.num_experts_per_token) == (0, 0)
+    assert layer.attention == Attention(heads=4, qk_width=8, v_width=8, window=None)
+
+
+def test_a_token_meets_its_experts_the_shared_one_and_the_router():
+    dense, sparse, _ = anatomy_of(GLM).layers
+    expert, router = 3 * 32 * 16, 32 * 8
+    assert dense.products == ATTENTION + 3 * 32 * 64
+    assert sparse.experts == 8 * expert
+    assert sparse.parameters == ATTENTION + 9 * expert + router + NORMS
+    assert sparse.products == ATTENTION + 3 * expert + router
+    assert sparse.matrices == ATTENTION + 9 * expert  # what Muon trains: the router is not among them
+    assert sparse.routed_bytes == 2 * 32 * 4
+
+
+def test_flops_of_documents():
+    found = anatomy_of(QWEN)
+    seen = 3 * 2 * 4 * (8 + 8) * (pairs(5) + pairs(7))
+    assert pairs(5) + pairs(7) == 15 + 28
+    assert found.forward_flops([5, 7]) == 2 * 12 * (found.products + found.head) + seen
+    assert found.forward_flops([5, 7], num_scored=3) == 2 * (12 * found.products + 3 * found.head) + seen
+    assert found.train_flops([5, 7]) == 3 * found.forward_flops([5, 7])
+
+
+def test_documents_are_cheaper_than_one_row_of_them():
+    """The control: attention that crosses documents would cost more."""
+    found = anatomy_of(QWEN)
+    assert found.forward_flops([50, 50]) < found.forward_flops([100])
+
+
+@pytest.mark.parametrize(("length", "window", "seen"), [(4, None, 10), (4, 1, 4), (4, 2, 7), (3, 8, 6)])
+def test_pairs(length, window, seen):
+    assert pairs(length, window) == seen == sum(min(i + 1, window or length) for i in range(length))
+
+
+def test_sliding_windows_and_latent_attention_are_read():
+    gemma = QWEN | {"model_type": "gemma2", "num_hidden_layers": 2, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    assert [layer.attention.window for layer in anatomy_of(gemma).layers] == [4, None]
+    latent = GLM | {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+    }
+    latent = {key: value for key, value in latent.items() if key != "head_dim"}
+    assert anatomy_of(latent).layers[0].attention == Attention(heads=4, qk_width=16, v_width=12)
+
+
+def test_the_models_of_the_report():
+    found = anatomy_of(json.loads(SHAPES.read_text()), torch.bfloat16)
+    assert len(found.layers) == 46
+    assert found.layers[0].experts == 0 < found.layers[1].experts
+    assert found.parameters == pytest.approx(106e9, rel=0.01)
+    assert found.active == pytest.approx(12e9, rel=0.07)
+
+
+# --- what a forward pass keeps
+
+
+@dataclass
+class Saved:
+    count: int = 0
+
+
+def saved_in_layers(fields: dict, lengths: list[int]) -> int:
+    """Bytes that autograd keeps in a real forward pass over the layers, without parameters; each storage once."""
+    config = AutoConfig.for_model(**fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+    known = {parameter.untyped_storage()._cdata: None for parameter in model.parameters()}
+    saved, inside = Saved(), []
+    documents = documents_of(lengths)
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if inside and storage._cdata not in known:
+            known[storage._cdata] = storage
+            saved.count += storage.nbytes()
+        return tensor
+
+    for layer in Policy(model, head_chunk_tokens=1).decoder_layers:
+        layer.register_forward_pre_hook(lambda *_: inside.append(1))
+        layer.register_forward_hook(lambda *_: inside.clear())
+    ids = torch.zeros(1, sum(lengths), dtype=torch.int64)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.get_decoder()(input_ids=ids, position_ids=documents.positions, use_cache=False, documents=documents)
+    return saved.count
+
+
+@pytest.mark.parametrize("fields", [QWEN, GLM], ids=["dense", "experts"])
+def test_what_autograd_keeps_is_what_the_anatomy_says(fields):
+    told = 256 * sum(layer.saved_bytes for layer in anatomy_of(fields).layers)
+    assert saved_in_layers(fields, [128, 128]) == pytest.approx(told, rel=0.06)
+
+
+def test_what_is_kept_without_the_products_is_less():
+    for layer in anatomy_of(GLM).layers:
+        assert layer.input_bytes < layer.input_bytes + layer.product_bytes < layer.saved_bytes

@@ -1,0 +1,85 @@
+"""Which experts routers choose, counted by hand; and that the biases even them out."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from palestra.model.documents import documents_of
+from palestra.model.policy import Policy
+from palestra.model.routers import max_violation
+from tests.unit.model import tiny
+
+MIXTURES = [name for name in tiny.FAMILIES if "Moe" in name or name.startswith(("GptOss", "Deepseek", "MiniMax"))]
+LENGTHS = [12, 3, 30, 7]
+
+
+def forward(policy: Policy, seed: int = 0) -> None:
+    ids = torch.randint(4, 30, (sum(LENGTHS),), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        policy(ids, documents_of(LENGTHS), torch.tensor([1]), torch.ones(1))
+
+
+@pytest.fixture
+def group(meshes):
+    return dist.group.WORLD
+
+
+def test_violation_by_hand():
+    assert max_violation(torch.tensor([[4.0, 0, 0, 0], [1, 1, 1, 1], [1, 2, 3, 2]])).tolist() == [3.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_choice_of_every_layer_is_counted_once(tmp_path, group, family):
+    policy = tiny.unsharded(tiny.build(tmp_path, family))
+    forward(policy)
+    forward(policy, seed=1)
+    num_layers, chosen = len(policy.routers), policy.model.config.num_experts_per_tok
+    load_LE = policy.routers.load(group)
+    assert load_LE.shape == (num_layers, 4)
+    assert load_LE.sum(1).tolist() == [2 * sum(LENGTHS) * chosen] * num_layers
+    total, count = policy.routers.weight_entropy(group)
+    assert count == 2 * sum(LENGTHS) * num_layers
+    assert 0 < total / count <= torch.tensor(chosen).log()
+    policy.routers.forget()
+    forward(policy)
+    assert policy.routers.load(group).sum() == load_LE.sum() / 2
+
+
+def test_a_dense_model_has_none(tmp_path):
+    assert len(tiny.unsharded(tiny.build(tmp_path)).routers) == 0
+
+
+def test_the_loss_is_one_for_each_token_if_all_are_used_alike(tmp_path):
+    """With logits of zeros every expert has probability 1/4, whatever is chosen; with one expert in front of all, its
+    share is 1/2 (the other choice is another) and its probability 1: 4 x 1/2."""
+    policy = tiny.unsharded(tiny.build(tmp_path, "Qwen3MoeForCausalLM"))
+    for name, parameter in policy.model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data.zero_()
+    forward(policy)
+    assert float(policy.routers.balance_loss()) / sum(LENGTHS) == pytest.approx(1.0)
+    logits, weights, _ = policy.routers._heard[0]
+    sure = torch.full_like(logits, -50.0)
+    sure[:, 2] = 50.0
+    policy.routers._heard = [(sure, weights, sure.topk(2).indices)]
+    assert float(policy.routers.balance_loss()) / sum(LENGTHS) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("family", ["Glm4MoeForCausalLM", "DeepseekV3ForCausalLM", "MiniMaxM2ForCausalLM"])
+def test_biases_even_the_load_out(tmp_path, group, family):
+    policy = tiny.unsharded(tiny.build(tmp_path, family))
+    assert policy.routers.biases
+    for bias in policy.routers.biases:
+        bias += torch.tensor([0.5, 0.0, 0.0, -0.5])
+    violations = []
+    for _ in range(40):
+        policy.routers.forget()
+        forward(policy)
+        load_LE = policy.routers.load(group)
+        violations.append(float(max_violation(load_LE).mean()))
+        policy.routers.update_biases(load_LE, 0.02)
+    assert violations[0] > 0.7  # of 1, where one expert is chosen for every token
+    assert min(violations[-5:]) < 0.5 * violations[0]
+    names = [name for name, _ in policy.model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert len(names) == len(policy.routers)
+    assert all(name in policy.model.state_dict() for name in names)  # published and saved with the weights
