@@ -44,7 +44,7 @@ def load_policy(
     Errors: UserError for a path without a model, a family that cannot be packed, or a model that does not fit.
     """
     config = read_config(path)
-    require_memory(config, dtype=dtype, num_shards=meshes.num_shards, device=device)
+    require_memory(config, dtype=dtype, num_shards=meshes.num_shards, device=device, frozen=lora is not None)
     model = empty_model(config, experts=experts)
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)

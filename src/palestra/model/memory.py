@@ -18,14 +18,16 @@ def count_parameters(config: PretrainedConfig) -> int:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
 
 
-def require_memory(config: PretrainedConfig, *, dtype: torch.dtype, num_shards: int, device: torch.device) -> None:
+def require_memory(
+    config: PretrainedConfig, *, dtype: torch.dtype, num_shards: int, device: torch.device, frozen: bool = False
+) -> None:
     """Errors: UserError with the numbers, if loading or training state alone would not fit.
 
     Counts: weights, gradients and optimizer state of this rank's shard, and the weights in use. Activations come on
-    top.
+    top. `frozen` weights have neither masters nor gradients nor moments; the adapters beside them are not counted.
     """
     num_parameters = count_parameters(config)
-    state = num_parameters * _STATE_BYTES // num_shards
+    state = num_parameters * (dtype.itemsize if frozen else _STATE_BYTES) // num_shards
     in_use = num_parameters * dtype.itemsize if dtype != torch.float32 or num_shards > 1 else 0
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":

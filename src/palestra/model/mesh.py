@@ -21,11 +21,13 @@ CONTEXTS = {"ulysses": Ulysses, "ring": Ring}
 @dataclass(frozen=True)
 class Meshes:
     """`dense` is replicate x fsdp, `experts` replicate x efsdp x ep. `data` has the ranks with other packs than this
-    one's; this is number `data_rank` of them. `everyone` has all ranks of the layout."""
+    one's; this is number `data_rank` of them. `everyone` has all ranks of the layout, and so has `beside`, on CPUs, for
+    what goes on in another thread than the steps' collectives."""
 
     dense: DeviceMesh
     experts: DeviceMesh
     everyone: dist.ProcessGroup
+    beside: dist.ProcessGroup
     data: dist.ProcessGroup
     context: Context
 
@@ -71,13 +73,14 @@ def make_meshes(
             mesh_dim_names=("replicate", "efsdp", "ep"),
         ),
         everyone=_group_of(members.view(1, -1)),
+        beside=_group_of(members.view(1, -1), backend="gloo"),
         data=_group_of(parts_DC.T),
         context=WHOLE if context == 1 else CONTEXTS[context_kind](contexts),
     )
 
 
-def _group_of(rows: torch.Tensor) -> dist.ProcessGroup:
+def _group_of(rows: torch.Tensor, backend: str | None = None) -> dist.ProcessGroup:
     """That of this rank's row; of the last row on a rank that is in none. Every rank makes all of them."""
-    found: list[tuple[list[int], Any]] = [(row.tolist(), dist.new_group(row.tolist())) for row in rows]
+    found: list[tuple[list[int], Any]] = [(row.tolist(), dist.new_group(row.tolist(), backend=backend)) for row in rows]
     mine = [group for row, group in found if dist.get_rank() in row]
     return mine[0] if mine else found[-1][1]

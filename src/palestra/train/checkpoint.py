@@ -7,7 +7,6 @@ written beside the steps after it. Whoever saves writes the manifest when they a
 
 import shutil
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,12 @@ class Checkpoints:
     """Saves and loads, the files of one checkpoint at a time. Every method is a collective.
 
     Keeps: from the first save on, a copy of this rank's weights and moments in host memory, pinned where there is CUDA.
-    Ranks speak of the files in a group of their own, since the steps' collectives go on meanwhile.
+    What the ranks say of the files goes through `Meshes.beside`.
     """
 
     def __init__(self, ranks: Ranks, *, deadline_s: float):
         is_cuda = ranks.device.type == "cuda"
-        self._ranks = ranks
-        self._group: Any = dist.new_group(
-            range(ranks.num), timedelta(seconds=deadline_s), backend="gloo", use_local_synchronization=True
-        )
+        self._ranks, self._group = ranks, ranks.meshes.beside
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=is_cuda,

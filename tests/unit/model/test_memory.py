@@ -15,16 +15,19 @@ def test_counts_parameters_without_making_them(tmp_path):
     assert memory.count_parameters(config) == vocab * width + layers * layer + width
 
 
-@pytest.mark.parametrize(("free", "fits"), [(16, True), (15, False)])
-def test_the_line_is_weights_gradients_and_two_moments_in_float32(tmp_path, monkeypatch, free, fits):
+@pytest.mark.parametrize(
+    ("free", "frozen", "fits"), [(16, False, True), (15, False, False), (4, True, True), (3, True, False)]
+)
+def test_the_line_is_weights_gradients_and_two_moments_in_float32(tmp_path, monkeypatch, free, frozen, fits):
+    """Of frozen weights it is the weights."""
     config = read_config(str(tiny.build(tmp_path)))
     num = memory.count_parameters(config)
     monkeypatch.setattr(memory, "available_bytes", lambda: free * num)
     if fits:
-        memory.require_memory(config, dtype=torch.float32, num_shards=1, device=torch.device("cpu"))
+        memory.require_memory(config, dtype=torch.float32, num_shards=1, device=torch.device("cpu"), frozen=frozen)
     else:
         with pytest.raises(UserError, match=r"raise train\.shard"):
-            memory.require_memory(config, dtype=torch.float32, num_shards=1, device=torch.device("cpu"))
+            memory.require_memory(config, dtype=torch.float32, num_shards=1, device=torch.device("cpu"), frozen=frozen)
 
 
 def test_reads_what_is_free():

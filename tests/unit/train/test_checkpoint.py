@@ -65,11 +65,11 @@ def test_resumed_equals_uninterrupted_to_the_bit(make_trainer, optimizer):
     assert all(torch.equal(weight, expected[name]) for name, weight in _weights(resumed).items())
 
 
-def test_an_adapter_goes_on_to_the_bit_from_a_checkpoint_without_the_frozen_weights(make_trainer, tmp_path):
+def test_an_adapter_goes_on_to_the_bit_from_a_checkpoint_without_the_frozen_weights(make_trainer):
     lora = Lora(rank=2)
     straight = make_trainer(lora)
     norms = _train(straight, range(3))
-    directory = straight.save(Ledger("test"))
+    directory = _save(straight)
     norms += _train(straight, range(3, 6))
     resumed = make_trainer(lora)
     resumed.resume(3, Ledger("test"))
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused(make_trainer, before, after):
     """`palestra run --resume` refuses it by the config already."""
     trainer = make_trainer(before)
     _train(trainer, range(1))
-    trainer.save(Ledger("test"))
+    _save(trainer)
     with pytest.raises(InfrastructureError, match="cannot be loaded"):
         make_trainer(after).resume(1, Ledger("test"))
 

@@ -1,0 +1,67 @@
+"""Saved on one layout, resumed on another: the next step is the same, biases of routers included."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.dist.test_layouts import worst
+from tests.unit.model import tiny
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+TOLERANCE = 1e-4  # of float32, where sums are taken in another order
+BIAS = "e_score_correction_bias"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Path:
+    """By the layout that saved: what it went on to without a break, and where others came to from its checkpoint."""
+    model = tiny.build(tmp_path_factory.mktemp("models"), "Glm4MoeForCausalLM")
+    out = tmp_path_factory.mktemp("checkpoints")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    command = [*torchrun, str(ROOT / "tests/dist/checkpoints_worker.py"), str(model), str(out)]
+    done = subprocess.run(command, env=ENVIRONMENT, timeout=220, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def read(found: Path, saver: str, name: str) -> dict[str, Tensor]:
+    return torch.load(found / saver / f"{name}.pt")
+
+
+@pytest.mark.parametrize("layout", ["fsdp4", "ep2-ring2-fsdp2"])
+def test_on_the_same_layout_the_next_step_is_the_same_to_the_bit(found, layout):
+    straight, resumed = read(found, layout, "straight-3"), read(found, layout, f"{layout}-3")
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
+
+
+@pytest.mark.parametrize(
+    ("saver", "reader", "version"),
+    [
+        ("fsdp4", "fsdp2", 3),
+        ("fsdp4", "fsdp2-1", 4),  # four ranks, then two, then one
+        ("replicate2-shard2", "fsdp2", 3),
+        ("ep2-ring2-fsdp2", "1", 3),
+    ],
+)
+def test_on_another_layout_the_next_step_is_the_same(found, saver, reader, version):
+    straight = read(found, saver, f"straight-{version}")
+    gap, name = worst(read(found, saver, f"{reader}-{version}"), straight)
+    assert gap < TOLERANCE, name
+    biases = [value for name, value in straight.items() if name.endswith(BIAS)]
+    assert len(biases) == 2
+    assert all(bias.any() for bias in biases)
+
+
+def test_biases_that_were_not_in_the_checkpoint_would_be_seen(found):
+    """The negative control."""
+    gap, _ = worst(read(found, "fsdp4", "forgetful-3"), read(found, "fsdp4", "straight-3"))
+    assert gap > 10 * TOLERANCE
