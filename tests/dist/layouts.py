@@ -18,6 +18,7 @@ from palestra.config.schema import Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model import load
+from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.documents import documents_of
 from palestra.model.experts import expert_modules
 from palestra.model.fill import empty_model, fill
@@ -45,6 +46,7 @@ class Layout:
     axes: dict[str, Any] = field(default_factory=dict)
     precisions: tuple[str, ...] = ("float64",)
     families: tuple[str, ...] = ALL
+    activations: Activations = PLAIN
     optimizer: Literal["muon", "adamw"] = "muon"  # the first is the second for all that is no matrix of a layer
 
     def suits(self, family: str) -> bool:
@@ -67,6 +69,22 @@ LAYOUTS = [
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
     Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH),
     Layout("ep2-ring2-fsdp2", 4, {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2}, BOTH, FAMILIES),
+    Layout(
+        "ep2-ulysses2-fsdp2-full-offload",
+        4,
+        {"shard": 2, "context": 2, "experts": 2},
+        ("float32",),
+        ("Glm4MoeForCausalLM",),
+        activations=Activations("full", offload=True),
+    ),
+    Layout(
+        "ep2-ring2-fsdp2-selective-offload",
+        4,
+        {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2},
+        ("float32",),
+        ("GptOssForCausalLM",),
+        activations=Activations("selective", offload=True),
+    ),
 ]
 FAULTS = {
     "experts swapped": "ep2",
@@ -81,11 +99,14 @@ def is_split(family: str) -> bool:
     return "Moe" in family or family.startswith(("GptOss", "Deepseek", "MiniMax"))
 
 
-def make_policy(path: Path, dtype: torch.dtype, meshes: Meshes | None) -> Policy:
+def make_policy(
+    path: Path, dtype: torch.dtype, meshes: Meshes | None, activations: Activations = PLAIN
+) -> Policy:
     """Without meshes: one process, nothing sharded."""
     experts = "batched_mm" if dtype == torch.float64 else "grouped_mm"  # which has no float64
     model = empty_model(read_config(str(path)), experts=experts if is_split(path.name) else "grouped_mm").to(dtype)
     policy = Policy(model, head_chunk_tokens=5)
+    keep_activations(policy.decoder_layers, activations, torch.device("cpu"))
     if meshes is not None:
         load.shard(policy, dtype=dtype, experts=experts, meshes=meshes)
     fill(model, path, device=torch.device("cpu"))

@@ -32,7 +32,7 @@ def main(models: Path, out: Path) -> None:
 def _run(model: Path, layout: Layout, name: str, meshes: Meshes, out: Path) -> None:
     rank, dtype = dist.get_rank(), DTYPES[name]
     ranks = Ranks(rank=rank, num=meshes.dense.size(), device=torch.device("cpu"), meshes=meshes)
-    policy = make_policy(model, dtype, meshes)
+    policy = make_policy(model, dtype, meshes, layout.activations)
     found = measure(policy, meshes, ranks, layout.optimizer)
     if rank == 0:
         torch.save(found, out / f"{model.name}-{layout.name}-{name}.pt")

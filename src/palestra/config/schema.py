@@ -257,6 +257,7 @@ class Train(Section):
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
     recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
     offload_activations: bool = False  # what is kept for the backward waits in host memory
+    compile: bool = False  # layers by torch.compile, while they train
     balance: Balance = Balance()
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon: Muon = Muon()
@@ -294,6 +295,15 @@ class Train(Section):
                 f"train.max_pack_tokens={self.max_pack_tokens} cannot be cut into {pieces} equal pieces for "
                 f"train.context_parallel={self.context_parallel} ({self.context_kind}); set it to "
                 f"{' or '.join(str(tokens) for tokens in (lower, lower + pieces) if tokens)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_in_one_way(self) -> Self:
+        if self.compile and self.recompute == "selective":
+            raise ValueError(
+                'train.compile=true chooses by itself what is computed again; set train.recompute to "none", or to '
+                '"full" where memory is short'
             )
         return self
 

@@ -31,7 +31,7 @@ class Layer(Struct, frozen=True, kw_only=True):
     multiplied by; `experts` all of the routed experts; `matrices` those of two or more dimensions, without the router.
 
     Bytes are for one token, in the precision that was asked for: `input_bytes` of the hidden state, `saved_bytes` of
-    what autograd keeps, `product_bytes` of the outputs of attention and of matrix products but those of experts,
+    what autograd keeps, `product_bytes` of the outputs of attention and of matrix products, and
     `routed_bytes` of the hidden states that travel to experts.
     """
 

@@ -50,6 +50,7 @@ class _Collect(Function):
         return slots.index_copy_(0, ctx.documents.slot, grads[0]), None
 
 
+@torch.compiler.disable  # the layout of the documents changes with every pack, and its kernels are whole
 def packed_attention(
     module: nn.Module,
     query: Tensor,

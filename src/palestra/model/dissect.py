@@ -26,11 +26,11 @@ from palestra.core.process import exit_with
 from palestra.model.anatomy import Anatomy, Attention, Layer
 from palestra.model.experts import expert_modules
 from palestra.model.policy import Policy
+from palestra.model.recompute import PRODUCTS
 
 NAME = "palestra_shapes"
 PROBE_TOKENS = 512
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")  # as `recompute` keeps them
 
 
 def dissect(config: PretrainedConfig, dtype: torch.dtype) -> Anatomy:
@@ -149,7 +149,7 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         out = _grouped(*args[:2]) if name == "_grouped_mm" else func(*args, **(kwargs or {}))
-        if self.into is not None and name in _PRODUCTS:
+        if self.into is not None and name in PRODUCTS:
             self.into.products += out.nbytes
         return out
 

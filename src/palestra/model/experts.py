@@ -71,6 +71,7 @@ class _Owned:
         return found.to_local() if isinstance(found, DTensor) else found
 
 
+@torch.compiler.disable  # the rows of each rank are known only when they arrive
 def routed_experts(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """What the chosen experts make of each token, weighted. A collective of the module's `dispatch.group`.
 

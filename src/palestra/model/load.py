@@ -20,7 +20,7 @@ from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
-from palestra.model.recompute import Recompute, keep_less
+from palestra.model.recompute import PLAIN, Activations, keep_activations
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
 
@@ -35,8 +35,7 @@ def load_policy(
     device: torch.device,
     lora: Lora | None = None,
     seed: int = 0,
-    recompute: Recompute = "none",
-    offload_activations: bool = False,
+    activations: Activations = PLAIN,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
 
@@ -53,7 +52,7 @@ def load_policy(
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
     if lora is not None:
         policy.adapter = add_adapter(model, lora, dtype=dtype)
-    keep_less(policy.decoder_layers, recompute=recompute, offload=offload_activations)
+    keep_activations(policy.decoder_layers, activations, device)
     shard(policy, dtype=dtype, experts=experts, meshes=meshes)
     begin_adapter(model, seed=seed, device=device)
     fill(model, model_directory(path), device=device)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -140,17 +141,17 @@ class _Blocks:
 class _Ring(Function):
     @staticmethod
     def forward(ctx: Any, q_tHD: Tensor, k_tGD: Tensor, v_tGW: Tensor, sinks_H: Tensor, blocks: _Blocks) -> Tensor:
-        wide = torch.promote_types(q_tHD.dtype, torch.float32)
-        out_tHW = q_tHD.new_zeros(*q_tHD.shape[:2], v_tGW.shape[-1], dtype=wide)
-        lse_tH = sinks_H.to(wide).expand(*q_tHD.shape[:2]).clone()
-        k, v = k_tGD, v_tGW
-        for step in range(blocks.size):
-            if step:
-                k, v = blocks.pass_on(k, v)
-            for pair in blocks.of(step):
-                for rows, out, lse in _forward(q_tHD, k, v, pair, blocks):
-                    _merge(out_tHW[rows], lse_tH[rows], out, lse)
-        out_tHW = out_tHW.to(q_tHD.dtype)
+        out_tHW, lse_tH = _round(
+            q_tHD,
+            k_tGD,
+            v_tGW,
+            sinks_H,
+            list(blocks.lengths),
+            blocks.group.group_name,
+            blocks.scaling,
+            blocks.window,
+            blocks.softcap,
+        )
         ctx.save_for_backward(q_tHD, k_tGD, v_tGW, sinks_H, out_tHW, lse_tH)
         ctx.blocks = blocks
         return out_tHW
@@ -172,6 +173,35 @@ class _Ring(Function):
         share_tH = (sinks_H.to(lse_tH.dtype) - lse_tH).exp()
         grad_sinks = -(share_tH * (grads[0].to(lse_tH.dtype) * out_tHW).sum(-1)).sum(0)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks.to(sinks_H.dtype), None
+
+
+@torch.library.custom_op("palestra::ring", mutates_args=())
+def _round(
+    q_tHD: Tensor,
+    k_tGD: Tensor,
+    v_tGW: Tensor,
+    sinks_H: Tensor,
+    lengths: list[int],
+    group_name: str,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """[t, H, W] and the logarithms of the sums [t, H]. One operation for torch: layers that compute again what is cheap
+    keep what it returns."""
+    group: Any = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    blocks = _Blocks(tuple(lengths), group, scaling, window, softcap)
+    wide = torch.promote_types(q_tHD.dtype, torch.float32)
+    out_tHW = q_tHD.new_zeros(*q_tHD.shape[:2], v_tGW.shape[-1], dtype=wide)
+    lse_tH = sinks_H.to(wide).expand(*q_tHD.shape[:2]).clone()
+    k, v = k_tGD, v_tGW
+    for step in range(blocks.size):
+        if step:
+            k, v = blocks.pass_on(k, v)
+        for pair in blocks.of(step):
+            for rows, out, lse in _forward(q_tHD, k, v, pair, blocks):
+                _merge(out_tHW[rows], lse_tH[rows], out, lse)
+    return out_tHW.to(q_tHD.dtype), lse_tH
 
 
 def _merge(out_rHW: Tensor, lse_rH: Tensor, more_rHW: Tensor, more_lse_rH: Tensor) -> None:

@@ -16,6 +16,7 @@ from palestra.core.metrics import Mean, Metrics
 from palestra.model.export import save_huggingface
 from palestra.model.load import load_policy
 from palestra.model.policy import Policy
+from palestra.model.recompute import Activations
 from palestra.train.background import Written
 from palestra.train.checkpoint import Checkpoints, TrainerState
 from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
@@ -48,8 +49,11 @@ class Trainer:
                 device=ranks.device,
                 lora=config.model.lora,
                 seed=config.train.seed,
-                recompute=config.train.recompute,
-                offload_activations=config.train.offload_activations,
+                activations=Activations(
+                    recompute=config.train.recompute,
+                    offload=config.train.offload_activations,
+                    compile=config.train.compile,
+                ),
             )
         _require_balance(self.policy, config.train.balance)
         self._rate, self.version = training_rate(config.train), 0
