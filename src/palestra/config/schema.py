@@ -255,6 +255,7 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    attention: Literal["auto", "varlen", "flex", "padded"] = "auto"  # auto: the fastest kernel that works here
     recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
     offload_activations: bool = False  # what is kept for the backward waits in host memory
     compile: bool = False  # layers by torch.compile, while they train

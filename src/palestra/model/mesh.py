@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from palestra.model.context import WHOLE, Context, Ring, Ulysses
+from palestra.model.context import Context, Ring, Ulysses
 
 CONTEXTS = {"ulysses": Ulysses, "ring": Ring}
 
@@ -53,9 +53,11 @@ def make_meshes(
     context: int = 1,
     context_kind: str = "ulysses",
     experts: int = 1,
+    kernels: tuple[str, ...] = ("padded",),
     ranks: Sequence[int] | None = None,
 ) -> Meshes:
-    """A collective of all ranks. `ranks` are those of the layout, by default all.
+    """A collective of all ranks. `ranks` are those of the layout, by default all; `kernels` what attends over
+    packs.
 
     Errors: ValueError, if `experts` does not divide shard x context, or the ranks are not as many as the layout has.
     """
@@ -75,7 +77,7 @@ def make_meshes(
         everyone=_group_of(members.view(1, -1)),
         beside=_group_of(members.view(1, -1), backend="gloo"),
         data=_group_of(parts_DC.T),
-        context=WHOLE if context == 1 else CONTEXTS[context_kind](contexts),
+        context=Context(kernels) if context == 1 else CONTEXTS[context_kind](contexts, kernels),
     )
 
 

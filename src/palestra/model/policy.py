@@ -30,6 +30,7 @@ class Policy(nn.Module):
         self.decoder_layers = _layers_of(model)
         self.routers = Routers(model)
         self.context: Context = WHOLE
+        self.attention_kernels: frozenset[str] = frozenset()  # those that attended over packs when it was checked
         self.adapter: Adapter | None = None  # None: all weights are trained
         self._logit_map = logit_map_of(model.config)
         self._head_chunk_tokens = head_chunk_tokens
@@ -119,6 +120,7 @@ def check_against_own_forward(policy: Policy, *, tolerance: float = 1e-3) -> Non
     scored_K = torch.tensor([*range(1, 9), *range(10, 14)], device=device)
     documents = documents_of(lengths, device, policy.context)
     packed_K, _ = policy(token_ids_T, documents, scored_K, torch.ones(len(scored_K), device=device))
+    policy.attention_kernels = frozenset(documents.taken)
     is_sharded = isinstance(policy, FSDPModule)
     if is_sharded:
         policy.unshard()  # base and head: the layers do it themselves

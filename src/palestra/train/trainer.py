@@ -55,6 +55,8 @@ class Trainer:
                     compile=config.train.compile,
                 ),
             )
+        if ranks.is_first:
+            print(_told(self.policy.attention_kernels, ranks.missing_kernels), flush=True)
         _require_balance(self.policy, config.train.balance)
         self._rate, self.version = training_rate(config.train), 0
         self._optimizer = self._new_optimizer()
@@ -158,6 +160,11 @@ class Trainer:
 
     def _checkpoint(self, version: int) -> Path:
         return checkpoint_dir(self._run, version) / "trainer"
+
+
+def _told(kernels: frozenset[str], missing: dict[str, str]) -> str:
+    others = "; ".join(f"not {name}: {why}" for name, why in missing.items())
+    return f"attention over packs: {', '.join(sorted(kernels))}" + (f" ({others})" if others else "")
 
 
 def _require_balance(policy: Policy, balance: Balance) -> None:
