@@ -18,11 +18,12 @@ from palestra.core.process import life
 from palestra.core.spans import SpanLog
 from palestra.train import __main__ as program
 from palestra.train.background import Background, Written
-from palestra.train.reinforce import Loop, Orchestrator
+from palestra.train.reinforce import Loop, Orchestrator, device_of
 from palestra.wire.batches import Batch
 from palestra.wire.messages import Done, Ready, TrainerReady
 from palestra.wire.rundir import Attempt, RunDir, checkpoint_dir, version_to_load
 from palestra.wire.weights.manifest import Probe, Staged
+from tests.fault.device import Device
 from tests.fault.table import FILE, Table, stage
 from tests.fault.witness import Witness, faults_directory
 
@@ -129,11 +130,14 @@ def _run(config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, super
     supervisor.send(Ready(process="trainer"))
     orchestrator = Orchestrator(config, attempt, ranks, ledger)  # type: ignore[arg-type]
     publisher = TablePublisher(trainer, Path(attempt.staging), attempt.number)
+    device = device_of(config, orchestrator, ledger)
+    device.keep(Device(Witness(faults_directory()), "trainer"))
     with closing(SpanLog(run.spans("trainer-0"), "trainer-0")) as spans:
-        loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)  # type: ignore[arg-type]
-        if (version := version_to_load(run, attempt, life())) is not None:
-            trainer.resume(version)
-        loop.stage()
+        loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans, device)  # type: ignore[arg-type]
+        with device.taken():
+            if (version := version_to_load(run, attempt, life())) is not None:
+                trainer.resume(version)
+            loop.stage()
         orchestrator.tell(TrainerReady(version=trainer.version))
         ledger.switch("other")
         loop.serve()

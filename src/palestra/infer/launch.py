@@ -42,12 +42,13 @@ def engine_argv(
     kv_cache_gib: float = 1.0,
     seed: int = 0,
     lora: Lora | None = None,
+    sleeps: bool = False,
     args: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Command line of one engine. `args` are further flags of vLLM's server, without dashes: {"block-size": 32}.
 
     A flag that is True is given alone, one that is False as --no-FLAG, a table as JSON. `max_in_flight` is in requests;
-    `kv_cache_gib` concerns CPU engines (vLLM gives the cache the rest of a GPU).
+    `kv_cache_gib` concerns CPU engines (vLLM gives the cache the rest of a GPU). `sleeps`: it can leave its GPU.
     Errors: UserError for a flag in `args` that palestra decides itself.
     """
     decided: dict[str, Any] = {
@@ -60,6 +61,7 @@ def engine_argv(
         "seed": seed,
         **_FIXED,
         **({} if lora is None else _adapted(lora)),
+        **({"enable-sleep-mode": True} if sleeps else {}),
     }
     defaults: dict[str, Any] = {
         "max-num-seqs": max_in_flight,

@@ -1,24 +1,27 @@
-"""Publishes: weights into the engines, while they generate.
+"""Publishes: weights into the engines, while they generate; and turns, where the trainer shares their device.
 
-Consumes: staged versions, the newest first; engines that join. Produces: engines that are proved to hold them.
-Waits for: the trainer's next staged version; the end of an evaluation that withholds publishes; with `sync.wait` what
-runs.
+Consumes: staged versions, the newest first; engines that join; turns that are asked for. Produces: engines that are
+proved to hold them, or asleep; turns.
+Waits for: the trainer's next staged version; the end of an evaluation that withholds publishes, and turns; the end of
+the trainer's turn; with `sync.wait` what runs.
 Woken by: `changed`.
 Ends when: cancelled; the last version is in the engines when `trainer.loaded` says so.
 """
 
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
 
-from palestra.core.errors import InfrastructureError
+from palestra.core.errors import InfrastructureError, PalestraError
 from palestra.core.metrics import Max, Mean, Metrics
 from palestra.orchestrate.desk import Desk
 from palestra.orchestrate.fleet import EngineLink, EngineState
 from palestra.orchestrate.measure import Evaluations
 from palestra.orchestrate.state import Published
+from palestra.orchestrate.turns import TRAINER
 from palestra.wire.policy import EngineClient, UnpublishedError
 from palestra.wire.publish import EnginePublish, NoEngineLeft, PublishReport, is_lost, publish
 from palestra.wire.weights.manifest import Staged
@@ -45,14 +48,60 @@ class Publisher:
             self._newest = staged
 
     async def run(self) -> None:
-        fleet = self._desk.fleet
+        fleet, turns = self._desk.fleet, self._desk.turns
         while True:
-            if self._newest is not None and fleet.reachable and not self._evaluations.is_pinned:
+            is_theirs = turns.is_free_for(fleet.links[0].name)
+            if is_theirs and (asking := [link.name for link in fleet.links if turns.asks(link.name)]):
+                await turns.give(asking[0])
+            elif is_theirs and self._newest is not None and fleet.reachable and not self._evaluations.is_pinned:
                 await self._bring_newest()
-            elif self._current is not None and fleet.joining:
+            elif turns.asks(TRAINER) and not self._evaluations.is_running and self._can_yield:
+                await self._yield_to_trainer()
+            elif is_theirs and self._current is not None and fleet.joining:
                 await self._publish(self._current, fleet.joining)
             else:
                 await self._desk.changed.wait("weights staged by the trainer, and an engine to take them")
+
+    def trainer_ended(self) -> None:
+        """What it handed out from its own memory is gone with it."""
+        if self._desk.config.sync.kind == "ipc":
+            self._newest = self._later = self._current = None
+
+    @property
+    def _can_yield(self) -> bool:
+        """Whether the device is free for the trainer, or will be once those who can sleep do."""
+        fleet, turns = self._desk.fleet, self._desk.turns
+        at_it = [link for link in fleet.links if not turns.is_idle(link.name)]
+        return all(link in fleet.reachable for link in at_it)
+
+    async def _yield_to_trainer(self) -> None:
+        """The engines sleep. One that cannot is started again: then the device is free as soon as it has ended."""
+        desk = self._desk
+        links = desk.fleet.of_state(EngineState.SERVING, EngineState.JOINING)
+        began = time.monotonic()
+        async with self._between_rollouts(links):
+            for link in links:
+                await self._put_to_sleep(link)
+        if links:
+            desk.teller.note({"turns/sleep_s": Mean(time.monotonic() - began)})
+        if desk.turns.asks(TRAINER) and desk.turns.is_free_for(TRAINER):  # it may have died meanwhile
+            await desk.turns.give(TRAINER)
+
+    async def _put_to_sleep(self, link: EngineLink) -> None:
+        """With adapters, weights are kept in host memory, as no publish brings them; else the next one brings all."""
+        desk, life = self._desk, link.starts
+        if link not in desk.fleet.reachable:
+            return  # it died meanwhile
+        desk.fleet.sleeps(link)
+        try:
+            keeps_weights = desk.config.model.lora is not None
+            await link.client.sleep(keeps_weights=keeps_weights, deadline_s=desk.config.sync.deadline_s)
+        except PalestraError as failure:
+            if link.starts == life:
+                desk.fleet.take_out(link, f"it was not put to sleep: {failure}")
+        else:
+            if link.starts == life:
+                desk.turns.over(link.name)
 
     async def _bring_newest(self) -> None:
         trainer, staged = self._desk.trainer, self._newest
@@ -79,6 +128,8 @@ class Publisher:
         if not links:
             return False
         starts = {link.name: link.starts for link in links}
+        for link in links:
+            self._desk.turns.begin(link.name)
         async with self._between_rollouts(links):
             report = await self._publish_to(staged, links, starts)
         held = [
@@ -143,7 +194,7 @@ class Publisher:
             print(f"{link.name} is taken out: {engine.failure}", file=sys.stderr)
             desk.fleet.take_out(link, engine.failure)
             return False
-        if link.state is EngineState.JOINING:
+        if link in desk.fleet.joining:
             desk.fleet.joined(link)
         if link.state is not EngineState.SERVING:
             return False  # it died meanwhile
@@ -155,6 +206,8 @@ class Publisher:
                 "publish/resume_s": Mean(engine.resume_s),
             }
         )
+        if engine.wake_s:
+            desk.teller.note({"turns/wake_s": Mean(engine.wake_s)})
         return True
 
     async def _require_logprobs(self, link: EngineLink, engine: EnginePublish, staged: Staged) -> EnginePublish:

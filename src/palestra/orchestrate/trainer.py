@@ -27,14 +27,22 @@ class Schedule:
 
 class TrainerLink:
     """Sends batches and keeps count. `catch_up` is the version that the trainer has once it trained all batches shipped
-    before this link; older versions are not published, and none below `published`, which engines had."""
+    before this link; older versions are not published, and none below `published`, which engines had. `restages`: what
+    engines hold is staged again by a trainer that took another's place, as it died with that one."""
 
     def __init__(
-        self, send: Callable[[ToTrainer], Awaitable[None]], schedule: Schedule, *, next_step: int, published: int = -1
+        self,
+        send: Callable[[ToTrainer], Awaitable[None]],
+        schedule: Schedule,
+        *,
+        next_step: int,
+        published: int = -1,
+        restages: bool = False,
     ):
         self._send, self.schedule = send, schedule
         self.catch_up = self._next_step = next_step
         self.published = published
+        self._restages = restages
         self.trained = -1  # version the trainer has; -1: not ready, or gone
         self.loaded = -1  # version the engines have
         self.is_finishing = False
@@ -74,7 +82,7 @@ class TrainerLink:
     async def _send_batch(self, step: int) -> None:
         version = step + 1
         is_due = version == self.catch_up or (version > self.catch_up and self.schedule.publishes(step))
-        publish = is_due and version > self.loaded
+        publish = is_due and (version > self.loaded or (self._restages and version == self.loaded))
         await self._send(TrainBatch(step=step, publish=publish, save=self.schedule.saves(step)))
 
     def is_outdated(self, version: int) -> bool:

@@ -2,8 +2,9 @@
 
 Consumes: messages of the orchestrator, batch files of the run directory.
 Produces: a policy version per batch, staged weights, checkpoints, and at the end the export.
-Waits for: the orchestrator's next message, that engines load a version where too many are staged, or that the files of
-a checkpoint are whole before the next one or the end; at most `train.batch_deadline_s` each.
+Waits for: the orchestrator's next message, that engines load a version where too many are staged, its turn where it
+shares the device, or that the files of a checkpoint are whole before the next one or the end; at most
+`train.batch_deadline_s` each.
 Woken by: that message, or by a checkpoint whose files are whole. Ends when: it is told to finish.
 With several ranks the first one talks and tells the others. An orchestrator that was replaced is told again what the
 one before may not have heard.
@@ -20,6 +21,7 @@ from palestra.config import RunConfig
 from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.process import life
 from palestra.core.spans import SpanLog
+from palestra.train.turns import OWN_DEVICE, OwnDevice, SharedDevice
 from palestra.wire.batches import Batch
 from palestra.wire.channel import BlockingCaller, Reconnected, Woken
 from palestra.wire.messages import (
@@ -34,6 +36,9 @@ from palestra.wire.messages import (
     TrainBatch,
     TrainerReady,
     TrainerSaved,
+    TurnAsked,
+    TurnGiven,
+    TurnOver,
     WarmedUp,
     WeightsLoaded,
     WeightsStaged,
@@ -53,28 +58,45 @@ def reinforce(
     from palestra.train.trainer import Trainer
 
     name = f"trainer-{ranks.rank}"
+    orchestrator = Orchestrator(config, attempt, ranks, ledger)
+    device = device_of(config, orchestrator, ledger)
     with closing(SpanLog(run.spans(name), name)) as spans:
-        trainer = Trainer(config, ranks, ledger)
-        if ranks.is_first:
-            tell(Ready(process="trainer"))
-        loop = _start(trainer, config, run, attempt, ledger, spans)
+        with device.taken():
+            trainer = Trainer(config, ranks, ledger)
+            device.keep(trainer.belongings())
+            if ranks.is_first:
+                tell(Ready(process="trainer"))
+            publisher = _make_publisher(trainer, config, run, attempt)
+            loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans, device)
+            _begin(loop, config)
+        orchestrator.tell(TrainerReady(version=trainer.version))
         ledger.switch("other")
         loop.serve()
 
 
-def _start(
-    trainer: "Trainer", config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, spans: SpanLog
-) -> "Loop":
+def device_of(config: RunConfig, orchestrator: "Orchestrator", ledger: Ledger) -> OwnDevice | SharedDevice:
+    return SharedDevice(orchestrator, ledger) if config.takes_turns else OWN_DEVICE
+
+
+def _begin(loop: "Loop", config: RunConfig) -> None:
     """Everything up to the first version: resume or warm up, stage."""
-    from palestra.train.publish import Publisher
     from palestra.train.supervise import warm_up
+
+    trainer, ledger, tell = loop.trainer, loop.ledger, loop.orchestrator.tell
+    if (version := version_to_load(loop.run, loop.attempt, life())) is not None:
+        trainer.resume(version, ledger)
+    else:
+        warm_up(trainer, config, ledger, lambda step, metrics: tell(WarmedUp(step=step, metrics=metrics)))
+    loop.stage()
+
+
+def _make_publisher(trainer: "Trainer", config: RunConfig, run: RunDir, attempt: Attempt) -> "Publisher":
+    from palestra.train.publish import Publisher
     from palestra.train.trainer import DTYPES
 
-    ranks = trainer.ranks
-    orchestrator = Orchestrator(config, attempt, ranks, ledger)
-    publisher = Publisher(
+    return Publisher(
         trainer.policy,
-        ranks=ranks,
+        ranks=trainer.ranks,
         directory=Path(attempt.staging),
         attempt=attempt.number,
         life=life(),
@@ -87,14 +109,6 @@ def _start(
         local=str(config.sync.local.resolve()) if config.sync.local else "",
         by_handle=config.sync.kind == "ipc",
     )
-    loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)
-    if (version := version_to_load(run, attempt, life())) is not None:
-        trainer.resume(version, ledger)
-    else:
-        warm_up(trainer, config, ledger, lambda step, metrics: orchestrator.tell(WarmedUp(step=step, metrics=metrics)))
-    loop.stage()
-    orchestrator.tell(TrainerReady(version=trainer.version))
-    return loop
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,7 @@ class Loop:
     attempt: Attempt
     ledger: Ledger
     spans: SpanLog
+    device: OwnDevice | SharedDevice = OWN_DEVICE
 
     def serve(self) -> None:
         """Until `Finish`: then export."""
@@ -117,7 +132,7 @@ class Loop:
             with suppress(Exception):
                 self.tell_saved()  # it counts, whatever ended the run
             raise
-        with self.spans.span("export"):
+        with self.device.taken(), self.spans.span("export"):
             directory = self.trainer.export(self.ledger)
         self.orchestrator.tell(Exported(directory=str(directory), ledgers=self._close_ledgers()))
 
@@ -129,7 +144,8 @@ class Loop:
                 case Woken():
                     self.tell_saved()
                 case TrainBatch():
-                    self._train(message)
+                    with self.device.taken():
+                        self._train(message)
         self.tell_saved()
 
     def _train(self, message: TrainBatch) -> None:
@@ -178,7 +194,9 @@ class Loop:
     def stage(self) -> None:
         """Stage the current version. What engines may be loading is never removed: where that leaves no room, wait."""
         while self.publisher.is_full:
-            self.publisher.loaded(self.orchestrator.next_loaded().version)
+            with self.device.left():
+                loaded = self.orchestrator.next_loaded()
+            self.publisher.loaded(loaded.version)
         with self.spans.span("stage", version=self.trainer.version):
             staged = self.publisher.stage(self.trainer.version, self.ledger)
         self.orchestrator.tell(WeightsStaged(staged=staged))
@@ -196,7 +214,8 @@ class Orchestrator:
         self._set_aside: deque[Order | Woken] = deque()
         self.staged: Staged | None = None
         self.saved: TrainerSaved | None = None
-        self._version = 0
+        self._version: int | None = None  # until it is ready
+        self._is_asking = False  # for its turn
         self._steps: deque[StepTrained] = deque(maxlen=2)
         self._caller: BlockingCaller[ToTrainer, FromTrainer] | None = None
         if ranks.is_first:
@@ -232,6 +251,10 @@ class Orchestrator:
 
     def next_loaded(self) -> WeightsLoaded:
         """Waits for the engines; everything else that is said meanwhile is heard later. Errors: DeadlineError."""
+        for known in self._set_aside:
+            if isinstance(known, WeightsLoaded):
+                self._set_aside.remove(known)
+                return known
         with self._ledger.spend("wait_for_load"):
             while not isinstance(
                 message := self._receive("engines to load one of the staged versions (train.batch_deadline_s)"),
@@ -240,7 +263,26 @@ class Orchestrator:
                 self._set_aside.append(message)
         return message
 
+    def take_turn(self) -> None:
+        """Waits until nobody else uses the device; all else that is said is heard later. Errors: DeadlineError."""
+        self._is_asking = True
+        self.tell(TurnAsked())
+        waiting_for = "its turn on the device: the engine to be put to sleep, or to end (train.batch_deadline_s)"
+        with self._ledger.spend("wait_for_turn"):
+            while not isinstance(message := self._hear_any(waiting_for), TurnGiven):
+                self._set_aside.append(message)
+        self._is_asking = False
+
+    def give_turn(self) -> None:
+        self.tell(TurnOver())
+
     def _receive(self, waiting_for: str) -> Order | Woken:
+        """A turn that was not asked for is of an orchestrator that is gone, and given back."""
+        while isinstance(message := self._hear_any(waiting_for), TurnGiven):
+            self.give_turn()
+        return message
+
+    def _hear_any(self, waiting_for: str) -> Order | Woken | TurnGiven:
         """All ranks hear everything, so that all of their deadlines begin anew with it."""
         while True:
             message = None if self._caller is None else self._hear(self._caller, waiting_for)
@@ -251,7 +293,9 @@ class Orchestrator:
 
     def _hear(self, caller: BlockingCaller[ToTrainer, FromTrainer], waiting_for: str) -> ToTrainer | Woken:
         while isinstance(message := caller.receive(deadline_s=self._deadline_s, waiting_for=waiting_for), Reconnected):
-            caller.send(
-                TrainerReady(version=self._version, staged=self.staged, saved=self.saved, steps=list(self._steps))
-            )
+            if self._version is not None:
+                steps = list(self._steps)
+                caller.send(TrainerReady(version=self._version, staged=self.staged, saved=self.saved, steps=steps))
+            if self._is_asking:
+                caller.send(TurnAsked())
         return message

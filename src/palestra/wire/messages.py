@@ -162,8 +162,24 @@ class StillEvaluating(Struct, frozen=True, kw_only=True, tag=True):
     """The orchestrator is at work, although no batch and no word of weights comes: its deadline begins anew."""
 
 
+class TurnGiven(Struct, frozen=True, kw_only=True, tag=True):
+    """The device that engine and trainer share is the receiver's: the trainer's until it says `TurnOver`, an engine's
+    until it is put to sleep, either's until it ends."""
+
+
 Order = TrainBatch | WeightsLoaded | Finish
-ToTrainer = Order | StillEvaluating
+ToTrainer = Order | StillEvaluating | TurnGiven
+
+
+# --- trainer or engine, before it begins -> orchestrator
+
+
+class TurnAsked(Struct, frozen=True, kw_only=True, tag=True):
+    """The sender shares its device, uses nothing of it, and waits for `TurnGiven`."""
+
+
+class TurnOver(Struct, frozen=True, kw_only=True, tag=True):
+    """The trainer has left the device to others."""
 
 
 # --- trainer -> orchestrator
@@ -212,7 +228,17 @@ class Exported(Struct, frozen=True, kw_only=True, tag=True):
     ledgers: list[LedgerEntry]
 
 
-FromTrainer = TrainerReady | WarmedUp | StepTrained | WeightsStaged | TrainerSaved | Exported | LedgerClosed
+FromTrainer = (
+    TrainerReady
+    | WarmedUp
+    | StepTrained
+    | WeightsStaged
+    | TrainerSaved
+    | Exported
+    | LedgerClosed
+    | TurnAsked
+    | TurnOver
+)
 
 
 # --- any process -> supervisor

@@ -82,6 +82,7 @@ class EngineClient:
         self.serving: int | None = None  # the last version published to it by this client
         self.adapter: str | None = None  # the name under which it has the policy, if that is an adapter to its model
         self._home: str | None = None  # where it reads that adapter
+        self.is_asleep = False  # put to sleep by this client, and not all awake
         self._call_s = call_s
         self._connections = transport or Connections(keepalive_s=_KEEPALIVE_S)
 
@@ -97,6 +98,7 @@ class EngineClient:
     def forget(self) -> None:
         """Another process answers at the address from now on: it has no weights of this run."""
         self.cache_salt, self.serving, self.adapter, self._home = "unpublished", None, None, None
+        self.is_asleep = False
 
     async def generate(
         self,
@@ -223,6 +225,22 @@ class EngineClient:
 
     async def resume(self, *, deadline_s: float | None = None) -> None:
         await self._call("/resume", deadline_s=deadline_s, repeatable=True)
+
+    async def sleep(self, *, keeps_weights: bool, deadline_s: float | None = None) -> None:
+        """Leave the device: running requests are aborted, the KV cache is gone, and so are the weights, unless they are
+        kept in host memory. Requests that come meanwhile wait."""
+        params = {"level": "1" if keeps_weights else "2", "mode": "abort"}
+        self.is_asleep = True
+        await self._call("/sleep", params=params, deadline_s=deadline_s)
+
+    async def wake_weights(self, *, deadline_s: float | None = None) -> None:
+        """Memory for weights is there again, with nothing in it unless they were kept."""
+        await self._call("/wake_up", params={"tags": "weights"}, deadline_s=deadline_s)
+
+    async def wake_cache(self, *, deadline_s: float | None = None) -> None:
+        """The last part: from here on it samples."""
+        await self._call("/wake_up", params={"tags": "kv_cache"}, deadline_s=deadline_s)
+        self.is_asleep = False
 
     async def update_adapter(self, directory: str, version: int, *, deadline_s: float | None = None) -> None:
         """`update` for an adapter: the version goes to the directory from which the engine reads its adapter.

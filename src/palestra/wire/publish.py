@@ -1,7 +1,8 @@
 """Publish: bring a staged version into every engine, and prove that it arrived.
 
-An engine is paused (its requests freeze), loads and checks, is resumed, and then scores the probe. It counts as
-published only if the scores are the trainer's under the new version and not those under the version before.
+An engine is paused (its requests freeze), loads and checks, is resumed, and then scores the probe. One that sleeps is
+woken around the load: memory for weights before it, for its cache after it. It counts as published only if the scores
+are the trainer's under the new version and not those under the version before.
 """
 
 import asyncio
@@ -42,6 +43,7 @@ class EnginePublish(Struct, frozen=True, kw_only=True):
     pause_s: float = 0.0
     load_s: float = 0.0
     resume_s: float = 0.0
+    wake_s: float = 0.0  # of one that slept
     probe_s: float = 0.0
     stopped_s: float = 0.0
     gap: ProbeGap | None = None
@@ -146,8 +148,13 @@ async def _load_and_probe(
     began = time.monotonic()
     engine.cache_salt = f"until v{staged.version}"  # of what is still prefilled under the weights before
     progress.watch(engine, True)
-    async with progress.timed("pause_s"):
-        await engine.pause(clear_cache=clear_cache, deadline_s=deadline_s)
+    sleeps = engine.is_asleep
+    if sleeps:
+        async with progress.timed("wake_s"):
+            await engine.wake_weights(deadline_s=deadline_s)
+    else:
+        async with progress.timed("pause_s"):
+            await engine.pause(clear_cache=clear_cache, deadline_s=deadline_s)
     engine.cache_salt = f"v{staged.version}"
     async with progress.timed("load_s"):
         await engine.start_update(deadline_s=deadline_s)
@@ -159,6 +166,9 @@ async def _load_and_probe(
         if staged.is_adapter:
             await engine.load_adapter(deadline_s=deadline_s)
         await _require_label(engine, staged.version)
+    if sleeps:
+        async with progress.timed("wake_s"):
+            await engine.wake_cache(deadline_s=deadline_s)
     async with progress.timed("resume_s"):
         await engine.resume(deadline_s=deadline_s)
     progress.watch(engine, False)
@@ -234,4 +244,4 @@ class _Progress:
         try:
             yield
         finally:
-            self.set(**{name: time.monotonic() - began})
+            self._fields[name] = float(self._fields.get(name) or 0.0) + time.monotonic() - began  # type: ignore[arg-type]

@@ -119,6 +119,25 @@ def test_weights_stay_on_a_gpu_only_where_there_is_one(recipe: Path, override: s
     assert words in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.shard=2"], "set train.shard x train.replicate x train.context_parallel to 1"),
+        (["engine.replicas=2", "sync.every=2", "algo.max_age=4"], "set engine.replicas, sync.every to 1"),
+        (["engine.tensor_parallel=2"], "set engine.tensor_parallel to 1"),
+        (["algo.reference={path='org/other', weight=0.1}"], "no turn for the engine of algo.reference"),
+    ],
+)
+def test_turns_are_for_one_of_each(recipe: Path, overrides: list[str], said: str):
+    assert load(recipe, overrides)
+    with pytest.raises(UserError, match=said):
+        load(recipe, [*overrides, "launch.turns=true"])
+    assert load(recipe, ["launch.turns=true"]).config.takes_turns
+    assert load(recipe, ["launch.turns=true", "sync.kind=ipc"]).config.takes_turns
+    supervised = load(recipe, ["launch.turns=true", "env.mix=[]", "data.sources=[{path='rows.jsonl'}]"]).config
+    assert not supervised.takes_turns, "there is no engine to take turns with"
+
+
 @pytest.mark.parametrize("override", ["sync.kind=ipc", "sync.difference=true", "sync.local=/tmp/x"])
 def test_adapters_go_by_files(recipe: Path, override: str):
     assert load(recipe, ["model.lora.rank=8"]).config.model.lora == Lora(rank=8)
