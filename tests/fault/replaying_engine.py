@@ -98,6 +98,7 @@ class Engine:
         self.running: list[Choice] = []
         self._may_run = asyncio.Event()
         self.sampled_tokens = self.prompt_tokens = 0
+        self.met: list[dict[str, Any]] = []  # whoever sends
 
     async def run(self) -> None:
         """Continuous batching: one token of every running request per step."""
@@ -326,11 +327,17 @@ def application(engine: Engine) -> Starlette:
     gets = {"/health": health, "/weight_info": info, "/metrics": metrics}
     routes = [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
     routes += [Route(path, answer, methods=["GET"]) for path, answer in gets.items()]
-    routes += _sleep_routes(engine)
+    routes += _seldom_asked(engine)
     return Starlette(routes=routes, exception_handlers={RefusedRequest: _refused, InfrastructureError: _failed})
 
 
-def _sleep_routes(engine: Engine) -> list[Route]:
+def _seldom_asked(engine: Engine) -> list[Route]:
+    """For turns, and for versions that are sent."""
+
+    async def meet(request: Request) -> Response:
+        engine.met.append((await request.json())["init_info"])
+        return JSONResponse({"message": "Weight transfer initialized"})
+
     async def sleep(request: Request) -> Response:
         level = int(request.query_params.get("level", "1"))
         engine.sleep(level)
@@ -345,6 +352,7 @@ def _sleep_routes(engine: Engine) -> list[Route]:
         return JSONResponse({"is_sleeping": engine.is_sleeping})
 
     return [
+        Route("/init_weight_transfer_engine", meet, methods=["POST"]),
         Route("/sleep", sleep, methods=["POST"]),
         Route("/wake_up", wake_up, methods=["POST"]),
         Route("/is_sleeping", is_sleeping, methods=["GET"]),

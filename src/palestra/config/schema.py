@@ -344,9 +344,10 @@ class Engine(Section):
 
 
 class Sync(Section):
-    """How new weights reach the engines."""
+    """How new weights reach the engines: as files; `ipc`, where trainer and engine are on one GPU; `nccl`, sent from
+    the trainer's GPUs to the engines'."""
 
-    kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"  # ipc: trainer and engine on one GPU
+    kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"
     kv: Literal["keep", "recompute"] = "keep"
     wait: bool = False  # rollouts that run end before a load, none starts meanwhile; otherwise they go on across it
     at_once: PositiveInt = 1
@@ -361,14 +362,18 @@ class Sync(Section):
 
     @model_validator(mode="after")
     def _is_built(self) -> Self:
-        if self.kind not in ("files", "ipc"):
+        if self.kind in ("nccl_m2n", "sparse_nccl"):
             raise ValueError(
-                f"sync.kind={self.kind} is not built: the trainer would have to send while engines receive; use files, "
-                "with sync.difference where few weights change, or ipc on one GPU"
+                f"sync.kind={self.kind} is not built; use nccl, or files with sync.difference where few weights change"
             )
-        if self.kind == "ipc" and (self.difference or self.local is not None):
-            raise ValueError("sync.kind=ipc copies nothing: leave sync.difference and sync.local out")
+        if self.kind != "files" and (self.difference or self.local is not None):
+            raise ValueError(f"sync.kind={self.kind} writes no files: leave sync.difference and sync.local out")
         return self
+
+    @property
+    def is_sent(self) -> bool:
+        """Versions go from the trainer's memory to engines that wait for them."""
+        return self.kind == "nccl"
 
 
 class Endpoint(Section):
@@ -689,6 +694,14 @@ class RunConfig(Section):
             )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sent(self) -> Self:
+        if self.sync.is_sent and self.engine.device == "cpu":
+            raise ValueError(f"sync.kind={self.sync.kind} sends between GPUs, not to engine.device=cpu; use files")
+        if self.sync.is_sent and self.log.keep_weights:
+            raise ValueError(f"log.keep_weights needs staged versions, sync.kind={self.sync.kind} has none; use files")
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,7 @@ from palestra.orchestrate.workers import Deadlines, WorkerPool
 from palestra.wire.channel import Listener
 from palestra.wire.messages import (
     Done,
+    EnginesAsked,
     Exported,
     FromTrainer,
     FromWorker,
@@ -58,6 +59,7 @@ from palestra.wire.messages import (
     TurnAsked,
     TurnOver,
     WarmedUp,
+    WeightsSent,
     WeightsStaged,
 )
 from palestra.wire.policy import EngineClient
@@ -296,6 +298,10 @@ class Loop:
                     self.desk.changed.tell()
                 case TrainerReady() | WarmedUp() | StepTrained() | WeightsStaged() | TrainerSaved() | Exported():
                     await self._from_trainer(message)
+                case EnginesAsked():
+                    self._publisher.engines_asked(message)
+                case WeightsSent():
+                    self._publisher.sent(message)
                 case TurnAsked():
                     self.desk.turns.asked(peer)
                     self.desk.changed.tell()

@@ -3,7 +3,15 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from palestra.wire.messages import Finish, StillEvaluating, ToTrainer, TrainBatch, WeightsLoaded
+from palestra.wire.messages import (
+    Finish,
+    SendWeights,
+    StageFiles,
+    StillEvaluating,
+    ToTrainer,
+    TrainBatch,
+    WeightsLoaded,
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,13 @@ class TrainerLink:
     async def discard(self, version: int) -> None:
         """A staged version that need not be published: a newer one follows."""
         await self._send(WeightsLoaded(version=version))
+
+    async def send_weights(self, version: int, *, num_workers: int, is_new_group: bool) -> None:
+        await self._send(SendWeights(version=version, num_workers=num_workers, is_new_group=is_new_group))
+
+    async def stage_files(self) -> None:
+        """For engines that missed what was sent."""
+        await self._send(StageFiles())
 
     async def still_evaluating(self) -> None:
         if self.trained >= 0:

@@ -10,14 +10,16 @@ With several ranks the first one talks and tells the others. An orchestrator tha
 one before may not have heard.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from palestra.config import RunConfig
+from palestra.core.errors import InfrastructureError
 from palestra.core.ledger import Ledger, LedgerEntry
 from palestra.core.process import life
 from palestra.core.spans import SpanLog
@@ -25,11 +27,14 @@ from palestra.train.turns import OWN_DEVICE, OwnDevice, SharedDevice
 from palestra.wire.batches import Batch
 from palestra.wire.channel import BlockingCaller, Reconnected, Woken
 from palestra.wire.messages import (
+    EnginesAsked,
     Exported,
     Finish,
     FromTrainer,
     Order,
     Ready,
+    SendWeights,
+    StageFiles,
     StepTrained,
     StillEvaluating,
     ToTrainer,
@@ -41,6 +46,7 @@ from palestra.wire.messages import (
     TurnOver,
     WarmedUp,
     WeightsLoaded,
+    WeightsSent,
     WeightsStaged,
 )
 from palestra.wire.rundir import Attempt, RunDir, version_to_load
@@ -67,7 +73,7 @@ def reinforce(
             if ranks.is_first:
                 tell(Ready(process="trainer"))
             publisher = _make_publisher(trainer, config, run, attempt)
-            loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans, device)
+            loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans, device, config.sync.deadline_s)
             _begin(loop, config)
         orchestrator.tell(TrainerReady(version=trainer.version))
         ledger.switch("other")
@@ -108,6 +114,7 @@ def _make_publisher(trainer: "Trainer", config: RunConfig, run: RunDir, attempt:
         full_every=config.sync.full_every if config.sync.difference else 1,
         local=str(config.sync.local.resolve()) if config.sync.local else "",
         by_handle=config.sync.kind == "ipc",
+        send_from=config.launch.host if config.sync.is_sent else None,
     )
 
 
@@ -123,6 +130,7 @@ class Loop:
     ledger: Ledger
     spans: SpanLog
     device: OwnDevice | SharedDevice = OWN_DEVICE
+    send_s: float = 300  # sync.deadline_s
 
     def serve(self) -> None:
         """Until `Finish`: then export."""
@@ -143,6 +151,10 @@ class Loop:
                     self.publisher.loaded(message.version)
                 case Woken():
                     self.tell_saved()
+                case SendWeights():
+                    self._send(message)
+                case StageFiles():
+                    self._stage_files()
                 case TrainBatch():
                     with self.device.taken():
                         self._train(message)
@@ -200,6 +212,46 @@ class Loop:
         with self.spans.span("stage", version=self.trainer.version):
             staged = self.publisher.stage(self.trainer.version, self.ledger)
         self.orchestrator.tell(WeightsStaged(staged=staged))
+        if staged.is_sent:
+            self._see_off(staged.version)
+
+    def _see_off(self, version: int) -> None:
+        """What is to be sent lies in the weights themselves: no step before engines have it, or do not want it."""
+        while True:
+            match self.orchestrator.next_of_weights():
+                case SendWeights() as order if self._send(order):
+                    return
+                case StageFiles():
+                    self._stage_files()
+                    return
+                case WeightsLoaded(version=loaded) as message if loaded >= version:
+                    self.publisher.loaded(message.version)
+                    return
+
+    def _send(self, order: SendWeights) -> bool:
+        """Whether it was. One that failed may be told again, to others."""
+        if order.version != self.trainer.version:
+            error = f"the trainer has version {self.trainer.version}"
+            self.orchestrator.tell(WeightsSent(version=order.version, error=error))
+            return False
+        began, error = time.monotonic(), ""
+        with self.ledger.spend("send"), self.spans.span("send", version=order.version):
+            try:
+                self.publisher.sender.send(
+                    lambda what, info: self.orchestrator.tell(EnginesAsked(what=what, info=info)),
+                    num_workers=order.num_workers,
+                    is_new_group=order.is_new_group,
+                    deadline_s=self.send_s,
+                )
+            except InfrastructureError as failure:
+                error = str(failure)
+        self.orchestrator.tell(WeightsSent(version=order.version, send_s=time.monotonic() - began, error=error))
+        return not error
+
+    def _stage_files(self) -> None:
+        with self.spans.span("stage", version=self.trainer.version):
+            staged = self.publisher.stage(self.trainer.version, self.ledger, as_files=True)
+        self.orchestrator.tell(WeightsStaged(staged=staged))
 
 
 class Orchestrator:
@@ -211,6 +263,7 @@ class Orchestrator:
 
     def __init__(self, config: RunConfig, attempt: Attempt, ranks: "Ranks", ledger: Ledger):
         self._ranks, self._ledger, self._deadline_s = ranks, ledger, config.train.batch_deadline_s
+        self._healthy_s = config.engine.healthy_s
         self._set_aside: deque[Order | Woken] = deque()
         self.staged: Staged | None = None
         self.saved: TrainerSaved | None = None
@@ -251,15 +304,20 @@ class Orchestrator:
 
     def next_loaded(self) -> WeightsLoaded:
         """Waits for the engines; everything else that is said meanwhile is heard later. Errors: DeadlineError."""
+        return self._next_of(WeightsLoaded, "engines to load one of the staged versions (train.batch_deadline_s)")
+
+    def next_of_weights(self) -> WeightsLoaded | SendWeights | StageFiles:
+        """As `next_loaded`, of a version that engines are sent."""
+        kinds = (WeightsLoaded, SendWeights, StageFiles)
+        return self._next_of(kinds, "engines to be ready for a version (train.batch_deadline_s)")
+
+    def _next_of(self, kinds: Any, waiting_for: str) -> Any:
         for known in self._set_aside:
-            if isinstance(known, WeightsLoaded):
+            if isinstance(known, kinds):
                 self._set_aside.remove(known)
                 return known
         with self._ledger.spend("wait_for_load"):
-            while not isinstance(
-                message := self._receive("engines to load one of the staged versions (train.batch_deadline_s)"),
-                WeightsLoaded,
-            ):
+            while not isinstance(message := self._receive(waiting_for), kinds):
                 self._set_aside.append(message)
         return message
 
@@ -267,7 +325,9 @@ class Orchestrator:
         """Waits until nobody else uses the device; all else that is said is heard later. Errors: DeadlineError."""
         self._is_asking = True
         self.tell(TurnAsked())
-        waiting_for = "its turn on the device: the engine to be put to sleep, or to end (train.batch_deadline_s)"
+        waiting_for = (
+            "its turn on the device: the engine to sleep, or to end (engine.healthy_s, train.batch_deadline_s)"
+        )
         with self._ledger.spend("wait_for_turn"):
             while not isinstance(message := self._hear_any(waiting_for), TurnGiven):
                 self._set_aside.append(message)
@@ -292,7 +352,8 @@ class Orchestrator:
                 return message
 
     def _hear(self, caller: BlockingCaller[ToTrainer, FromTrainer], waiting_for: str) -> ToTrainer | Woken:
-        while isinstance(message := caller.receive(deadline_s=self._deadline_s, waiting_for=waiting_for), Reconnected):
+        deadline_s = self._deadline_s + (self._healthy_s if self._is_asking else 0)  # an engine may be starting
+        while isinstance(message := caller.receive(deadline_s=deadline_s, waiting_for=waiting_for), Reconnected):
             if self._version is not None:
                 steps = list(self._steps)
                 caller.send(TrainerReady(version=self._version, staged=self.staged, saved=self.saved, steps=steps))

@@ -1,6 +1,6 @@
 """Messages between our processes. One direction of one boundary is one union; frames carry the run's attempt."""
 
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -167,7 +167,20 @@ class TurnGiven(Struct, frozen=True, kw_only=True, tag=True):
     until it is put to sleep, either's until it ends."""
 
 
-Order = TrainBatch | WeightsLoaded | Finish
+class SendWeights(Struct, frozen=True, kw_only=True, tag=True):
+    """Engines are stopped and wait for `version`: send it to their `num_workers` workers now. `is_new_group`: they are
+    others than those of the last send, or of another life."""
+
+    version: int
+    num_workers: int
+    is_new_group: bool
+
+
+class StageFiles(Struct, frozen=True, kw_only=True, tag=True):
+    """Engines wait that missed what was sent: stage the version that there is as files."""
+
+
+Order = TrainBatch | WeightsLoaded | Finish | SendWeights | StageFiles
 ToTrainer = Order | StillEvaluating | TurnGiven
 
 
@@ -204,6 +217,21 @@ class WeightsStaged(Struct, frozen=True, kw_only=True, tag=True):
     staged: Staged
 
 
+class EnginesAsked(Struct, frozen=True, kw_only=True, tag=True):
+    """What vLLM's trainer side says to engines that it sends a version: `init` how to meet, `update` what comes."""
+
+    what: Literal["init", "update"]
+    info: dict[str, Any]
+
+
+class WeightsSent(Struct, frozen=True, kw_only=True, tag=True):
+    """The trainer has sent `version`, in `send_s`, or tells why it could not."""
+
+    version: int
+    send_s: float = 0.0
+    error: str = ""
+
+
 class TrainerSaved(Struct, frozen=True, kw_only=True, tag=True):
     """The trainer's part of the checkpoint of `version` is complete in `directory`."""
 
@@ -238,6 +266,8 @@ FromTrainer = (
     | LedgerClosed
     | TurnAsked
     | TurnOver
+    | EnginesAsked
+    | WeightsSent
 )
 
 

@@ -276,6 +276,14 @@ class EngineClient:
         body = {"update_info": {**where, "version": version}}
         await self._call("/update_weights", body, deadline_s=deadline_s)
 
+    async def init_transfer(self, info: dict[str, Any], *, deadline_s: float | None = None) -> None:
+        """Meet whoever sends versions, as `info` says; ends when both have met."""
+        await self._call("/init_weight_transfer_engine", {"init_info": info}, deadline_s=deadline_s)
+
+    async def update_by_transfer(self, info: dict[str, Any], *, deadline_s: float | None = None) -> None:
+        """Receive the version that is sent meanwhile. Errors: EngineError naming what is wrong."""
+        await self._call("/update_weights", {"update_info": info}, deadline_s=deadline_s)
+
     async def abandon_update(self, *, deadline_s: float | None = None) -> None:
         """End an update that somebody began and did not finish: a load that fails ends its update. Pause it first, and
         publish a version before it goes on; until then the engine holds a mixture."""

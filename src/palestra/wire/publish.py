@@ -8,15 +8,16 @@ are the trainer's under the new version and not those under the version before.
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Literal, TypedDict
 
 from msgspec import Struct
 
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, PalestraError, PublishError
 from palestra.wire.policy import EngineClient, EngineError, UnreachableError
+from palestra.wire.sending import Sending
 from palestra.wire.weights.manifest import Probe, Staged
 
 Kv = Literal["keep", "recompute"]
@@ -96,20 +97,34 @@ async def publish(
     tolerance: float,
     deadline_s: float,
     watch: Watch = lambda engine, is_stopped: None,
+    sending: Sending | None = None,
 ) -> PublishReport:
-    """Publish to `at_once` engines at a time; each has `deadline_s`.
+    """Publish to `at_once` engines at a time; each has `deadline_s`. With `sending` the version comes from there, and
+    to all engines at once.
 
     The first publish to an engine gives its tokens their first version label; until then its replies are refused.
     `kv="keep"` leaves old keys and values in place for running requests: requests must carry the client's
     `cache_salt`. An engine that fails stays paused.
     Errors: NoEngineLeft with the numbers, if no engine holds the version afterwards.
     """
-    slots, began = asyncio.Semaphore(at_once), time.monotonic()
+    slots, began = asyncio.Semaphore(at_once if sending is None else len(engines)), time.monotonic()
+
+    async def load(engine: EngineClient) -> None:
+        if sending is not None:
+            await sending.into(engine, deadline_s=deadline_s)
+        elif staged.is_adapter:
+            await engine.update_adapter(staged.directory, staged.version, deadline_s=deadline_s)
+        else:
+            await engine.update(staged.directory, staged.version, local=staged.local, deadline_s=deadline_s)
 
     async def one(engine: EngineClient) -> EnginePublish:
         async with slots:
             progress = _Progress(engine, watch)
-            return await _publish_to(engine, staged, progress, kv=kv, tolerance=tolerance, deadline_s=deadline_s)
+            options: _Options = {"clear_cache": kv == "recompute", "load": load, "deadline_s": deadline_s}
+            published = await _publish_to(engine, staged, progress, options, tolerance=tolerance)
+            if sending is not None and not published.ok:
+                await sending.leave(engine)
+            return published
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(engine)) for engine in engines]
@@ -121,11 +136,18 @@ async def publish(
     return report
 
 
+class _Options(TypedDict):
+    clear_cache: bool
+    load: Callable[[EngineClient], Awaitable[None]]
+    deadline_s: float
+
+
 async def _publish_to(
-    engine: EngineClient, staged: Staged, progress: "_Progress", *, kv: Kv, tolerance: float, deadline_s: float
+    engine: EngineClient, staged: Staged, progress: "_Progress", options: _Options, *, tolerance: float
 ) -> EnginePublish:
+    deadline_s = options["deadline_s"]
     try:
-        work = _load_and_probe(engine, staged, progress, clear_cache=kv == "recompute", deadline_s=deadline_s)
+        work = _load_and_probe(engine, staged, progress, **options)
         await within(deadline_s, work, waiting_for=f"the publish of version {staged.version} to {engine.url}")
         require_arrived(progress.result.gap, tolerance)
     except PalestraError as error:
@@ -143,7 +165,13 @@ async def is_lost(engine: EngineClient, error: Exception) -> bool:
 
 
 async def _load_and_probe(
-    engine: EngineClient, staged: Staged, progress: "_Progress", *, clear_cache: bool, deadline_s: float
+    engine: EngineClient,
+    staged: Staged,
+    progress: "_Progress",
+    *,
+    clear_cache: bool,
+    load: Callable[[EngineClient], Awaitable[None]],
+    deadline_s: float,
 ) -> None:
     began = time.monotonic()
     engine.cache_salt = f"until v{staged.version}"  # of what is still prefilled under the weights before
@@ -158,10 +186,7 @@ async def _load_and_probe(
     engine.cache_salt = f"v{staged.version}"
     async with progress.timed("load_s"):
         await engine.start_update(deadline_s=deadline_s)
-        if staged.is_adapter:
-            await engine.update_adapter(staged.directory, staged.version, deadline_s=deadline_s)
-        else:
-            await engine.update(staged.directory, staged.version, local=staged.local, deadline_s=deadline_s)
+        await load(engine)
         await engine.finish(staged.version, deadline_s=deadline_s)
         if staged.is_adapter:
             await engine.load_adapter(deadline_s=deadline_s)
