@@ -112,11 +112,7 @@ class Loop:
                 published=journal.state.published,
                 restages=config.sync.kind == "ipc",
             ),
-            turns=Turns(
-                [TRAINER, *(link.name for link in fleet.links)] if config.takes_turns else [],
-                self._send,
-                is_inherited=life > 0,
-            ),
+            turns=self._make_turns(config, fleet),
             teller=Teller(run, attempt, selector),
             frozen=FrozenModels(
                 make_frozen(config, attempt, make_client, ledgers),
@@ -135,6 +131,10 @@ class Loop:
         self._starting: set[asyncio.Task[None]] = set()  # engines that are waited for while the run goes on
         self._gone: set[str] = set()  # workers that said their last word, or died before it
         self._lives: dict[str, int] = {}  # of the processes that had more than one
+
+    def _make_turns(self, config: RunConfig, fleet: Fleet) -> Turns:
+        sharing = [TRAINER, *(link.name for link in fleet.links)] if config.takes_turns else []
+        return Turns(sharing, self._send, is_inherited=self._life > 0)
 
     def _make_pool(self, config: RunConfig, journal: Journal, tasks: asyncio.TaskGroup) -> WorkerPool:
         env = config.env

@@ -17,7 +17,7 @@ from msgspec import Struct
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, PalestraError, PublishError
 from palestra.wire.policy import EngineClient, EngineError, UnreachableError
-from palestra.wire.sending import Sending
+from palestra.wire.sending import NotSentError, Sending
 from palestra.wire.weights.manifest import Probe, Staged
 
 Kv = Literal["keep", "recompute"]
@@ -157,11 +157,11 @@ async def _publish_to(
 
 
 async def is_lost(engine: EngineClient, error: Exception) -> bool:
-    """Whether it is not there, so that the error says nothing of what it holds. A server outlives its engine for a
-    moment, in which it answers every request with an error."""
+    """Whether it, or who sends to it, is not there, so that the error says nothing of what it holds. A server outlives
+    its engine for a moment, in which it answers every request with an error."""
     if isinstance(error, EngineError):
         return not await engine.is_healthy()
-    return isinstance(error, UnreachableError | DeadlineError)
+    return isinstance(error, UnreachableError | DeadlineError | NotSentError)
 
 
 async def _load_and_probe(

@@ -18,6 +18,10 @@ Begin = Callable[[Sequence[EngineClient]], Awaitable[bool]]
 """Tells the trainer to send to these engines; whether they must meet first."""
 
 
+class NotSentError(PublishError):
+    """The trainer could not send: this says nothing of the engines."""
+
+
 class Sending:
     """`width`: workers of an engine."""
 
@@ -32,7 +36,7 @@ class Sending:
     async def into(self, engine: EngineClient, *, deadline_s: float) -> None:
         """Everything between the start of its update and the end. Whoever calls has a deadline for all of it.
 
-        Errors: PublishError, if the trainer could not send; what the engine answers.
+        Errors: NotSentError, if the trainer could not send; what the engine answers.
         """
         self._here.append(engine)
         await self._begin_if_all_are_here()
@@ -70,5 +74,5 @@ class Sending:
     async def _heard(self, what: str) -> dict[str, Any]:
         await self._events[what].wait()
         if self._error:
-            raise PublishError(f"the trainer could not send the version: {self._error}")
+            raise NotSentError(f"the trainer could not send the version: {self._error}")
         return self._said.get(what, {})
