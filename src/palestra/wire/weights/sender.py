@@ -52,6 +52,7 @@ class Sender:
         work = threading.Thread(target=self._work, args=(told, num_workers, is_new_group), daemon=True)
         ends_at = time.monotonic() + deadline_s
         work.start()
+        thing: Any
         while True:
             try:
                 what, thing = told.get(timeout=max(0.0, ends_at - time.monotonic()))
