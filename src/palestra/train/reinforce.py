@@ -245,6 +245,7 @@ class Loop:
                 )
             except InfrastructureError as failure:
                 error = str(failure)
+        error = self.trainer.ranks.from_first(error)  # who sends knows; all go on alike
         self.orchestrator.tell(WeightsSent(version=order.version, send_s=time.monotonic() - began, error=error))
         return not error
 
