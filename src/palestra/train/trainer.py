@@ -18,6 +18,7 @@ from palestra.model.load import load_policy
 from palestra.model.policy import Policy
 from palestra.model.recompute import Activations
 from palestra.train.background import Written
+from palestra.train.belongings import Belongings, state_of
 from palestra.train.checkpoint import Checkpoints, TrainerState
 from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
 from palestra.train.packs import plan_step
@@ -144,6 +145,11 @@ class Trainer:
             state = self._checkpoints.load(self._checkpoint(version), self.policy, self._optimizer)
         self.version = self.saved_version = state.version
         return state.data
+
+    def belongings(self) -> Belongings:
+        """What is on the device between two steps, for a trainer that does not have it for itself."""
+        share = self._config.engine.gpu_share
+        return Belongings(lambda: state_of(self.policy, self._optimizer), self.ranks.device, engine_share=share)
 
     def export(self, ledger: Ledger) -> Path:
         """The weights in Hugging Face layout, for transformers and vLLM."""
