@@ -12,9 +12,7 @@ from torch import Tensor
 from palestra.core.errors import InfrastructureError
 from palestra.model.context import WHOLE, Context
 from palestra.model.documents import Documents, documents_of
-from palestra.wire.batches import Batch
-
-COMPONENTS = ("rl", "ce", "ref")
+from palestra.wire.batches import COMPONENTS, Batch
 
 
 @dataclass(frozen=True)
