@@ -34,6 +34,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.create_server(place[:2], family=family, backlog=128)
     except OSError as error:
         raise UserError(f"--host {host} --port {port} cannot be listened at: {error}; name another") from None
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted connections have it too
     with listener:
         yield listener
 

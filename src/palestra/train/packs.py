@@ -116,6 +116,22 @@ def _pack(batch: Batch, index: int, device: torch.device | str, context: Context
     )
 
 
+def samples_of(batch: Batch, rank: int, num_ranks: int) -> list[int]:
+    """Of all packs of `rank`, in the order in which they are trained."""
+    per_rank = batch.num_packs // num_ranks
+    packs = range(rank * per_rank, (rank + 1) * per_rank)
+    return [sample for index in packs for sample in np.flatnonzero(batch.pack == index).tolist()]
+
+
+def split(batch: Batch, samples: list[int], logprobs: list[Tensor]) -> list[np.ndarray]:
+    """What each of these samples has of the packs' log-probabilities, which are of trained tokens alone."""
+    trained_N = np.any([getattr(batch, f"{name}_weight") != 0 for name in COMPONENTS], axis=0)
+    offsets = batch.offsets
+    num = [int(trained_N[offsets[sample] : offsets[sample + 1]].sum()) for sample in samples]
+    joined = torch.cat([of_pack.reshape(-1) for of_pack in logprobs]).float().cpu().numpy()
+    return np.split(joined, np.cumsum(num))[:-1]
+
+
 def _empty_pack(device: torch.device | str, context: Context) -> Pack:
     """Two tokens, none of them trained: a rank without work still takes part in every collective."""
     nothing, no_index = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device)

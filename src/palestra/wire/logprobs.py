@@ -31,6 +31,11 @@ class LogprobFiles:
         data = [_MAGIC, len(header).to_bytes(4, "little"), header, table.tobytes(), values.tobytes()]
         return write_atomically(self._path(step, rank), b"".join(data))
 
+    def discard_before(self, step: int) -> None:
+        for path in self.directory.glob("*.logprobs"):
+            if int(path.name.partition("-")[0]) < step:
+                path.unlink(missing_ok=True)
+
     def read(self, step: int, samples: Sequence[int]) -> dict[int, np.ndarray]:
         """By sample, of those that were kept; a file that cannot be read has none."""
         found: dict[int, np.ndarray] = {}
