@@ -4,9 +4,9 @@
     python benchmarks/viewer.py measure DIRECTORY
 
 `make` writes DIRECTORY/synthetic: config, metrics, ledger, spans, restarts, curriculum, rollouts of every step, and the
-batches of the last `--batches` steps. `measure` starts `palestra view DIRECTORY`, once without an index and once with the
-one that it left, and tells seconds from the start of the process to an answer, memory at its highest (VmHWM), and the
-seconds of each kind of page, in HTML, asked for the first time.
+batches of the last `--batches` steps. `measure` starts `palestra view DIRECTORY`, once without an index and once with
+the one that it left, and tells seconds from the start of the process to an answer, memory at its highest (VmHWM), and
+the milliseconds of each kind of page, in HTML, asked for the first time and at best of four more times.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Filters, orders and pages equal a look at every line of the same files."""
 
 import random
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -90,15 +91,15 @@ def test_pages_are_a_scan_of_the_files(run: RunDir, seed: int):
     index, lines = index_of(run), scan(run)
     wanted = expected(lines, where, sort)
     found = pages(index, where, sort, limit)
-    assert sum(found, []) == wanted
+    assert [*chain(*found)] == wanted
     assert all(len(page) == limit for page in found[:-1])
     back = pages(index, where, sort, limit, before=True)
-    assert sum(back, []) == wanted
+    assert [*chain(*back)] == wanted
 
 
 @pytest.mark.parametrize("sort", SORTS)
 def test_every_order_pages_over_everything_once(run: RunDir, sort: str):
-    found = sum(pages(index_of(run), Where(), sort, 7), [])
+    found = [*chain(*pages(index_of(run), Where(), sort, 7))]
     assert found == expected(scan(run), Where(), sort)
     assert len(set(found)) == len(found) == len(scan(run))
 
@@ -106,14 +107,14 @@ def test_every_order_pages_over_everything_once(run: RunDir, sort: str):
 def test_a_filter_that_is_wrong_is_noticed(run: RunDir, monkeypatch: pytest.MonkeyPatch):
     """The control: a bound that leaves out its own value differs from the scan."""
     where, index, lines = Where(min_reward=0.25), index_of(run), scan(run)
-    assert sum(pages(index, where, "newest", 7), []) == expected(lines, where, "newest")
+    assert [*chain(*pages(index, where, "newest", 7))] == expected(lines, where, "newest")
 
     def without_its_bound(mask, column, low, high):
         if low is not None:
             mask &= column > low
 
     monkeypatch.setattr(search, "_bound", without_its_bound)
-    assert sum(pages(index, where, "newest", 7), []) != expected(lines, where, "newest")
+    assert [*chain(*pages(index, where, "newest", 7))] != expected(lines, where, "newest")
 
 
 @pytest.mark.parametrize("sort", ["newest", "oldest", "-reward", "tokens"])
