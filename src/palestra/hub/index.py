@@ -52,7 +52,7 @@ class RunIndex:
         self._inode = 0
         self.parts: tuple[Part, ...] = ()
         self.generation = 0  # rises with every change
-        self.progress = Progress(done_bytes=0, total_bytes=0)
+        self.progress = Progress(done_bytes=0, total_bytes=1)  # nobody has looked yet
 
     def update(self, *, should_stop: threading.Event | None = None) -> bool:
         """Bring it up to the files; returns whether anything changed. One thread at a time does it, others wait."""

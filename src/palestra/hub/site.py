@@ -34,6 +34,10 @@ class Site:
             self._watching.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def prepare(self, run: OpenRun) -> None:
+        """Begin to bring its index up to its files: who opens a run will look at its rollouts."""
+        self._update(run)
+
     async def ready(self, run: OpenRun) -> None:
         """Bring its index up to its files, for as long as a reader waits; the rest goes on behind."""
         update = self._update(run)

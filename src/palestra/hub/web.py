@@ -77,8 +77,11 @@ async def _answer(site: Site, page: Page, request: Request) -> tuple[Any, Any]:
     query = _query(page.query, request)
     path = {name: str(value) for name, value in request.path_params.items()}
     try:
-        if page.needs_index:
-            await site.ready(await asyncio.to_thread(site.library.open, path["run"]))
+        if "run" in path:
+            run = await asyncio.to_thread(site.library.open, path["run"])
+            site.prepare(run)
+            if page.needs_index:
+                await site.ready(run)
         return query, await asyncio.to_thread(page.view, site.library, path, query)
     except (UnknownRunError, NotFoundError) as error:
         raise HTTPException(404, str(error)) from None

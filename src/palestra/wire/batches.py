@@ -161,10 +161,10 @@ def read_samples(path: Path, rollout: int) -> list[BatchSample]:
             raise InfrastructureError(f"{path} is torn: its columns end after its last byte")
 
         def cut(name: str, begin: int = 0, end: int | None = None) -> np.ndarray:
-            dtype, size = np.dtype(columns[name]["dtype"]), columns[name]["size"]
-            end = size if end is None else end
+            dtype = np.dtype(columns[name]["dtype"])
+            num = (columns[name]["size"] if end is None else end) - begin
             start = places[name] + begin * dtype.itemsize
-            found = np.frombuffer(data[start : start + (end - begin) * dtype.itemsize], dtype)
+            found = np.frombuffer(data[start : start + num * dtype.itemsize], dtype)
             return found.astype(np.int64) + columns[name]["low"] if "low" in columns[name] else found
 
         def stream(name: str, begin: int, end: int) -> np.ndarray:

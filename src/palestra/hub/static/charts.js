@@ -108,7 +108,18 @@ const Charts = (() => {
     fill();
   };
 
-  const draw = (figure, series, origin) => {
+  // What all names of a chart begin and end with says nothing in its legend.
+  const shortened = (series) => {
+    if (series.length < 2) return series;
+    const names = series.map((one) => one.label);
+    let head = names[0].lastIndexOf("/") + 1;
+    while (head > 0 && !names.every((name) => name.startsWith(names[0].slice(0, head)))) head = names[0].lastIndexOf("/", head - 2) + 1;
+    const tail = names.every((name) => name.endsWith("_tasks")) ? "_tasks".length : 0;
+    return series.map((one) => ({ ...one, label: one.label.slice(head, one.label.length - tail) }));
+  };
+
+  const draw = (figure, all, origin) => {
+    const series = shortened(all);
     const plotPlace = figure.querySelector(".plot");
     figure.hidden = series.length === 0;
     if (figure.hidden) return;
@@ -181,7 +192,9 @@ const Charts = (() => {
   // --- the time ledger as stacked shares
 
   const QUIET = new Set(["idle", "wait_for_batch", "wait_for_weights", "wait_for_load", "wait"]);
-  const causeColor = (cause, number) => (QUIET.has(cause) ? style("--idle") : style(`--b${number % 8}`));
+  // One cause has one colour, whatever process it is of.
+  const COLORS = { generate: 0, forward_backward: 0, work: 0, warmup: 1, start: 7, load: 7, publish: 3, stage: 3, batch: 2, optimizer: 2, read_batch: 6, plan: 6, checkpoint: 4, probe: 4, export: 4, restart: 1, lost: 1 };
+  const causeColor = (cause, number) => (QUIET.has(cause) ? style("--idle") : style(`--b${COLORS[cause] ?? (5 + number) % 8}`));
 
   const ledger = async () => {
     for (const place of document.querySelectorAll("[data-ledger]")) {
@@ -200,7 +213,7 @@ const Charts = (() => {
     plotPlace.className = "plot";
     plotPlace.setAttribute("role", "img");
     const causes = Object.keys(band.seconds);
-    const main = causes.slice(0, 8);
+    const main = causes.filter((cause) => band.seconds[cause] >= 0.005 * band.wall_s).slice(0, 8);
     const said = main.map((cause) => `${cause} ${Math.round((100 * band.seconds[cause]) / band.wall_s)} %`).join(", ");
     plotPlace.setAttribute("aria-label", `Time of ${band.process}: ${said}`);
     figure.append(caption, plotPlace);

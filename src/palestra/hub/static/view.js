@@ -210,7 +210,7 @@
   const keys = {
     j: () => step(1), k: () => step(-1), n: () => follow("a[rel=next]"), p: () => follow("a[rel=prev]"),
     "[": () => sibling(-1), "]": () => sibling(1), x: () => Charts.toggleAxis(), t: setTheme, ".": toJson,
-    "/": () => $("#find, #filters select, #filters input")?.focus(), "?": () => $("#help").showModal(),
+    "/": () => { if ($(".fold")) $(".fold").open = true; $("#find, #filters select, #filters input")?.focus(); }, "?": () => $("#help").showModal(),
     g: () => { isGoing = true; setTimeout(() => { isGoing = false; }, 1500); },
   };
   document.addEventListener("keydown", (event) => {
@@ -232,6 +232,7 @@
 
   fillMeters();
   chooseRuns();
+  if (matchMedia("(max-width: 560px)").matches && !location.search && $(".fold")) $(".fold").open = false;
   $("#theme").addEventListener("click", setTheme);
   $("#help-button").addEventListener("click", () => $("#help").showModal());
   $("#axis")?.addEventListener("click", () => Charts.toggleAxis().catch(report));
