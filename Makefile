@@ -62,9 +62,9 @@ check: form layers
 test: debian form layers types
 	@$(tests) tests
 
-# The pages of doc-search, and runtimes of sandboxes. Without one of them, its tests are skipped.
+# The pages of doc-search, runtimes of sandboxes, a browser for the viewer. Without one of them, its tests are skipped.
 debian:
-	@missing=; for package in python3-doc sqlite3-doc runc runsc; do \
+	@missing=; for package in python3-doc sqlite3-doc runc runsc chromium; do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; \
 	done; \
 	[ -z "$$missing" ] || apt-get update -qq >/dev/null 2>&1; \
@@ -72,6 +72,9 @@ debian:
 	  apt-get install -y -qq --no-install-recommends $$package >/dev/null 2>&1 \
 	  || echo "Debian's $$package cannot be installed: some tests are skipped." >&2; \
 	done
+	@browser=tests/integration/browser; [ -d $$browser/node_modules/axe-core ] \
+	|| npm ci --silent --no-audit --no-fund --prefix $$browser >/dev/null 2>&1 \
+	|| echo "axe-core cannot be installed (npm): a test of the viewer is skipped." >&2
 
 # Part of `make test` too.
 test-dist: install $(dev_stamp)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from palestra.launch.ports import holder_of
-from palestra.launch.status import State, locked, read_status
 from palestra.wire.rundir import Attempt, Manifest, RunDir, checkpoint_dir, write_manifest
 from palestra.wire.runlog import read_ledger, read_restarts
+from palestra.wire.status import State, locked, read_status
 
 SCRIPT = Path(__file__).parent / "scripted" / "run.py"
 SOURCES = Path(__file__).parents[2] / "src"

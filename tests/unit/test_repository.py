@@ -153,7 +153,7 @@ def _modules(room: str) -> list[str]:
     return [".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__"]
 
 
-@pytest.mark.parametrize("room", ["core", "config", "env", "orchestrate", "launch"])
+@pytest.mark.parametrize("room", ["core", "config", "env", "hub", "orchestrate", "launch"])
 def test_a_light_room_loads_no_torch(room: str):
     code = f"import {', '.join(_modules(room))}, sys; print(*sorted({UPSTREAM!r} & set(sys.modules)))"
     assert _python(code).stdout.split() == []

@@ -31,6 +31,9 @@ class Log(Section):
     outputs: Path = Path("outputs")
     keep_batches: bool = True  # every batch stays, for `palestra replay`; otherwise only those a kept checkpoint needs
     keep_rollouts: bool = True
+    keep_logprobs: bool = (
+        True  # the trainer's, of every trained token, for `palestra view`: 4 bytes each, beside batches
+    )
     keep_weights: bool = False  # every staged version stays, for `palestra replay --from weights`: a model each
 
 

@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_config(commands)
     _add_runs(commands)
+    _add_view(commands)
     fetch = _add(commands, "fetch", _fetch, "download a known model and save it in Hugging Face layout")
     fetch.add_argument("name", help="such as smollm2")
     fetch.add_argument("directory", nargs="?", type=Path, help="default: models/NAME")
@@ -126,6 +127,14 @@ def _add_runs(commands) -> None:
     show = _add(inner, "show", _runs_show, "one run: status, last metrics, where the time went")
     show.add_argument("run", help="a run directory, or the name of one in outputs/")
     _add_json(show)
+
+
+def _add_view(commands) -> None:
+    view = _add(commands, "view", _view, "look into runs in a browser: curves, time, rollouts")
+    view.add_argument("outputs", nargs="?", type=Path, default=Path("outputs"), help="runs, or one (default: outputs)")
+    view.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    view.add_argument("--port", type=int, default=8003, help="0: a free one, which is said (default: 8003)")
+    view.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="what browsers may call it")
 
 
 def _add_eval(commands) -> None:
@@ -346,6 +355,12 @@ def _runs_show(arguments: argparse.Namespace) -> None:
     from palestra.launch import runs
 
     runs.show_one(runs.find(arguments.run), as_json=arguments.json)
+
+
+def _view(arguments: argparse.Namespace) -> None:
+    from palestra.launch import view
+
+    view.view(arguments.outputs, host=arguments.host, port=arguments.port, names=arguments.allow_host)
 
 
 def _fetch(arguments: argparse.Namespace) -> int:

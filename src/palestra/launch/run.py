@@ -23,10 +23,10 @@ from palestra.launch.model_path import require_model
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import Plan, make_plan, require_fit
 from palestra.launch.start import Origin
-from palestra.launch.status import State, Status, locked, now_running, write_status
 from palestra.launch.supervisor import View, supervise
 from palestra.wire.rundir import Attempt, RunDir
 from palestra.wire.runlog import RunLog
+from palestra.wire.status import State, Status, locked, now_running, write_status
 
 
 def plan_of(config: RunConfig) -> Plan:

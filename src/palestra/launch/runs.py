@@ -16,9 +16,10 @@ from palestra.core.errors import UserError
 from palestra.launch import ledger_view
 from palestra.launch.closing import table_of
 from palestra.launch.live import describe, duration
-from palestra.launch.status import Status, read_status
+from palestra.wire import accounts
 from palestra.wire.rundir import RunDir, read_manifests, require_run
 from palestra.wire.runlog import Restarted, as_rows, read_ledger, read_metrics, read_restarts, read_summary
+from palestra.wire.status import Status, read_status
 
 OUTPUTS = Path("outputs")
 _SHOWN_METRICS = (
@@ -97,7 +98,7 @@ def last_metrics(run: RunDir) -> dict[str, Any]:
 def show_one(run: RunDir, *, as_json: bool) -> None:
     config, status, metrics = read_resolved(run.config), read_status(run), last_metrics(run)
     entries = read_ledger(run)
-    account, words = ledger_view.account(entries), ledger_view.bottleneck(entries, config)
+    account, words = accounts.account(entries), accounts.bottleneck(entries, config)
     if as_json:
         _print_json(
             {
@@ -108,7 +109,7 @@ def show_one(run: RunDir, *, as_json: bool) -> None:
                 "restarts": as_rows(read_restarts(run)),
                 "metrics": metrics,
                 "checkpoints": [manifest.version for manifest in read_manifests(run)],
-                "ledger": [ledger_view.as_dict(process) for process in account],
+                "ledger": [accounts.as_dict(process) for process in account],
                 "bottleneck": words,
             }
         )

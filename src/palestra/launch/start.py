@@ -24,6 +24,7 @@ _HARMLESS = (
     "log.name",
     "log.keep_batches",
     "log.keep_rollouts",
+    "log.keep_logprobs",
     "log.keep_weights",
     "algo.reference.max_in_flight",
     "algo.teacher.max_in_flight",

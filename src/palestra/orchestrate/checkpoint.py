@@ -21,6 +21,7 @@ def write_checkpoint(run: RunDir, journal: Journal, saved: TrainerSaved, attempt
     kept = drop_checkpoints(run, keep=config.train.keep_checkpoints)
     if not config.log.keep_batches:
         run.batches.discard_before(kept[0].version)
+        run.logprobs.discard_before(kept[0].version)
 
 
 def recover_journal(run: RunDir, resumed_from: int | None) -> Journal:

@@ -12,9 +12,7 @@ from torch import Tensor
 from palestra.core.errors import InfrastructureError
 from palestra.model.context import WHOLE, Context
 from palestra.model.documents import Documents, documents_of
-from palestra.wire.batches import Batch
-
-COMPONENTS = ("rl", "ce", "ref")
+from palestra.wire.batches import COMPONENTS, Batch
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,22 @@ def _pack(batch: Batch, index: int, device: torch.device | str, context: Context
         rollout=_tensor(rollout_K, np.int64, device),
         age=_tensor(batch.age[sample_T[scored]], np.int64, device),
     )
+
+
+def samples_of(batch: Batch, rank: int, num_ranks: int) -> list[int]:
+    """Of all packs of `rank`, in the order in which they are trained."""
+    per_rank = batch.num_packs // num_ranks
+    packs = range(rank * per_rank, (rank + 1) * per_rank)
+    return [sample for index in packs for sample in np.flatnonzero(batch.pack == index).tolist()]
+
+
+def split(batch: Batch, samples: list[int], logprobs: list[Tensor]) -> list[np.ndarray]:
+    """What each of these samples has of the packs' log-probabilities, which are of trained tokens alone."""
+    trained_N = np.any([getattr(batch, f"{name}_weight") != 0 for name in COMPONENTS], axis=0)
+    offsets = batch.offsets
+    num = [int(trained_N[offsets[sample] : offsets[sample + 1]].sum()) for sample in samples]
+    joined = torch.cat([of_pack.reshape(-1) for of_pack in logprobs]).float().cpu().numpy()
+    return np.split(joined, np.cumsum(num))[:-1]
 
 
 def _empty_pack(device: torch.device | str, context: Context) -> Pack:

@@ -9,7 +9,7 @@ exceed one pack together; `train/rollouts_split` is the share of rollouts that d
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,9 @@ from palestra.train.ranks import Ranks
 from palestra.train.spread import histogram, spread_metrics
 
 _UNBALANCED = Balance()
+
+
+def _ignore(_: Tensor) -> None: ...
 
 
 class Readings:
@@ -85,12 +88,13 @@ def train_step(
     ledger: Ledger,
     lr_ess_power: float = 0.0,
     balance: Balance = _UNBALANCED,
+    hear: Callable[[Tensor], None] = _ignore,
 ) -> Metrics:
     """Turn the policy into the next version. A collective. Metrics are those of the whole batch on every rank.
 
     With `lr_ess_power` p the learning rate is lr x (effective sample share of the whole batch)^p: 0.5 treats the share
     as a smaller batch under Adam's square-root rule (Huang et al. 2026, arXiv:2602.17616, scale by it; Malladi et al.
-    2022, arXiv:2205.10287, on the rule).
+    2022, arXiv:2205.10287, on the rule). `hear` is given the log-probabilities [K] of each pack, on the device.
     Errors: PalestraError for a gradient that is not finite; the policy is then unchanged.
     """
     readings = Readings()
@@ -98,7 +102,7 @@ def train_step(
     with ledger.spend("forward_backward"):
         for index, pack in enumerate(plan.packs):
             set_gradient_sync(policy, index == len(plan.packs) - 1)
-            loss = pack_loss(policy, pack, plan.counts, rl_loss, readings)
+            loss = pack_loss(policy, pack, plan.counts, rl_loss, readings, hear)
             if balance.aux_loss:
                 loss = loss + balance.aux_loss / plan.num_tokens * policy.routers.balance_loss()
             loss.backward()
@@ -119,9 +123,17 @@ def train_step(
     return metrics | _step_metrics(plan, grad_norm, lr, sums)
 
 
-def pack_loss(policy: Policy, pack: Pack, counts: dict[str, int], rl_loss: PolicyLoss, readings: Readings) -> Tensor:
+def pack_loss(
+    policy: Policy,
+    pack: Pack,
+    counts: dict[str, int],
+    rl_loss: PolicyLoss,
+    readings: Readings,
+    hear: Callable[[Tensor], None] = _ignore,
+) -> Tensor:
     """The pack's share of the step's loss; summed over all packs of all ranks it is the loss."""
     trainer_logp_K, entropy_K = policy(pack.token_ids, pack.documents, pack.scored, pack.temperature)
+    hear(trainer_logp_K.detach())
     loss = trainer_logp_K.sum() * 0.0  # keeps a pack without trained tokens in the graph
     for name, term in _terms(pack, trainer_logp_K, counts, rl_loss).items():
         total = term.loss_T.sum()

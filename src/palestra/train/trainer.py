@@ -21,7 +21,7 @@ from palestra.train.background import Written
 from palestra.train.belongings import Belongings, state_of
 from palestra.train.checkpoint import Checkpoints, TrainerState
 from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
-from palestra.train.packs import plan_step
+from palestra.train.packs import plan_step, samples_of, split
 from palestra.train.ranks import Ranks
 from palestra.train.step import train_step
 from palestra.wire.batches import Batch
@@ -90,6 +90,7 @@ class Trainer:
                 device=self.ranks.device,
                 context=meshes.context,
             )
+        logprobs: list[torch.Tensor] = []
         metrics = train_step(
             self.policy,
             self._optimizer,
@@ -101,7 +102,12 @@ class Trainer:
             ledger=ledger,
             lr_ess_power=self._config.train.lr_ess_power,
             balance=self._config.train.balance,
+            hear=logprobs.append,
         )
+        if self._config.log.keep_logprobs and meshes.context.rank == 0 and plan.counts["rl"]:
+            with ledger.spend("keep_logprobs"):
+                samples = samples_of(batch, meshes.data_rank, meshes.num_data)
+                self._run.logprobs.write(batch.step, meshes.data_rank, samples, split(batch, samples, logprobs))
         self.version += 1
         seconds = time.perf_counter() - started
         notes, self._notes = self._notes, {}

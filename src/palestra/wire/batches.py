@@ -6,6 +6,7 @@ Integer columns take the narrowest type that holds them. Float streams are kept 
 smaller than one float per token, so that a stream that is constant in a sample costs one value.
 """
 
+import mmap
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from palestra.core.errors import FencedError, InfrastructureError
 from palestra.core.files import write_atomically
 
+COMPONENTS = ("rl", "ce", "ref")  # of the loss, each with a weight per token
 _MAGIC = b"palestra-batch-2\n"
 _INTEGERS = ("token_ids", "lengths", "rollout", "pack", "version")
 _RUN_STREAMS = ("advantage", "rl_weight", "ce_weight", "ref_weight", "reference_logprobs", "engine_logprobs")
@@ -126,6 +128,62 @@ def decode(data: bytes, *, source: str = "a batch") -> Batch:
         **integers,
         **{name: _stream(arrays, name) for name in (*_RUN_STREAMS, "temperature")},
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSample:
+    """Sample `index` of a batch, per token: what a batch adds to the rollout it was cut from."""
+
+    index: int
+    token_ids: np.ndarray
+    advantage: np.ndarray
+    weights: dict[str, np.ndarray]  # by component: rl, ce, ref
+    reference_logprobs: np.ndarray
+
+    @property
+    def is_trained(self) -> np.ndarray:
+        """[T]: the tokens that a component has a weight for."""
+        return np.any([weight != 0 for weight in self.weights.values()], axis=0)
+
+
+def read_samples(path: Path, rollout: int) -> list[BatchSample]:
+    """Those of one rollout, in order, without reading the others. Errors: InfrastructureError; OSError."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        head = data[: len(_MAGIC) + 4]
+        if head[: len(_MAGIC)] != _MAGIC:
+            raise InfrastructureError(f"{path} is not a batch of this version of palestra")
+        end = len(head) + int.from_bytes(head[len(_MAGIC) :], "little")
+        columns, places = msgspec.msgpack.decode(data[len(head) : end])["columns"], {}
+        for name, column in columns.items():
+            places[name] = end
+            end += column["size"] * np.dtype(column["dtype"]).itemsize
+        if end > len(data):
+            raise InfrastructureError(f"{path} is torn: its columns end after its last byte")
+
+        def cut(name: str, begin: int = 0, end: int | None = None) -> np.ndarray:
+            dtype = np.dtype(columns[name]["dtype"])
+            num = (columns[name]["size"] if end is None else end) - begin
+            start = places[name] + begin * dtype.itemsize
+            found = np.frombuffer(data[start : start + num * dtype.itemsize], dtype)
+            return found.astype(np.int64) + columns[name]["low"] if "low" in columns[name] else found
+
+        def stream(name: str, begin: int, end: int) -> np.ndarray:
+            if name in columns:
+                return cut(name, begin, end)
+            ends = np.cumsum(cut(f"{name}.lengths"), dtype=np.int64)
+            return cut(f"{name}.values")[np.searchsorted(ends, np.arange(begin, end), side="right")]
+
+        offsets = np.concatenate([[0], np.cumsum(cut("lengths"))])
+        return [
+            BatchSample(
+                index=sample,
+                token_ids=cut("token_ids", *offsets[sample : sample + 2].tolist()),
+                advantage=stream("advantage", *offsets[sample : sample + 2].tolist()),
+                weights={name: stream(f"{name}_weight", *offsets[sample : sample + 2].tolist()) for name in COMPONENTS},
+                reference_logprobs=stream("reference_logprobs", *offsets[sample : sample + 2].tolist()),
+            )
+            for sample in np.flatnonzero(cut("rollout") == rollout).tolist()
+        ]
 
 
 def _stream(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from msgspec import Struct
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.files import write_atomically
 from palestra.wire.batches import BatchFiles
+from palestra.wire.logprobs import LogprobFiles
 
 
 class Attempt(Struct, frozen=True, kw_only=True):
@@ -73,6 +74,10 @@ class RunDir:
     @property
     def batches(self) -> BatchFiles:
         return BatchFiles(self.path / "batches")
+
+    @property
+    def logprobs(self) -> LogprobFiles:
+        return LogprobFiles(self.path / "logprobs")
 
     @property
     def checkpoints(self) -> Path:

@@ -6,9 +6,9 @@ import pytest
 from benchmarks.stability import Setting, curve, draw, main, measure, player, run_all, settings_of, table
 
 from palestra.core.metrics import Last
-from palestra.launch.status import State, Status, write_status
 from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import RunLog
+from palestra.wire.status import State, Status, write_status
 
 SETTINGS = settings_of(["mis", "none", "gspo"], [0, 8])
 

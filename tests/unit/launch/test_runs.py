@@ -10,12 +10,13 @@ from palestra.core.errors import UserError
 from palestra.core.files import write_atomically
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Mean
-from palestra.launch import closing, ledger_view, replay, runs
+from palestra.launch import closing, replay, runs
 from palestra.launch.cli import main
 from palestra.launch.doctor import Finding, examine
 from palestra.launch.machine import Gpu, Machine
 from palestra.launch.memory import GIB
 from palestra.launch.start import write_config
+from palestra.wire import accounts
 from palestra.wire.rundir import Attempt, Manifest, RunDir, checkpoint_dir, write_manifest
 from palestra.wire.runlog import Restarted, RunLog, append_restart
 
@@ -59,9 +60,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 def test_shares_and_closure_of_a_process():
-    (engine, trainer) = ledger_view.account(LOOP)
+    (engine, trainer) = accounts.account(LOOP)
     assert (engine.process, engine.wall_s, engine.parts_s["generate"]) == ("engine-0", 300.0, 194.0)
-    shown = ledger_view.as_dict(trainer)
+    shown = accounts.as_dict(trainer)
     assert shown["shares"]["wait_for_batch"] == 90 / 300
     assert shown["closure"] == 0.0
     assert list(shown["parts_s"]) == ["forward_backward", "wait_for_batch", "start"]
@@ -69,16 +70,16 @@ def test_shares_and_closure_of_a_process():
 
 def test_unaccounted_time_shows():
     hole = LedgerEntry(process="trainer", started_at=0.0, wall_s=100.0, parts_s={"forward_backward": 90.0})
-    assert ledger_view.as_dict(hole)["closure"] == pytest.approx(0.1)
+    assert accounts.as_dict(hole)["closure"] == pytest.approx(0.1)
 
 
 def words(tmp_path: Path, trainer: dict[str, float], engine: dict[str, float]) -> str:
-    return ledger_view.bottleneck([entry("trainer", **trainer), entry("engine-0", **engine)], config(tmp_path))
+    return accounts.bottleneck([entry("trainer", **trainer), entry("engine-0", **engine)], config(tmp_path))
 
 
 def test_the_bottleneck_in_words(tmp_path: Path):
     busy = {"generate": 99.0, "idle": 1.0}
-    assert ledger_view.bottleneck(LOOP, config(tmp_path)).startswith(
+    assert accounts.bottleneck(LOOP, config(tmp_path)).startswith(
         "the trainer waited 20% for batches: generation is the bottleneck; add engines"
     )
     told = words(tmp_path, {"wait_for_batch": 1.0, "forward_backward": 99.0}, {"generate": 60.0, "idle": 40.0})
@@ -94,9 +95,9 @@ def test_the_bottleneck_in_words(tmp_path: Path):
 def test_the_bottleneck_of_a_supervised_run(tmp_path: Path):
     slow = [entry("trainer", read_batch=30.0, forward_backward=70.0)]
     fast = [entry("trainer", read_batch=1.0, forward_backward=99.0)]
-    assert "reading data" in ledger_view.bottleneck(slow, config(tmp_path, is_rl=False))
-    assert "99% into forward_backward" in ledger_view.bottleneck(fast, config(tmp_path, is_rl=False))
-    assert ledger_view.bottleneck([], config(tmp_path)) == "no step has been accounted for yet"
+    assert "reading data" in accounts.bottleneck(slow, config(tmp_path, is_rl=False))
+    assert "99% into forward_backward" in accounts.bottleneck(fast, config(tmp_path, is_rl=False))
+    assert accounts.bottleneck([], config(tmp_path)) == "no step has been accounted for yet"
 
 
 def test_show_one_run(run: RunDir, capsys: pytest.CaptureFixture):

@@ -16,8 +16,8 @@ from palestra.launch import run as launch_run
 from palestra.launch import start
 from palestra.launch.ports import free_ports, listener_of, require_free
 from palestra.launch.start import Origin, begin, new_attempt, newest_checkpoint, write_config
-from palestra.launch.status import State, locked, now_running, read_status, write_status
 from palestra.wire.rundir import Attempt, Manifest, RunDir, checkpoint_dir, write_manifest
+from palestra.wire.status import State, locked, now_running, read_status, write_status
 
 
 class Kept:

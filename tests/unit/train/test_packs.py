@@ -4,9 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from palestra.core.errors import InfrastructureError
-from palestra.train.packs import plan_step
+from palestra.train.packs import plan_step, samples_of, split
+from palestra.wire.batches import Batch
 from tests.unit.train.batches import make_batch
 
 LENGTHS, PACKS = [5, 9, 4, 7], [0, 1, 0, 1]
@@ -62,3 +64,49 @@ def test_refuses_supervision_at_another_temperature():
     hot = np.array([1, 1, 0.7, 1], np.float32)
     with pytest.raises(InfrastructureError, match=r"sample 2 has supervised tokens at temperature 0\.69"):
         plan_step(dataclasses.replace(batch, temperature=hot), rank=0, num_ranks=1)
+
+
+def test_what_packs_say_goes_back_to_samples():
+    """All ranks together have every trained token once, in the order of its sample."""
+    batch = _batch_for_split()
+    value_N = np.arange(batch.num_tokens, dtype=np.float32)
+    found: dict[int, list[float]] = {}
+    for rank in range(2):
+        plan = plan_step(batch, rank=rank, num_ranks=2)
+        samples = samples_of(batch, rank, 2)
+        per_pack = batch.num_packs // 2
+        said = []
+        for pack, index in zip(plan.packs, range(rank * per_pack, (rank + 1) * per_pack), strict=True):
+            tokens = [np.arange(*batch.offsets[s : s + 2]) for s in np.flatnonzero(batch.pack == index)]
+            whole = torch.from_numpy(value_N[np.concatenate(tokens)]) if tokens else torch.zeros(2)
+            said.append(whole[pack.scored])
+        found |= {s: values.tolist() for s, values in zip(samples, split(batch, samples, said), strict=True)}
+    offsets, trained = batch.offsets, batch.rl_weight != 0
+    assert found == {
+        s: value_N[offsets[s] : offsets[s + 1]][trained[offsets[s] : offsets[s + 1]]].tolist()
+        for s in range(batch.num_samples)
+    }
+
+
+def _batch_for_split() -> Batch:
+    lengths = np.array([3, 5, 2, 4])
+    weight = np.array([0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1], np.float32)
+    zeros = np.zeros(14, np.float32)
+    return Batch(
+        step=0,
+        attempt=1,
+        num_packs=4,
+        max_pack_tokens=16,
+        token_ids=np.arange(14),
+        engine_logprobs=zeros,
+        advantage=zeros,
+        rl_weight=weight,
+        ce_weight=zeros,
+        ref_weight=zeros,
+        reference_logprobs=zeros,
+        lengths=lengths,
+        rollout=np.arange(4),
+        temperature=np.ones(4, np.float32),
+        pack=np.array([3, 0, 0, 2]),
+        version=np.zeros(4, np.int64),
+    )

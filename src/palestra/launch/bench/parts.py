@@ -25,10 +25,10 @@ from palestra.launch.bench.others import Used
 from palestra.launch.machine import this_machine
 from palestra.launch.plan import Plan, config_path, make_plan
 from palestra.launch.start import Origin
-from palestra.launch.status import State, read_status
 from palestra.wire.batches import Batch
 from palestra.wire.rundir import RunDir, link_or_copy
 from palestra.wire.runlog import read_ledger, read_metrics
+from palestra.wire.status import State, read_status
 
 _OTHERS = "cpu-by-others.json"
 

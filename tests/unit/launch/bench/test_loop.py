@@ -18,8 +18,8 @@ from palestra.launch.bench.lead import Pass
 from palestra.launch.bench.parts import Bench
 from palestra.launch.bench.report import tell
 from palestra.launch.start import write_config
-from palestra.launch.status import State, now_running, write_status
 from palestra.wire.rundir import RunDir
+from palestra.wire.status import State, now_running, write_status
 
 
 @dataclass

@@ -1,0 +1,74 @@
+"""Serve the pages until it is told to end.
+
+Consumes: requests; the interrupt. Produces: pages. Waits for: the server, which ends when it is told to.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from palestra.core.errors import UserError
+from palestra.hub.site import Site
+from palestra.hub.web import application
+
+_GRACE_S = 3
+
+
+def serve(outputs: Path, *, host: str, port: int, names: Sequence[str], say: Callable[[str], None]) -> None:
+    """`say` hears the address, once it answers. Errors: UserError for a directory or an address that cannot be."""
+    if not outputs.is_dir():
+        raise UserError(f"{outputs} is not a directory; runs write to log.outputs, by default outputs/")
+    with _listening(host, port) as listener:
+        asyncio.run(_serve(outputs, listener, host, names, say))
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.create_server(place[:2], family=family, backlog=128)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port} cannot be listened at: {error}; name another") from None
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted connections have it too
+    with listener:
+        yield listener
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """They are heard below, so that the command ends as one that was asked to."""
+        yield
+
+
+async def _serve(
+    outputs: Path, listener: socket.socket, host: str, names: Sequence[str], say: Callable[[str], None]
+) -> None:
+    site = Site(outputs)
+    own = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower(), *names}
+    config = uvicorn.Config(
+        application(site, frozenset(own)),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=_GRACE_S,
+        proxy_headers=False,
+    )
+    server = _Server(config)
+
+    def told_to_end() -> None:
+        server.should_exit = True
+        site.watch.close()  # streams of events end with it
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told_to_end)
+    shown, port = listener.getsockname()[:2]
+    say(f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/")
+    await server.serve(sockets=[listener])

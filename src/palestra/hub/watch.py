@@ -1,0 +1,154 @@
+"""Tells pages that a run has grown. One watcher for all of them.
+
+Consumes: the kernel's notices of what changed below `outputs` (watchfiles; inotify on Linux). Produces: for each
+subscriber the runs and kinds of files that changed since it last took them. Waits for: those notices.
+Ends when: it is closed; then every subscription ends.
+"""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import watchfiles
+
+from palestra.core.deadline import within
+from palestra.core.errors import PalestraError
+from palestra.hub.index import NAME as INDEX_NAME
+from palestra.hub.library import Library
+from palestra.wire.rundir import RunDir
+
+MOST_SUBSCRIBERS = 100
+_DEBOUNCE_MS, _STEP_MS = 400, 100
+_KINDS = {
+    "metrics.jsonl": "metrics",
+    "ledger.jsonl": "ledger",
+    "restarts.jsonl": "marks",
+    "orchestrator.jsonl": "marks",
+    "curriculum.jsonl": "state",
+    "status.json": "state",
+    "summary.json": "state",
+    "config.json": "state",
+    "attempt.json": "state",
+    "results.jsonl": "rollouts",
+}
+
+Changed = dict[str, set[str]]
+"""Kinds of what changed, by run."""
+
+
+class FullError(PalestraError):
+    """There are as many subscribers as there may be."""
+
+
+class Subscription:
+    """What changed since `next` was asked for the last time, of all runs or of one."""
+
+    def __init__(self, run_id: str):
+        self._run_id, self._changed, self._event = run_id, Changed(), asyncio.Event()
+        self.is_closed = False
+
+    def tell(self, changed: Changed) -> None:
+        for run_id, kinds in changed.items():
+            if not self._run_id or run_id == self._run_id:
+                self._changed.setdefault(run_id, set()).update(kinds)
+        if self._changed:
+            self._event.set()
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._event.set()
+
+    async def next(self, deadline_s: float) -> Changed:
+        """Empty once it is closed. Errors: DeadlineError."""
+        await within(deadline_s, self._event.wait(), waiting_for="a change of the run's files")
+        self._event.clear()
+        taken, self._changed = self._changed, {}
+        return taken
+
+
+class Watch:
+    def __init__(self, library: Library, on_change: Callable[[Changed], None]):
+        self._library, self._on_change = library, on_change
+        self._subscriptions: set[Subscription] = set()
+        self._stop = asyncio.Event()
+        self._is_closed = False
+
+    @property
+    def num_subscribers(self) -> int:
+        return len(self._subscriptions)
+
+    def subscribe(self, run_id: str) -> Subscription:
+        """Errors: FullError."""
+        if len(self._subscriptions) >= MOST_SUBSCRIBERS:
+            raise FullError(f"{MOST_SUBSCRIBERS} pages listen already; close some, or load this one again by hand")
+        subscription = Subscription(run_id)
+        if self._is_closed:
+            subscription.close()
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def leave(self, subscription: Subscription) -> None:
+        self._subscriptions.discard(subscription)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._stop.set()
+        for subscription in self._subscriptions:
+            subscription.close()
+
+    async def run(self) -> None:
+        """Watches directories, not trees: checkpoints and weights below them are of no interest, and many."""
+        while not self._is_closed:
+            directories = await asyncio.to_thread(self._directories)
+            await self._until_new(directories)
+
+    async def _until_new(self, directories: set[Path]) -> None:
+        """Until there is a directory that is not watched yet."""
+        async for changes in watchfiles.awatch(
+            *directories,
+            watch_filter=None,
+            debounce=_DEBOUNCE_MS,
+            step=_STEP_MS,
+            stop_event=self._stop,
+            recursive=False,
+            ignore_permission_denied=True,
+        ):
+            changed = self._changed({Path(path) for _, path in changes})
+            if changed:
+                self._on_change(changed)
+                for subscription in self._subscriptions:
+                    subscription.tell(changed)
+            if any(change is watchfiles.Change.added and Path(path).is_dir() for change, path in changes):
+                fresh = await asyncio.to_thread(self._directories)
+                if fresh != directories:
+                    self._announce(fresh - directories)
+                    return
+
+    def _announce(self, directories: set[Path]) -> None:
+        """What was written into new directories before they were watched."""
+        changed = self._changed({path / "config.json" for path in directories})
+        self._on_change(changed)
+        for subscription in self._subscriptions:
+            subscription.tell(changed)
+
+    def _directories(self) -> set[Path]:
+        found = {self._library.outputs.resolve()}
+        for run in self._library.directories().values():
+            found |= {path.resolve() for path in (run.path, run.path.parent, run.rollouts, run.path / "spans")}
+        return {path for path in found if path.is_dir()}
+
+    def _changed(self, paths: set[Path]) -> Changed:
+        runs = {run.path.resolve(): run_id for run_id, run in self._library.directories().items()}
+        changed: Changed = {}
+        for path in paths:
+            if path.name == INDEX_NAME or path.name.startswith("."):
+                continue
+            kind = _KINDS.get(path.name)
+            home = path.parent
+            if path.parent.name == RunDir(home).rollouts.name and path.suffix == ".jsonl":
+                kind, home = "rollouts", path.parent.parent
+            elif path.parent.name == "spans":
+                home = path.parent.parent
+            if kind is not None and home in runs:
+                changed.setdefault(runs[home], set()).add(kind)
+        return changed

@@ -1,0 +1,227 @@
+"""The viewer in a real browser: a run is opened, rollouts filtered, a token looked at; what is hostile stays text.
+
+Needs Debian's chromium, and axe-core for one of them (`npm ci` in tests/integration/browser).
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from benchmarks.viewer import NAME, make
+
+from palestra.core.records import Task
+from tests.integration.test_view import viewer
+from tests.unit.hub.test_web import ATTACK
+from tests.unit.hub.written import record, write
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make install, then make test")
+CHROMIUM = shutil.which("chromium")
+AXE = Path(__file__).parent / "browser/node_modules/axe-core/axe.min.js"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: make debian"),
+]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("outputs")
+    run = make(directory, steps=6, rollouts=64, seed=0, num_batches=2)
+    hostile = record(9999, random.Random(0), error=ATTACK, environment=ATTACK)
+    message = {"role": "assistant", "content": ATTACK, "tool_calls": [{"function": {"name": ATTACK}}]}
+    hostile = msgspec.structs.replace(hostile, task=Task(prompt=ATTACK, key=ATTACK), messages=[message])
+    write(run, "eval-hostile-v000006", [hostile])
+    run.restarts.write_text(
+        json.dumps({"process": ATTACK, "attempt": 1, "life": 1, "why": ATTACK, "ended_at": 1.0, "gone_s": None}) + "\n"
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def url(outputs: Path) -> Iterator[str]:
+    with viewer(outputs) as (url, _):
+        yield url.rstrip("/")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser) -> Iterator:
+    """Whatever a page complains of fails the test: errors of scripts, refusals by its policy, dialogs."""
+    context = browser.new_context(viewport={"width": 1360, "height": 900})
+    page, complaints = context.new_page(), []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.complaints = complaints
+    yield page
+    context.close()
+    assert complaints == []
+
+
+def drawn(page) -> None:
+    page.wait_for_selector("#chart-reward canvas")
+
+
+def test_a_run_is_opened_from_the_list_by_keys(page, url: str):
+    page.goto(url)
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"{url}/runs/{NAME}")
+    drawn(page)
+    assert page.locator(".chart:not([hidden]) canvas").count() >= 5
+    label = page.locator("#chart-reward .plot").get_attribute("aria-label")
+    assert label.startswith("Reward. reward/trained: ")
+    page.wait_for_selector(".band canvas")
+    page.locator("#chart-reward summary").click()
+    assert page.locator("#chart-reward .numbers tbody tr").count() == 6
+    page.keyboard.press("x")
+    page.wait_for_function("() => document.getElementById('axis').getAttribute('aria-pressed') === 'true'")
+
+
+def test_rollouts_are_filtered_and_paged(page, url: str):
+    page.goto(f"{url}/runs/{NAME}/rollouts")
+    page.select_option("select[name=kind]", "training")
+    page.fill("input[name=min_reward]", "1")
+    page.select_option("select[name=sort]", "-tokens")
+    page.click("text=Filter")
+    page.wait_for_url("**min_reward=1**")
+    rewards = page.locator("tr[data-row] a.main").all_inner_texts()
+    assert rewards
+    assert set(rewards) == {"1.000"}
+    tokens = [int(text) for text in page.locator("tr[data-row] td:nth-child(6)").all_inner_texts()]
+    assert tokens == sorted(tokens, reverse=True)
+    page.keyboard.press("n")
+    page.wait_for_url("**after=**")
+    assert page.locator(".count").first.inner_text().startswith("51–")
+    page.keyboard.press("p")
+    page.wait_for_url("**before=**")
+    assert page.locator(".count").first.inner_text().startswith("1–50 ")
+
+
+def test_a_token_is_looked_at(page, url: str):
+    page.goto(f"{url}/runs/{NAME}/rollouts/step-000005/7")
+    page.wait_for_function("() => document.querySelector('.token:not(.given)').style.background !== ''")
+    page.hover(".token[data-i='12']")
+    detail = page.locator("#token-detail").inner_text()
+    shown = page.request.get(f"{url}/runs/{NAME}/rollouts/step-000005/7.json").json()["tokens"]
+    assert f"{shown['engine_logprobs'][12]:.4g}" in detail
+    assert f"{shown['trainer_logprobs'][12]:.4g}" in detail
+    assert f"{shown['advantages'][12]:.4g}" in detail
+    assert str(shown["versions"][12]) in detail
+    page.focus("#tokens")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".token.on").get_attribute("data-i") == "13"
+    assert page.locator("text=calculate(").count() == 1
+    page.keyboard.press("Escape")
+    page.keyboard.press("]")
+    page.wait_for_url("**/rollouts/step-000005/8")
+
+
+def test_what_is_hostile_stays_text(page, url: str):
+    for path in ("", "/rollouts", "/rollouts/eval-hostile-v000006/0", "/marks", "/groups", "/curves"):
+        page.goto(f"{url}/runs/{NAME}{path}")
+        page.wait_for_load_state("load")
+        page.wait_for_timeout(300)
+        assert page.locator("main script, main img[src=x], main svg").count() == 0
+    page.goto(f"{url}/runs/{NAME}/rollouts/eval-hostile-v000006/0")
+    assert ATTACK in page.locator("main").inner_text()
+    assert page.evaluate("document.cookie") == ""
+
+
+def test_an_attack_would_be_seen(browser, url: str):
+    """The control: without escaping, and without the policy, the same text runs."""
+    context = browser.new_context(bypass_csp=True)
+    page, said = context.new_page(), []
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    page.goto(f"{url}/runs")
+    page.evaluate("text => { document.getElementById('content').innerHTML = text }", ATTACK)
+    page.wait_for_timeout(500)
+    context.close()
+    assert said == ["2"]
+
+
+def test_the_policy_stops_what_would_get_through(browser, url: str):
+    context = browser.new_context()
+    page, said = context.new_page(), []
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    page.goto(f"{url}/runs")
+    page.evaluate("text => { document.getElementById('content').innerHTML = text }", ATTACK)
+    page.wait_for_timeout(500)
+    context.close()
+    assert said == []
+
+
+def test_it_is_live(page, url: str, outputs: Path):
+    page.goto(f"{url}/runs/{NAME}")
+    drawn(page)
+    page.wait_for_selector("#live:not([hidden])")
+    with (outputs / NAME / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 77, "time": 1780000900.0, "reward/trained": 0.777}\n')
+    page.wait_for_function("() => document.querySelector('#head').innerText.includes('0.777')", timeout=20_000)
+
+
+def test_keys_are_told(page, url: str):
+    page.goto(f"{url}/runs/{NAME}/rollouts")
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.name") == "kind"
+    page.keyboard.press("Escape")
+    page.keyboard.press("g")
+    page.keyboard.press("g")
+    page.wait_for_url(f"{url}/runs/{NAME}/groups")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_serious_by_axe(browser, url: str, scheme: str):
+    if not AXE.exists():
+        pytest.skip("needs axe-core: npm ci in tests/integration/browser")
+    pages = {
+        "list": "/runs",
+        "run": f"/runs/{NAME}",
+        "rollouts": f"/runs/{NAME}/rollouts",
+        "rollout": f"/runs/{NAME}/rollouts/step-000005/7",
+        "groups": f"/runs/{NAME}/groups",
+        "ledger": f"/runs/{NAME}/ledger",
+        "marks": f"/runs/{NAME}/marks",
+        "compare": f"/compare?runs={NAME}",
+        "task": f"/runs/{NAME}/task?task=0*0",
+    }
+    context = browser.new_context(viewport={"width": 1360, "height": 900}, color_scheme=scheme)
+    page, found = context.new_page(), []
+    for name, path in pages.items():
+        page.goto(url + path)
+        page.wait_for_timeout(500)
+        page.evaluate(AXE.read_text())
+        told = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        for one in told["violations"]:
+            if one["impact"] in ("serious", "critical"):
+                found.append((name, one["id"], [node["target"] for node in one["nodes"]][:3]))
+    context.close()
+    assert found == []
+
+
+@pytest.mark.parametrize("path", ["", "/rollouts", "/rollouts/step-000005/7", "/groups", "/ledger"])
+def test_a_phone_scrolls_one_way(browser, url: str, path: str):
+    context = browser.new_context(viewport={"width": 390, "height": 800}, is_mobile=True)
+    page = context.new_page()
+    page.goto(f"{url}/runs/{NAME}{path}")
+    page.wait_for_timeout(500)
+    width = page.evaluate("document.documentElement.scrollWidth")
+    context.close()
+    assert width <= 391
