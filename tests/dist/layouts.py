@@ -34,6 +34,8 @@ from tests.unit.train.batches import make_batch
 
 ALL = ("Qwen3ForCausalLM", "Gemma2ForCausalLM", "Glm4MoeForCausalLM", "GptOssForCausalLM")
 FAMILIES = (*ALL, "DeepseekV3ForCausalLM")  # the last in one layout: its values are narrower than its keys
+PLANNED = ("Qwen3ForCausalLM", "Gemma2ForCausalLM", "Glm4MoeForCausalLM")  # what transformers has a plan for
+TENSOR = (*PLANNED, "DeepseekV3ForCausalLM")
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 STEPS = 3
@@ -67,6 +69,10 @@ LAYOUTS = [
     Layout("ep4", 4, {"shard": 4, "experts": 4}),
     Layout("ulysses2", 2, {"context": 2}),
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
+    Layout("tp2", 2, {"tensor": 2}, families=TENSOR),
+    Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}, BOTH, TENSOR),
+    Layout("tp2-ulysses2", 4, {"tensor": 2, "context": 2}, families=PLANNED),
+    Layout("tp2-ep2", 2, {"tensor": 2, "experts": 2}, families=PLANNED, optimizer="adamw"),
     Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH),
     Layout("ep2-ring2-fsdp2", 4, {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2}, BOTH, FAMILIES),
     Layout(

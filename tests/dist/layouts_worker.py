@@ -31,7 +31,7 @@ def main(models: Path, out: Path) -> None:
 
 def _run(model: Path, layout: Layout, name: str, meshes: Meshes, out: Path) -> None:
     rank, dtype = dist.get_rank(), DTYPES[name]
-    ranks = Ranks(rank=rank, num=meshes.dense.size(), device=torch.device("cpu"), meshes=meshes)
+    ranks = Ranks(rank=rank, num=meshes.ranks.size(), device=torch.device("cpu"), meshes=meshes)
     policy = make_policy(model, dtype, meshes, layout.activations)
     found = measure(policy, meshes, ranks, layout.optimizer)
     if rank == 0:

@@ -46,6 +46,7 @@ class Context:
     """One rank that holds whole packs."""
 
     rank, size, pieces = 0, 1, 1
+    deals_heads = False
 
     def part(self, num_tokens: int) -> Tensor:
         """Positions [t] of this rank's tokens, of `num_tokens`, a multiple of `pieces`."""
@@ -109,6 +110,8 @@ class _Collect(Function):
 
 
 class Ulysses(_Split):
+    deals_heads = True
+
     def __init__(self, group: dist.ProcessGroup):
         super().__init__(group)
         self.pieces = self.size
