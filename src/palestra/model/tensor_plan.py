@@ -39,7 +39,7 @@ from palestra.model.tensor import (
     split_linear,
 )
 
-NAME = "palestra_tensor_shapes"
+NAME, PARTED = "palestra_tensor_shapes", "palestra_parted_shapes"
 _PROBE_TOKENS = 6
 _ENTRIES = {"_EnterBackward", "_EnterLastBackward", "_PartBackward"}
 _EXITS = {"_LeaveBackward", "_GatherBackward"}
@@ -116,7 +116,23 @@ def split_of(config: PretrainedConfig, size: int) -> Split:
 
 
 def _require_divisors(model: PreTrainedModel, styles: dict[str, str], size: int) -> None:
-    """Heads, where attention is split by them, and features."""
+    """Errors: UserError with the nearest size that divides all."""
+    sizes = _sizes(model, styles)
+    for what, number in sizes.items():
+        if number % size:
+            fits = nearest_divisors(math.gcd(*sizes.values()), size)
+            raise UserError(
+                f"train.tensor_parallel={size} does not divide the model's {number} {what}; set it to {fits}"
+            )
+
+
+def tensor_divisor(model: PreTrainedModel) -> int:
+    """What all sizes of a tensor axis divide; 1 for a family without a plan."""
+    return math.gcd(*_sizes(model, styles_of(model)).values()) or 1
+
+
+def _sizes(model: PreTrainedModel, styles: dict[str, str]) -> dict[str, int]:
+    """Heads, where attention is split by them, and features, by what they are."""
     decoder, text = model.get_decoder(), model.config.get_text_config()
     sizes: dict[str, int] = {}
     for name, style in styles.items():
@@ -127,13 +143,9 @@ def _require_divisors(model: PreTrainedModel, styles: dict[str, str], size: int)
             sizes["key and value heads"] = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         if style in SPLIT:
             of = "outputs" if SPLIT[style] == OUT else "inputs"
-            sizes[f"{of} of {re.sub(r'[.][0-9]+', '.*', name)}"] = linear.weight.shape[SPLIT[style]]
-    for what, number in sizes.items():
-        if number % size:
-            fits = nearest_divisors(math.gcd(*sizes.values()), size)
-            raise UserError(
-                f"train.tensor_parallel={size} does not divide the model's {number} {what}; set it to {fits}"
-            )
+            what = f"{of} of {re.sub(r'[.][0-9]+', '.*', name)}"
+            sizes[what] = math.gcd(sizes.get(what, 0), linear.weight.shape[SPLIT[style]])
+    return sizes
 
 
 def apply(model: PreTrainedModel, split: Split, axis: Axis, mesh: DeviceMesh | None = None) -> None:
@@ -273,6 +285,21 @@ def _experts(module: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: 
     return hidden_TD * weight_TK.sum(-1, keepdim=True)
 
 
+def part_experts(model: PreTrainedModel, axis: Axis) -> None:
+    """For a count of what is kept: experts compute this rank's part of the tokens, as transformers does."""
+    for module in expert_modules(model):
+        module.parted = axis  # pyright: ignore[reportArgumentType]
+        model.config._experts_implementation = PARTED
+
+
+def _parted_experts(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    part = ALL_EXPERTS_FUNCTIONS["grouped_mm"](
+        module, *(module.parted.part(x) for x in (hidden_TD, index_TK, weight_TK))
+    )
+    return module.parted.gather(part, len(hidden_TD))
+
+
+ALL_EXPERTS_FUNCTIONS.register(PARTED, _parted_experts)
 AttentionInterface.register(NAME, _attention)
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
 
