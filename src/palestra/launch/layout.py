@@ -40,7 +40,7 @@ def _require_split(config: RunConfig) -> None:
     train = config.train
     dealt = train.context_parallel if train.context_kind == "ulysses" else 1
     arguments = [config.model.model_dump_json(), str(train.tensor_parallel), str(dealt)]
-    command = [sys.executable, "-m", "palestra.model.tensor_plan", *arguments]
+    command = [sys.executable, "-m", "palestra.model.tensor_check", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_SPLIT_S)
     if done.returncode:
         raise UserError(done.stderr.strip()[-800:])

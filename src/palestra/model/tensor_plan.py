@@ -1,4 +1,4 @@
-"""What of a model tensor parallelism splits, and a proof that it holds: `python -m palestra.model.tensor_plan`.
+"""What of a model tensor parallelism splits, and a proof that it holds.
 
 transformers' configurations say which linear layers are split, and how. Whether all that is needed for right gradients
 follows from that is not believed but read off the graph of a forward pass of the family's own code, on the meta device
@@ -21,9 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from palestra.config.schema import Model, nearest_divisors
+from palestra.config.schema import nearest_divisors
 from palestra.core.errors import UserError
-from palestra.core.process import exit_with
 from palestra.model.experts import expert_modules
 from palestra.model.tensor import (
     IN,
@@ -184,7 +183,7 @@ class _Probe:
     """What one forward on the meta device says."""
 
     def __init__(self, model: PreTrainedModel):
-        self._model, self.heads = model, 1 << 30
+        self._model, self._heads = model, set[int]()
         self._by_head: set[int] = set()
         self._owners: dict[int, list[tuple[str, str]]] = {}
         for owner, module in model.get_decoder().named_modules():
@@ -193,13 +192,19 @@ class _Probe:
 
     def attend(self, query: Tensor, key: Tensor, sinks: Tensor | None) -> None:
         heads, kv_heads = query.shape[1], key.shape[1]
-        self.heads = min(self.heads, heads)
+        self._heads.add(heads)
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads for {kv_heads} key heads on each rank")
         if sinks is not None and len(sinks) != heads:
             if id(sinks) not in self._owners:
                 raise ValueError(f"{len(sinks)} sinks that are no parameter, for {heads} heads")
             self._by_head.add(id(sinks))
+
+    @property
+    def heads(self) -> int:
+        if not self._heads:
+            raise ValueError("its attention does not go through transformers' registry")
+        return min(self._heads)
 
     def shared(self, end: Any) -> dict[str, dict[str, bool]]:
         """Errors: ValueError for gradients that would be wrong."""
@@ -304,9 +309,6 @@ AttentionInterface.register(NAME, _attention)
 ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
 
 
-# --- as a program
-
-
 def require_heads(split: Split, context: int) -> None:
     """Errors: UserError, if ulysses cannot deal out the heads of one rank."""
     if split.heads % context:
@@ -315,18 +317,3 @@ def require_heads(split: Split, context: int) -> None:
             f"train.tensor_parallel leaves each rank; set it to {nearest_divisors(split.heads, context)}, or set "
             "train.context_kind=ring"
         )
-
-
-def main(model_json: str, size: str, ulysses: str) -> int:
-    """MODEL is the `model` section of a run, as JSON; SIZE and ULYSSES are ranks. Says nothing if all is well."""
-    from transformers.utils.logging import set_verbosity_error
-
-    from palestra.model.dissect import config_of
-
-    set_verbosity_error()
-    require_heads(split_of(config_of(Model.model_validate_json(model_json)), int(size)), int(ulysses))
-    return 0
-
-
-if __name__ == "__main__":
-    exit_with(main)
