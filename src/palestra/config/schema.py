@@ -258,7 +258,8 @@ class Train(Section):
     replicate: PositiveInt = 1  # copies
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
-    expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    tensor_parallel: PositiveInt = 1  # ranks that split each matrix, as transformers' plan for the family says
+    expert_parallel: PositiveInt = 1  # ranks among shard x context x tensor_parallel that own different experts
     attention: Literal["auto", "varlen", "flex", "padded"] = "auto"  # auto: the fastest kernel that works here
     recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
     offload_activations: bool = False  # what is kept for the backward waits in host memory
@@ -285,13 +286,13 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        sharing = self.shard * self.context_parallel
+        sharing = self.num_sharing
         if sharing % self.expert_parallel:
             raise ValueError(
                 f"train.expert_parallel={self.expert_parallel} does not divide the {sharing} ranks of train.shard="
-                f"{self.shard} x train.context_parallel={self.context_parallel}; set it to "
-                f"{nearest_divisors(sharing, self.expert_parallel)}, or train.shard to "
-                f"{-(-self.shard // self.expert_parallel) * self.expert_parallel}"
+                f"{self.shard} x train.context_parallel={self.context_parallel} x train.tensor_parallel="
+                f"{self.tensor_parallel}; set it to {nearest_divisors(sharing, self.expert_parallel)}, or train.shard "
+                f"to {-(-self.shard // self.expert_parallel) * self.expert_parallel}"
             )
         pieces = self.context_parallel * (2 if self.context_kind == "ring" and self.context_parallel > 1 else 1)
         if self.max_pack_tokens % pieces:
@@ -314,11 +315,16 @@ class Train(Section):
 
     @property
     def num_ranks(self) -> int:
-        return self.num_data_ranks * self.context_parallel
+        return self.replicate * self.num_sharing
+
+    @property
+    def num_sharing(self) -> int:
+        """Ranks that share one copy of the weights."""
+        return self.shard * self.context_parallel * self.tensor_parallel
 
     @property
     def num_data_ranks(self) -> int:
-        """Ranks, or groups of them with one context, that train different packs."""
+        """Ranks, or groups of them with one context or tensor axis, that train different packs."""
         return self.replicate * self.shard
 
 

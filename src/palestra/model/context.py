@@ -46,6 +46,7 @@ class Context:
     """One rank that holds whole packs. `kernels` has the names of those that attend over them, fastest first."""
 
     rank, size, pieces = 0, 1, 1
+    deals_heads = False
 
     def __init__(self, kernels: tuple[str, ...] = ("padded",)):
         self.kernels = kernels
@@ -113,6 +114,8 @@ class _Collect(Function):
 
 
 class Ulysses(_Split):
+    deals_heads = True
+
     def __init__(self, group: dist.ProcessGroup, kernels: tuple[str, ...] = ("padded",)):
         super().__init__(group, kernels)
         self.pieces = self.size

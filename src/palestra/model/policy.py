@@ -16,6 +16,7 @@ from palestra.model.documents import Documents, documents_of
 from palestra.model.head import logit_map_of, token_logprobs
 from palestra.model.lora import Adapter
 from palestra.model.routers import Routers
+from palestra.model.tensor import ALONE, Axis
 
 
 class Policy(nn.Module):
@@ -31,6 +32,7 @@ class Policy(nn.Module):
         self.routers = Routers(model)
         self.context: Context = WHOLE
         self.attention_kernels: frozenset[str] = frozenset()  # those that attended over packs when it was checked
+        self.tensor: Axis = ALONE
         self.adapter: Adapter | None = None  # None: all weights are trained
         self._logit_map = logit_map_of(model.config)
         self._head_chunk_tokens = head_chunk_tokens
@@ -55,15 +57,17 @@ class Policy(nn.Module):
         assert head is not None
         owner_K = documents.owner[scored_K - 1]
         mine = self.context.mine(owner_K)
-        logp_k, entropy_k = token_logprobs(
-            hidden_1tD[0, documents.place[scored_K - 1][mine]],
-            head.weight,
-            token_ids_T[scored_K][mine],
-            temperature_K[mine],
+        hidden_kD = hidden_1tD[0, documents.place[scored_K - 1][mine]]
+        logp, entropy = token_logprobs(
+            self.tensor.part(hidden_kD),
+            self.tensor.counted(head.weight),
+            self.tensor.part(token_ids_T[scored_K][mine]),
+            self.tensor.part(temperature_K[mine]),
             self._logit_map,
             self._head_chunk_tokens,
         )
-        return self.context.collect(logp_k, owner_K), self.context.collect(entropy_k.detach(), owner_K)
+        logp_k, entropy_k = (self.tensor.gather(x, len(hidden_kD)) for x in (logp, entropy.detach()))
+        return self.context.collect(logp_k, owner_K), self.context.collect(entropy_k, owner_K)
 
     @torch.no_grad()
     def score(self, token_ids_T: Tensor) -> Tensor:

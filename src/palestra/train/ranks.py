@@ -32,7 +32,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """In place over the ranks with other packs: those of one context have the same readings."""
+        """In place over the ranks with other packs: those of one context or tensor axis have the same readings."""
         dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.meshes.data)
         return tensor
 
@@ -70,8 +70,8 @@ def join(train: Train, *, deadline_s: float) -> Ranks:
     if num != train.num_ranks:
         raise UserError(
             f"train.replicate={train.replicate} x train.shard={train.shard} x train.context_parallel="
-            f"{train.context_parallel} needs {train.num_ranks} ranks, but {num} were started; start with torchrun "
-            f"--nproc-per-node={train.num_ranks}, or change them"
+            f"{train.context_parallel} x train.tensor_parallel={train.tensor_parallel} needs {train.num_ranks} ranks, "
+            f"but {num} were started; start with torchrun --nproc-per-node={train.num_ranks}, or change them"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -87,6 +87,7 @@ def join(train: Train, *, deadline_s: float) -> Ranks:
         shard=train.shard,
         context=train.context_parallel,
         context_kind=train.context_kind,
+        tensor=train.tensor_parallel,
         experts=train.expert_parallel,
         kernels=kernels,
     )
