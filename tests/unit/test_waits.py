@@ -165,6 +165,7 @@ _DISK = "the disk takes it or refuses it; a kernel that does neither holds every
 
 ENDS_ALL_THE_SAME = {
     ("model.ring._Blocks.pass_on", "work.wait()"): "the process group ends a collective after its timeout",
+    ("model.tensor._arrived", "x.wait()"): "as above",
     (
         "wire.weights.local._alone",
         "fcntl.flock(...)",

@@ -144,7 +144,7 @@ def dissected(model: Model) -> Anatomy:
 
 
 def as_dict(planned: Planned) -> dict[str, Any]:
-    anatomy, budget, work, train = planned.anatomy, planned.budget, planned.work, planned.config.train
+    anatomy, budget, train = planned.anatomy, planned.budget, planned.config.train
     low, high = difference_bytes(anatomy)
     return {
         "fits": budget.fits,
@@ -178,20 +178,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "longest_pack_tokens": planned.longest_pack,
         "publish_bytes": published_bytes(anatomy),
         "publish_difference_bytes_expected": [low, high],
-        "step": {
-            "tokens": work.tokens,
-            "document_tokens": work.document_tokens,
-            "document_tokens_assumed": planned.is_length_assumed,
-            "packs_per_rank": budget.packs,
-            "flops_per_token": step_flops(anatomy, work) / work.tokens,
-            "compute_s": budget.seconds.compute,
-            "communication_s": budget.seconds.communication,
-            "offload_s": budget.seconds.offload,
-            "to_experts_s": budget.seconds.to_experts,
-            "tensor_s": budget.seconds.tensor,
-            "optimizer_s": budget.seconds.optimizer,
-            "step_s": budget.seconds.total,
-        },
+        "step": _step_as_dict(planned),
         "changes": [
             {
                 "settings": change.settings,
@@ -204,6 +191,24 @@ def as_dict(planned: Planned) -> dict[str, Any]:
             }
             for change in planned.changes
         ],
+    }
+
+
+def _step_as_dict(planned: Planned) -> dict[str, Any]:
+    work, budget = planned.work, planned.budget
+    return {
+        "tokens": work.tokens,
+        "document_tokens": work.document_tokens,
+        "document_tokens_assumed": planned.is_length_assumed,
+        "packs_per_rank": budget.packs,
+        "flops_per_token": step_flops(planned.anatomy, work) / work.tokens,
+        "compute_s": budget.seconds.compute,
+        "communication_s": budget.seconds.communication,
+        "offload_s": budget.seconds.offload,
+        "to_experts_s": budget.seconds.to_experts,
+        "tensor_s": budget.seconds.tensor,
+        "optimizer_s": budget.seconds.optimizer,
+        "step_s": budget.seconds.total,
     }
 
 

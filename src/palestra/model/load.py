@@ -113,11 +113,14 @@ def _split_matrices(model: PreTrainedModel, meshes: Meshes) -> None:
 
 
 def _shard_experts(model: PreTrainedModel, precision: MixedPrecisionPolicy, meshes: Meshes) -> None:
-    """Whole experts where every rank gets as many, else a part of each: optimizers may want whole matrices."""
+    """Whole experts where every rank gets as many, else a part of each, as optimizers may want whole matrices; where
+    that would be no equal part either, as many experts as there are."""
     owners, among = meshes.experts["ep"].size(), meshes.experts["replicate", "efsdp"]
+    num = meshes.experts["efsdp"].size()
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(0 if parameter.shape[0] // owners % meshes.experts["efsdp"].size() == 0 else 1)
+        is_even = parameter.shape[0] // owners % num == 0
+        return Shard(0 if is_even or parameter.shape[1] % num else 1)
 
     for module in expert_modules(model):
         fully_shard(module, mesh=among, mp_policy=precision, shard_placement_fn=placement)

@@ -101,5 +101,21 @@ def make_meshes(
 def _group_of(rows: torch.Tensor, backend: str | None = None) -> dist.ProcessGroup:
     """That of this rank's row; of the last row on a rank that is in none. Every rank makes all of them."""
     found: list[tuple[list[int], Any]] = [(row.tolist(), dist.new_group(row.tolist(), backend=backend)) for row in rows]
-    mine = [group for row, group in found if dist.get_rank() in row]
-    return mine[0] if mine else found[-1][1]
+    mine = [(group, row) for row, group in found if dist.get_rank() in row]
+    if mine and backend is None:
+        _MADE[dist.group.WORLD, tuple(mine[0][1])] = mine[0][0]
+    return mine[0][0] if mine else found[-1][1]
+
+
+_MADE: dict[tuple[Any, tuple[int, ...]], dist.ProcessGroup] = {}  # by the world that they are of, and their ranks
+
+
+def group_among(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """Theirs: the one that was made, as torch waits for ever for another of the same ranks; else a new one, which only
+    they have to ask for."""
+    key = dist.group.WORLD, tuple(ranks)
+    if key not in _MADE:
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        _MADE[key] = group
+    return _MADE[key]
