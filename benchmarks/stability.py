@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from palestra.launch.outcome import MISTAKE
-from palestra.launch.status import State, read_status
 from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import read_metrics, read_summary
+from palestra.wire.status import State, read_status
 
 _STOP_S = 30.0  # of the budget, kept for a run to end when it is interrupted
 _ENDED = (State.FINISHED, State.FAILED)
