@@ -5,12 +5,13 @@ Legend: R rollouts of one file, in the order of its lines.
 A part is immutable. It is made from the whole lines of one file; a last line without its end is waited for.
 """
 
+import mmap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -87,12 +88,21 @@ class Header(Struct, frozen=True, kw_only=True):
     num_unreadable: int = 0  # lines that are no rollout
 
 
+class Held(NamedTuple):
+    """Where in a mapped file a part is."""
+
+    data: mmap.mmap
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One file's columns, each [R]."""
+    """One file's columns, each [R]: in memory, or in a file that the kernel brings in where it is looked at."""
 
     header: Header
     columns: dict[str, np.ndarray]
+    held: Held | None = None
     cache: dict[Any, Any] = field(default_factory=dict)  # what was computed from the columns
 
     @property
@@ -111,6 +121,12 @@ class Part:
     def step(self) -> int:
         """Of training: the step that took the rollouts; of an evaluation: the version that was measured."""
         return place(self.name)[0]
+
+    def relax(self) -> None:
+        """Give back the memory of what was looked at: a look at every part of a long run must not gather them all."""
+        if self.held is not None:
+            begin = self.held.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self.held.data.madvise(mmap.MADV_DONTNEED, begin, self.held.end - begin)
 
     def code(self, names: str, text: str) -> int | None:
         """Which number stands for `text` in the column; None: no row has it."""

@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import Struct
 
 from palestra.core.files import write_atomically
-from palestra.hub.columns import COLUMNS, Header, Part, place, read_part
+from palestra.hub.columns import COLUMNS, Header, Held, Part, place, read_part
 from palestra.wire.rundir import RunDir
 
 NAME = "view.index"
@@ -27,6 +27,7 @@ _MAGIC = b"palestra-view-1\n"
 _HEAD = 16  # payload's length, its checksum, the header's length with and without what pads it
 _GROWTH = 1.25  # a part that goes on growing is written again when it is so much larger
 _SLACK_BYTES = 1 << 20
+_MAP_BYTES = 16 << 20  # of frames that were written: then their parts are read from the file instead of held
 
 
 class Progress(Struct, frozen=True, kw_only=True):
@@ -50,6 +51,7 @@ class RunIndex:
         self._written: dict[str, int] = {}  # rows of each part that the file has
         self._end = 0  # of the frames that were read
         self._inode = 0
+        self._fresh: list[tuple[int, int]] = []  # frames that were written, and whose parts are held in memory
         self.parts: tuple[Part, ...] = ()
         self.generation = 0  # rises with every change
         self.progress = Progress(done_bytes=0, total_bytes=1)  # nobody has looked yet
@@ -139,18 +141,17 @@ class RunIndex:
             return
         stat = os.fstat(file)
         if stat.st_ino != self._inode:
-            self._inode, self._end, self._written = stat.st_ino, 0, {}
+            self._inode, self._end, self._written, self._fresh = stat.st_ino, 0, {}, []
         if stat.st_size < len(_MAGIC) or os.pread(file, len(_MAGIC), 0) != _MAGIC:
             os.ftruncate(file, 0)
             os.pwrite(file, _MAGIC, 0)
-            self._end, self._written = len(_MAGIC), {}
+            self._end, self._written, self._fresh = len(_MAGIC), {}, []
             return
         self._end = max(self._end, len(_MAGIC))
         frames = list(_checked(file, self._end, stat.st_size))
         if frames:
-            found = _mapped(file, frames)
+            found = self._map(file, frames)
             self._written |= {part.name: part.num_rows for part in found}
-            self._take(*{part.name: part for part in found}.values())
             self._end = frames[-1][1]
         if self._end < stat.st_size:
             os.ftruncate(file, self._end)
@@ -160,8 +161,18 @@ class RunIndex:
         frame = _frame(part)
         if os.pwrite(file, frame, self._end) != len(frame):
             raise OSError("the disk is full")
+        self._fresh.append((self._end, self._end + len(frame)))
         self._end += len(frame)
         self._written[part.name] = part.num_rows
+        if self._end - self._fresh[0][0] >= _MAP_BYTES:
+            self._map(file, self._fresh)
+            self._fresh = []
+
+    def _map(self, file: int, frames: list[tuple[int, int]]) -> list[Part]:
+        """Take the parts of these frames, of one source the last."""
+        found = _mapped(file, frames)
+        self._take(*{part.name: part for part in found}.values())
+        return found
 
     def _compact(self, file: int) -> None:
         """Half of it or more is of parts that were written again: keep the others."""
@@ -204,9 +215,10 @@ def _checked(file: int, begin: int, size: int) -> Iterator[tuple[int, int]]:
 
 def _mapped(file: int, frames: list[tuple[int, int]]) -> list[Part]:
     """Columns are read from the file when they are asked for."""
-    data = mmap.mmap(file, frames[-1][1], access=mmap.ACCESS_READ)
+    base = frames[0][0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    data = mmap.mmap(file, frames[-1][1] - base, access=mmap.ACCESS_READ, offset=base)
     parts = []
-    for begin, _ in frames:
+    for begin, end in ((begin - base, end - base) for begin, end in frames):
         start = begin + _HEAD
         padded, header_bytes = (int.from_bytes(data[begin + i : begin + i + 4], "little") for i in (8, 12))
         header = msgspec.msgpack.decode(data[start : start + header_bytes], type=Header)
@@ -215,5 +227,5 @@ def _mapped(file: int, frames: list[tuple[int, int]]) -> list[Part]:
         for name, dtype in COLUMNS.items():
             columns[name] = np.frombuffer(data, dtype, header.num_rows, start)
             start += -(-columns[name].nbytes // 8) * 8
-        parts.append(Part(header, columns))
+        parts.append(Part(header, columns, Held(data, begin, end)))
     return parts

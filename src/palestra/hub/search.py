@@ -9,6 +9,7 @@ Legend: R rows of one part, M of them that match, G groups.
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,12 +124,7 @@ def rollouts(
     name = sort.removeprefix("-")
     is_down = sort.startswith("-") or sort == "newest"
     keys = _KEYS.get(name)
-    found: list[tuple[Part, np.ndarray]] = []
-    for part in parts:
-        mask = matching(part, where, group_size)
-        if mask is not None and mask.any():
-            found.append((part, np.flatnonzero(mask)))
-    runs = [_Run(part, lines, np.zeros(len(lines)) if keys is None else keys(part)[lines]) for part, lines in found]
+    runs = [_Run(part, partial(_rows, part, where, group_size, keys)) for part in parts]
     return _page(runs, is_down, limit, after, before)
 
 
@@ -141,21 +137,30 @@ _KEYS: dict[str, Callable[[Part], np.ndarray]] = {
 }
 
 
+def _rows(
+    part: Part, where: Where, group_size: int, keys: Callable[[Part], np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    mask = matching(part, where, group_size)
+    lines = np.zeros(0, np.int64) if mask is None else np.flatnonzero(mask)
+    found = lines, np.zeros(len(lines)) if keys is None or not len(lines) else keys(part)[lines]
+    part.relax()
+    return found
+
+
 class _Run(NamedTuple):
-    """Rows of one part that match, [M], in the order of lines, with what they are ordered by."""
+    """Rows of one part. `rows` finds the lines [M] that match, ascending, and what they are ordered by [M]: of one part
+    after the other, for those of a whole run would fill memory."""
 
     part: Part
-    lines: np.ndarray
-    keys: np.ndarray
+    rows: Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 def _page(runs: list[_Run], is_down: bool, limit: int, after: str, before: str) -> Page:
     """The next `limit` rows behind `after`, or the last ones ahead of `before`."""
     is_back = bool(before) and not after
     start = _Place.read(after or before) if after or before else None
-    total = sum(len(run.lines) for run in runs)
     goes_down = is_down != is_back
-    chosen, num_left = _first(runs, goes_down, limit, start)
+    chosen, num_left, total = _first(runs, goes_down, limit, start)
     if is_back:
         chosen.reverse()
     num_before = (num_left - len(chosen)) if is_back else (total - num_left)
@@ -177,14 +182,17 @@ def _cursor(chosen: tuple[_Run, int, float]) -> str:
 
 def _first(
     runs: list[_Run], is_down: bool, limit: int, start: _Place | None
-) -> tuple[list[tuple[_Run, int, float]], int]:
-    """The first `limit` rows behind `start` in the order, and how many there are behind it."""
+) -> tuple[list[tuple[_Run, int, float]], int, int]:
+    """The first `limit` rows behind `start` in the order, how many there are behind it, and how many in all."""
     ordered = sorted(runs, key=lambda run: place(run.part.name), reverse=is_down)
     sign = -1.0 if is_down else 1.0
     numbers: list[np.ndarray] = []  # of a run, its lines and their keys, in order of places
-    num_left, num_kept, worst = 0, 0, np.inf
+    total, num_left, num_kept, worst = 0, 0, 0, np.inf
     for number, run in enumerate(ordered):
-        lines, keys = (run.lines[::-1], -run.keys[::-1]) if is_down else (run.lines, run.keys)
+        lines, keys = run.rows()
+        total += len(lines)
+        if is_down:
+            lines, keys = lines[::-1], -keys[::-1]
         if start is not None:
             behind = _behind(run, lines, keys, start, sign)
             lines, keys = lines[behind], keys[behind]
@@ -201,9 +209,9 @@ def _first(
             numbers = [_best(numbers, limit)]
             num_kept, worst = limit, numbers[0][2, -1]
     if not numbers:
-        return [], num_left
+        return [], num_left, total
     best = _best(numbers, limit)
-    return [(ordered[int(n)], int(line), sign * float(key)) for n, line, key in best.T], num_left
+    return [(ordered[int(n)], int(line), sign * float(key)) for n, line, key in best.T], num_left, total
 
 
 def _best(numbers: list[np.ndarray], limit: int) -> np.ndarray:
@@ -253,8 +261,7 @@ class _GroupColumns:
 
 def groups(parts: Sequence[Part], query: Groups, group_size: int) -> Page:
     """Errors: UserError for a cursor that is none."""
-    training = [part for part in parts if part.is_training]
-    found = _merged([_of_part(part, number, group_size) for number, part in enumerate(training) if part.num_rows])
+    training, found = _all_groups(tuple(parts), group_size)
     mask = _groups_matching(found, training, query)
     found = found.take(np.flatnonzero(mask))
     keys = {
@@ -262,6 +269,14 @@ def groups(parts: Sequence[Part], query: Groups, group_size: int) -> Page:
         "spread": found.high - found.low,
     }.get(query.sort.removeprefix("-"), np.zeros(len(found.number)))
     return _group_page(found, training, keys, query)
+
+
+@lru_cache(maxsize=2)
+def _all_groups(parts: tuple[Part, ...], group_size: int) -> tuple[list[Part], "_GroupColumns"]:
+    """Of all training, and its files. Pages of one list ask for the same again and again."""
+    training = [part for part in parts if part.is_training]
+    pieces = [_of_part(part, number, group_size) for number, part in enumerate(training) if part.num_rows]
+    return training, _merged(pieces)
 
 
 def _groups_matching(found: _GroupColumns, training: list[Part], query: Groups) -> np.ndarray:
@@ -284,9 +299,12 @@ def _groups_matching(found: _GroupColumns, training: list[Part], query: Groups) 
 
 def _of_firsts(found: _GroupColumns, training: list[Part], name: str) -> np.ndarray:
     """[G] a column at the first row of each group; `found` goes from part to part."""
-    pieces = [
-        training[number].columns[name][found.line[found.part == number]] for number in np.unique(found.part).tolist()
-    ]
+    bounds = np.searchsorted(found.part, np.arange(len(training) + 1)).tolist()
+    pieces = []
+    for part, begin, end in zip(training, bounds, bounds[1:], strict=False):
+        if end > begin:
+            pieces.append(part.columns[name][found.line[begin:end]])
+            part.relax()
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
@@ -295,6 +313,7 @@ def _of_part(part: Part, number: int, group_size: int) -> _GroupColumns:
     key = ("groups", group_size)
     if key not in part.cache:
         part.cache[key] = _summed(part, group_size)
+        part.relax()
     group, line, count, total, low, high = part.cache[key]
     return _GroupColumns(group, np.full(len(group), number), line, count, total, low, high)
 
@@ -338,7 +357,7 @@ def _group_page(found: _GroupColumns, training: list[Part], keys: np.ndarray, qu
     for number, part in enumerate(training):
         mine = slice(int(bounds[number]), int(bounds[number + 1]))
         if mine.stop > mine.start:
-            runs.append(_Run(part, found.line[mine], keys[mine]))
+            runs.append(_Run(part, partial(lambda *rows: rows, found.line[mine], keys[mine])))
     page = _page(runs, is_down, query.limit, query.after, query.before)
     numbers = {part.name: number for number, part in enumerate(training)}
     rows = []

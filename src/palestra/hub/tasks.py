@@ -44,6 +44,7 @@ def _found(parts: tuple[Part, ...], where: Where, group_size: int) -> Found:
         mask = matching(part, where, group_size)
         if mask is not None and (lines := np.flatnonzero(mask & (part.columns["version"] >= 0))).size:
             found.append((part, lines))
+        part.relax()
     return found
 
 

@@ -212,3 +212,19 @@ def test_what_grows_for_long_does_not_fill_the_disk(tmp_path: Path):
     assert index.parts[0].num_rows == 1500
     assert (tmp_path / NAME).stat().st_size < 4 * 80 * 1500 + (1 << 20)
     assert rows(index) == rows(updated(run))
+
+
+def test_what_is_given_back_is_there_again(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """Parts go from memory to the file while the index is made, and their pages back to the kernel after a look."""
+    expected = rows(updated(run))
+    (run.path / NAME).unlink()
+    monkeypatch.setattr("palestra.hub.index._MAP_BYTES", 1500)
+    index = updated(run)
+    assert rows(index) == expected
+    assert all(part.held for part in index.parts[-2:])
+    for part in index.parts:
+        part.relax()
+    assert rows(index) == expected
+    write(run, "step-000009", [record(i, random.Random(3)) for i in range(200, 240)])
+    index.update()
+    assert rows(index) == rows(updated(run))
