@@ -96,7 +96,7 @@ def test_rollouts_are_filtered_and_paged(page, url: str):
     page.select_option("select[name=kind]", "training")
     page.fill("input[name=min_reward]", "1")
     page.select_option("select[name=sort]", "-tokens")
-    page.click("text=Filter")
+    page.click("#filters button")
     page.wait_for_url("**min_reward=1**")
     rewards = page.locator("tr[data-row] a.main").all_inner_texts()
     assert rewards
