@@ -24,6 +24,7 @@ LAYOUTS = [
     Layout("fsdp4", 4, {"shard": 4}),
     Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}),
     Layout("ep2-ring2-fsdp2", 4, {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2}),
+    Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}),
     Layout("fsdp2", 2, {"shard": 2}),
     Layout("1", 1),
 ]
@@ -32,6 +33,7 @@ RESUMED = {
     "fsdp4": ("fsdp4", "fsdp2"),
     "replicate2-shard2": ("fsdp2",),
     "ep2-ring2-fsdp2": ("ep2-ring2-fsdp2", "1"),
+    "tp2-fsdp2": ("tp2-fsdp2", "1"),
 }
 
 

@@ -1,7 +1,7 @@
 """Every way to lay a model out over ranks, and what is measured of each: used by the ranks and by the tests."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from palestra.algo.losses import policy_loss
@@ -25,6 +26,7 @@ from palestra.model.fill import empty_model, fill
 from palestra.model.load import read_config, set_gradient_sync
 from palestra.model.mesh import Meshes, make_meshes
 from palestra.model.policy import Policy
+from palestra.model.tensor import Seen
 from palestra.train import muon, packs
 from palestra.train.optimizer import make_optimizer
 from palestra.train.packs import Plan, plan_step
@@ -33,7 +35,10 @@ from palestra.train.step import Readings, pack_loss, train_step
 from tests.unit.train.batches import make_batch
 
 ALL = ("Qwen3ForCausalLM", "Gemma2ForCausalLM", "Glm4MoeForCausalLM", "GptOssForCausalLM")
-FAMILIES = (*ALL, "DeepseekV3ForCausalLM")  # the last in one layout: its values are narrower than its keys
+LATENT = "DeepseekV3ForCausalLM"  # its values are narrower than its keys, and its attention is in no tensor plan
+BIASED, SINKS = "LlamaForCausalLM", "GraniteSWAForCausalLM"  # what a rank of a tensor axis must add once, or has heads of
+FAMILIES = (*ALL, LATENT, BIASED, SINKS)  # the last three in few layouts
+NORMED = ("Qwen3ForCausalLM", "Glm4MoeForCausalLM")  # norms of the heads of queries and keys
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 STEPS = 3
@@ -67,8 +72,12 @@ LAYOUTS = [
     Layout("ep4", 4, {"shard": 4, "experts": 4}),
     Layout("ulysses2", 2, {"context": 2}),
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
+    Layout("tp2", 2, {"tensor": 2}, families=("Gemma2ForCausalLM", LATENT, BIASED, SINKS)),
+    Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}, BOTH, NORMED),
+    Layout("tp2-ulysses2", 4, {"tensor": 2, "context": 2}, families=NORMED[1:]),
+    Layout("tp2-ep2", 2, {"tensor": 2, "experts": 2}, families=NORMED[1:], optimizer="adamw"),
     Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH),
-    Layout("ep2-ring2-fsdp2", 4, {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2}, BOTH, FAMILIES),
+    Layout("ep2-ring2-fsdp2", 4, {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2}, BOTH, (*ALL, LATENT)),
     Layout(
         "ep2-ulysses2-fsdp2-full-offload",
         4,
@@ -86,12 +95,25 @@ LAYOUTS = [
         activations=Activations("selective", offload=True),
     ),
 ]
-FAULTS = {
-    "experts swapped": "ep2",
-    "boundary ignored": "ring2",
-    "wrong divisor": "ep2",
-    "orthogonalised in pieces": "fsdp4",
+FAULTS = {  # the layout that has it, and what shows it
+    "experts swapped": ("ep2", "gradients"),
+    "boundary ignored": ("ring2", "gradients"),
+    "wrong divisor": ("ep2", "gradients"),
+    "orthogonalised in pieces": ("fsdp4", "weights"),
+    "norms summed twice": ("tp2-ep2", "gradients"),
+    "norms not summed": ("tp2-ep2", "gradients"),
+    "bias of every rank": ("tp2", "gradients"),
 }
+
+
+def faults_of(family: str) -> list[str]:
+    """Those of layouts that the family is in: experts make most of them, and one shows by a bias."""
+    suits = {layout.name: layout.suits(family) for layout in LAYOUTS}
+    return [
+        fault
+        for fault, (layout, _) in FAULTS.items()
+        if suits[layout] and (family == BIASED if fault == "bias of every rank" else is_split(family))
+    ]
 
 
 def is_split(family: str) -> bool:
@@ -188,8 +210,27 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
         with patch.object(packs, "documents_of", lambda lengths, *more: documents_of([sum(lengths)], *more)):
             yield
             return
+    elif fault == "norms summed twice":
+        for name, module in policy.model.named_modules():
+            if name.endswith("q_norm"):
+                _use_weight(module, lambda weight: meshes.tensor.enter(meshes.tensor.enter(weight)))
+    elif fault == "norms not summed":
+        for name, module in policy.model.named_modules():
+            if name.endswith("q_norm"):
+                _use_weight(module, lambda weight: weight)
+    elif fault == "bias of every rank":
+        for name, module in policy.model.named_modules():
+            if name.endswith("o_proj"):
+                module.forward = lambda x, module=module: meshes.tensor.leave(
+                    linear(x, module.weight.to_local(), module.bias)
+                )
     elif fault == "orthogonalised in pieces":
         with patch.object(muon, "_is_whole_here", lambda parameter: True):
             yield
             return
     yield
+
+
+def _use_weight(module: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Its own forward, with the weight changed on its way."""
+    module.forward = Seen(module, {"weight": change}).run

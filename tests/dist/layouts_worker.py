@@ -11,7 +11,7 @@ from palestra.config.schema import Train
 from palestra.model.mesh import Meshes
 from palestra.train import ranks as trainer_ranks
 from palestra.train.ranks import Ranks
-from tests.dist.layouts import FAULTS, LAYOUTS, Layout, is_split, make_policy, measure, planted
+from tests.dist.layouts import FAULTS, LAYOUTS, Layout, faults_of, make_policy, measure, planted
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -31,12 +31,12 @@ def main(models: Path, out: Path) -> None:
 
 def _run(model: Path, layout: Layout, name: str, meshes: Meshes, out: Path) -> None:
     rank, dtype = dist.get_rank(), DTYPES[name]
-    ranks = Ranks(rank=rank, num=meshes.dense.size(), device=torch.device("cpu"), meshes=meshes)
+    ranks = Ranks(rank=rank, num=meshes.ranks.size(), device=torch.device("cpu"), meshes=meshes)
     policy = make_policy(model, dtype, meshes, layout.activations)
     found = measure(policy, meshes, ranks, layout.optimizer)
     if rank == 0:
         torch.save(found, out / f"{model.name}-{layout.name}-{name}.pt")
-    for fault in [fault for fault, where in FAULTS.items() if where == layout.name and is_split(model.name)]:
+    for fault in [fault for fault in faults_of(model.name) if FAULTS[fault][0] == layout.name]:
         policy = make_policy(model, dtype, meshes)
         with planted(fault, policy, meshes):
             found = measure(policy, meshes, ranks, layout.optimizer)

@@ -29,7 +29,7 @@ def read(found: Path, saver: str, name: str) -> dict[str, Tensor]:
     return torch.load(found / saver / f"{name}.pt")
 
 
-@pytest.mark.parametrize("layout", ["fsdp4", "ep2-ring2-fsdp2"])
+@pytest.mark.parametrize("layout", ["fsdp4", "ep2-ring2-fsdp2", "tp2-fsdp2"])
 def test_on_the_same_layout_the_next_step_is_the_same_to_the_bit(found, layout):
     straight, resumed = read(found, layout, "straight-3"), read(found, layout, f"{layout}-3")
     assert straight.keys() == resumed.keys()
@@ -43,6 +43,7 @@ def test_on_the_same_layout_the_next_step_is_the_same_to_the_bit(found, layout):
         ("fsdp4", "fsdp2-1", 4),  # four ranks, then two, then one
         ("replicate2-shard2", "fsdp2", 3),
         ("ep2-ring2-fsdp2", "1", 3),
+        ("tp2-fsdp2", "1", 3),
     ],
 )
 def test_on_another_layout_the_next_step_is_the_same(found, saver, reader, version):
@@ -52,6 +53,12 @@ def test_on_another_layout_the_next_step_is_the_same(found, saver, reader, versi
     biases = [value for name, value in straight.items() if name.endswith(BIAS)]
     assert len(biases) == 2
     assert all(bias.any() for bias in biases)
+
+
+def test_what_leaves_a_tensor_axis_is_what_leaves_any_layout(found):
+    """As it is published, and exported: in a checkpoint's layout."""
+    gap, name = worst(read(found, "tp2-fsdp2", "straight-3"), read(found, "fsdp4", "straight-3"))
+    assert gap < TOLERANCE, name
 
 
 def test_biases_that_were_not_in_the_checkpoint_would_be_seen(found):

@@ -24,11 +24,14 @@ from starlette.routing import Route
 from palestra.config import read_resolved
 from palestra.core.errors import InfrastructureError
 from palestra.core.process import die_with_parent
+from palestra.infer.turn import wait_for_turn
 from palestra.wire.rundir import RunDir
+from tests.fault.device import Device
 from tests.fault.table import FILE, Table, read
 from tests.fault.witness import Witness, faults_directory
 
 STEP_S = 0.002  # one token of every running request
+SLEEP_TAGS = {"weights", "kv_cache"}
 
 
 @dataclass
@@ -83,16 +86,19 @@ class RefusedRequest(Exception):
 
 
 class Engine:
-    """The server's state. `served` hears every change of the version that sampled a token."""
+    """The server's state. `served` hears every change of the version that sampled a token. `device` is what a server
+    that sleeps has left."""
 
-    def __init__(self, table: Table, *, max_model_len: int, served=lambda version: None):
+    def __init__(self, table: Table, *, max_model_len: int, served=lambda version: None, device: Device | None = None):
         self.table, self._max_model_len, self._served = table, max_model_len, served
+        self._device, self._asleep = device, set()  # of vLLM's tags, what is not on the device
         self.label, self._last_served = "default", "default"
         self._received: Table | None = None
         self._is_updating = self.is_paused = False
         self.running: list[Choice] = []
         self._may_run = asyncio.Event()
         self.sampled_tokens = self.prompt_tokens = 0
+        self.met: list[dict[str, Any]] = []  # whoever sends
 
     async def run(self) -> None:
         """Continuous batching: one token of every running request per step."""
@@ -112,7 +118,8 @@ class Engine:
         self.running = [choice for choice in self.running if choice.finish_reason is None]
 
     def _look(self) -> None:
-        (self._may_run.set if self.running and not self.is_paused else self._may_run.clear)()
+        may_run = self.running and not self.is_paused and not self._asleep
+        (self._may_run.set if may_run else self._may_run.clear)()
 
     # --- requests
 
@@ -193,6 +200,32 @@ class Engine:
     def pause(self, is_paused: bool) -> None:
         self.is_paused = is_paused
         self._look()
+
+    def sleep(self, level: int) -> None:
+        """Running requests are aborted. Of level 2 the weights come back as whatever was in that memory."""
+        for choice in self.running:
+            choice.finish_reason = "abort"
+            choice.advanced.set()
+        self.running, self.is_paused = [], True
+        if level and "weights" not in self._asleep:
+            self._asleep |= SLEEP_TAGS
+            self.table = Table.random(len(self.table.tensors["bias"]), seed=99) if level == 2 else self.table
+            if self._device is not None:
+                self._device.leave()
+        self._look()
+
+    def wake_up(self, tags: list[str]) -> bool:
+        """Whether all is awake; then it goes on by itself."""
+        if self._device is not None and "weights" in self._asleep and (not tags or "weights" in tags):
+            self._device.enter()
+        self._asleep -= set(tags) or SLEEP_TAGS
+        self.is_paused = self.is_paused and bool(self._asleep)
+        self._look()
+        return not self._asleep
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.is_paused or bool(self._asleep)
 
     def start_update(self) -> None:
         if self._is_updating:
@@ -294,7 +327,36 @@ def application(engine: Engine) -> Starlette:
     gets = {"/health": health, "/weight_info": info, "/metrics": metrics}
     routes = [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
     routes += [Route(path, answer, methods=["GET"]) for path, answer in gets.items()]
+    routes += _seldom_asked(engine)
     return Starlette(routes=routes, exception_handlers={RefusedRequest: _refused, InfrastructureError: _failed})
+
+
+def _seldom_asked(engine: Engine) -> list[Route]:
+    """For turns, and for versions that are sent."""
+
+    async def meet(request: Request) -> Response:
+        engine.met.append((await request.json())["init_info"])
+        return JSONResponse({"message": "Weight transfer initialized"})
+
+    async def sleep(request: Request) -> Response:
+        level = int(request.query_params.get("level", "1"))
+        engine.sleep(level)
+        return JSONResponse({"status": "sleeping", "level": level})
+
+    async def wake_up(request: Request) -> Response:
+        tags = request.query_params.getlist("tags")
+        status = "awake" if engine.wake_up(tags) else "sleeping"
+        return JSONResponse({"status": status, "tags": tags or None})
+
+    async def is_sleeping(_: Request) -> Response:
+        return JSONResponse({"is_sleeping": engine.is_sleeping})
+
+    return [
+        Route("/init_weight_transfer_engine", meet, methods=["POST"]),
+        Route("/sleep", sleep, methods=["POST"]),
+        Route("/wake_up", wake_up, methods=["POST"]),
+        Route("/is_sleeping", is_sleeping, methods=["GET"]),
+    ]
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -329,11 +391,16 @@ def main() -> int:
     config = read_resolved(sys.argv[1])
     name = f"engine-{os.environ['PALESTRA_INDEX']}"
     url = urlsplit(RunDir(config.run_dir).read_attempt().engines[int(os.environ["PALESTRA_INDEX"])])
-    witness = Witness(faults_directory())
+    wait_for_turn(sys.argv[1])
+    witness, device = Witness(faults_directory()), None
+    if config.takes_turns:
+        device = Device(witness, name)
+        device.enter()
     engine = Engine(
         Table.load(Path(config.model_dir) / FILE),
         max_model_len=config.engine.max_model_len,
         served=lambda version: witness.served(name, version),
+        device=device,
     )
     host, port = url.hostname or "", url.port or 0
     witness.listening(host, port)

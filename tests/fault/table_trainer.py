@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -18,11 +19,12 @@ from palestra.core.process import life
 from palestra.core.spans import SpanLog
 from palestra.train import __main__ as program
 from palestra.train.background import Background, Written
-from palestra.train.reinforce import Loop, Orchestrator
+from palestra.train.reinforce import Loop, Orchestrator, device_of
 from palestra.wire.batches import Batch
 from palestra.wire.messages import Done, Ready, TrainerReady
 from palestra.wire.rundir import Attempt, RunDir, checkpoint_dir, version_to_load
 from palestra.wire.weights.manifest import Probe, Staged
+from tests.fault.device import Device
 from tests.fault.table import FILE, Table, stage
 from tests.fault.witness import Witness, faults_directory
 
@@ -96,11 +98,26 @@ class TableTrainer:
         return self._run.export
 
 
-class TablePublisher:
-    """The rules of `train.publish.Publisher`: a version stays until a later one is loaded."""
+class TableSender:
+    """Says what vLLM's trainer side says; what it sends lies where its `update` tells."""
 
     def __init__(self, trainer: TableTrainer, directory: Path, attempt: int):
         self._trainer, self._directory, self._attempt = trainer, directory, attempt
+
+    def send(self, ask: Callable, *, num_workers: int, is_new_group: bool, deadline_s: float) -> None:
+        if is_new_group:
+            ask("init", {"rank_offset": 1, "world_size": 1 + num_workers})
+        directory, version = Path(tempfile.mkdtemp(dir=self._directory)) / "sent", self._trainer.version
+        stage(self._trainer.table, directory, version, self._attempt)
+        ask("update", {"directory": str(directory), "version": version})
+
+
+class TablePublisher:
+    """The rules of `train.publish.Publisher`: a version stays until a later one is loaded, the first one is files."""
+
+    def __init__(self, trainer: TableTrainer, directory: Path, attempt: int, *, is_sent: bool = False):
+        self._trainer, self._directory, self._attempt, self._is_sent = trainer, directory, attempt, is_sent
+        self.sender = TableSender(trainer, directory, attempt)
         self._previous: list[float] | None = None
         self._staged: list[int] = []
 
@@ -108,15 +125,20 @@ class TablePublisher:
     def is_full(self) -> bool:
         return len(self._staged) >= KEPT_VERSIONS
 
-    def stage(self, version: int, ledger: Ledger) -> Staged:
+    def stage(self, version: int, ledger: Ledger, *, as_files: bool = False) -> Staged:
+        if self._is_sent and self._previous is not None and not as_files:
+            return Staged(version=version, directory="", probe=self._probe(), is_sent=True)
         directory = self._directory / (f"v{version:06d}" + (f".{life()}" if life() else ""))
-        self._staged.append(version)
+        self._staged = [*(staged for staged in self._staged if staged != version), version]
         with ledger.spend("stage"):
             stage(self._trainer.table, directory, version, self._attempt)
+        return Staged(version=version, directory=str(directory), probe=self._probe())
+
+    def _probe(self) -> Probe:
         logprobs = self._trainer.table.score(PROBE)
-        probe = Probe(token_ids=PROBE, logprobs=logprobs, previous_logprobs=self._previous)
+        previous = self._previous if self._previous != logprobs else None
         self._previous = logprobs
-        return Staged(version=version, directory=str(directory), probe=probe)
+        return Probe(token_ids=PROBE, logprobs=logprobs, previous_logprobs=previous)
 
     def loaded(self, version: int) -> None:
         self._staged = [staged for staged in self._staged if staged >= version]
@@ -128,12 +150,15 @@ def _run(config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, super
     trainer = TableTrainer(config, ranks, step_s=step_s)
     supervisor.send(Ready(process="trainer"))
     orchestrator = Orchestrator(config, attempt, ranks, ledger)  # type: ignore[arg-type]
-    publisher = TablePublisher(trainer, Path(attempt.staging), attempt.number)
+    publisher = TablePublisher(trainer, Path(attempt.staging), attempt.number, is_sent=config.sync.is_sent)
+    device = device_of(config, orchestrator, ledger)
+    device.keep(Device(Witness(faults_directory()), "trainer"))
     with closing(SpanLog(run.spans("trainer-0"), "trainer-0")) as spans:
-        loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans)  # type: ignore[arg-type]
-        if (version := version_to_load(run, attempt, life())) is not None:
-            trainer.resume(version)
-        loop.stage()
+        loop = Loop(trainer, publisher, orchestrator, run, attempt, ledger, spans, device, config.sync.deadline_s)  # type: ignore[arg-type]
+        with device.taken():
+            if (version := version_to_load(run, attempt, life())) is not None:
+                trainer.resume(version)
+            loop.stage()
         orchestrator.tell(TrainerReady(version=trainer.version))
         ledger.switch("other")
         loop.serve()

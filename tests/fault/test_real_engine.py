@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from palestra.config import RunConfig
-from palestra.wire.runlog import read_restarts
+from palestra.wire.runlog import read_ledger, read_metrics, read_restarts
 from tests.fault.doomed import Fault
 from tests.fault.whole_run import ENVIRONMENTS, FaultyRun
 
@@ -45,6 +45,23 @@ def config_of(outputs: Path) -> RunConfig:
         "env": {"mix": [{"id": f"{ENVIRONMENTS}:TwoTurns", "name": "two"}], "stall_s": 120},
     }
     return RunConfig.model_validate(tree)
+
+
+def test_turns_of_the_real_engine_and_the_real_trainer(tmp_path: Path, judge):
+    """vLLM's own sleep and wake, as far as a CPU has them: its scheduler stops, its memory stays."""
+    config = config_of(tmp_path / "outputs")
+    config = config.model_copy(update={"launch": config.launch.model_copy(update={"turns": True})})
+    fault = Fault(process="trainer", at="palestra.train.trainer:Trainer.train", nth=7, life=0)
+    run = FaultyRun(config, [fault], tmp_path, kind="model")
+    run.play(deadline_s=400)
+    judge(run, name="turns of the real engine, its trainer killed in one", fired=1)
+    entries = [entry for entry in read_ledger(run.run) if entry.process == "engine-0"]
+    assert sum(entry.parts_s.get("asleep", 0) for entry in entries) > 0
+    generating, training = ("generate", "forward_backward")
+    assert all(generating in entry.parts_s for entry in entries[2:4]), "the engine had its turns, too"
+    rows = [row for row in read_metrics(run.run) if "turns/wake_s" in row]
+    assert len(rows) >= config.train.steps // 2
+    assert training in {cause for entry in read_ledger(run.run) for cause in entry.parts_s}
 
 
 def test_five_faults_in_a_run_on_the_real_engine(tmp_path: Path, judge):

@@ -44,6 +44,10 @@ class Witness:
         """From now on this engine samples with `version`."""
         self._note("served", engine=engine, version=version)
 
+    def entered(self, process: str, *, is_alone: bool) -> None:
+        """The device that it shares is its own from now on, or should be."""
+        self._note("entered", process=process, is_alone=is_alone)
+
     def _note(self, name: str, **fields: Any) -> None:
         line = json.dumps({"time": time.monotonic(), **fields}) + "\n"
         with (self.directory / f"{name}.jsonl").open("a") as file:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from palestra.model.attention import packed_attention
+from palestra.model.context import Context
 from palestra.model.documents import documents_of
 from palestra.model.head import LogitMap, token_logprobs
 
@@ -22,13 +23,42 @@ def test_the_kernel_equals_padded_batches(window, key_heads):
     outs, grads = [], []
     for inputs in (half, [x.float() for x in half]):  # float32 takes the padded path
         inputs = [x.clone().requires_grad_() for x in inputs]
-        documents = documents_of(LENGTHS, "cuda")
+        documents = documents_of(LENGTHS, "cuda", Context(("varlen", "padded")))
         out, _ = packed_attention(nn.Module(), *inputs, None, documents=documents, scaling=0.1, sliding_window=window)
         grads.append(torch.autograd.grad(out.float().square().sum(), inputs))
         outs.append(out.float())
     torch.testing.assert_close(*outs, atol=2e-2, rtol=2e-2)
     for grad, expected in zip(*grads, strict=True):
         torch.testing.assert_close(grad.float(), expected, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "with_sinks", "value_width"),
+    [
+        (None, None, True, 64),
+        (40, None, True, 64),
+        (None, 20.0, False, 64),
+        (40, 20.0, False, 64),
+        (None, None, False, 32),
+    ],
+)
+def test_flex_equals_padded_batches(window, softcap, with_sinks, value_width):
+    """Caps, sinks and their gradients, and values of another width: what the variable-length kernel does not know."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    num, outs, grads = sum(LENGTHS), [], []
+    shapes = [(1, 4, num, 64), (1, 2, num, 64), (1, 2, num, value_width), (4,)]
+    inputs = [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+    for kernels in (("flex", "padded"), ("padded",)):
+        q, k, v, sinks = (x.clone().requires_grad_() for x in inputs)
+        documents = documents_of(LENGTHS, "cuda", Context(kernels))
+        options = {"sliding_window": window, "softcap": softcap, "s_aux": sinks if with_sinks else None}
+        out, _ = packed_attention(nn.Module(), q, k, v, None, documents=documents, scaling=0.1, **options)
+        assert documents.taken == {kernels[0]}
+        grads.append(torch.autograd.grad(out.square().sum(), [q, k, v, *([sinks] if with_sinks else [])]))
+        outs.append(out)
+    torch.testing.assert_close(*outs, atol=5e-3, rtol=5e-3)
+    for grad, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, expected, atol=2e-2, rtol=2e-2)
 
 
 def test_half_precision_logits_are_summed_in_float32():

@@ -92,6 +92,7 @@ async def exchange(talk: Talk) -> dict[str, Any]:
     await replies(talk, version)
     await streams(talk, version)
     await over_a_pause(talk, version)
+    await asleep(talk)
     await errors(talk)
     load = parse_metrics((await talk.ask("metrics", "/metrics", method="GET")).text)
     preemptions, sampled = load.preemptions - before.preemptions, load.sampled_tokens - before.sampled_tokens
@@ -161,6 +162,34 @@ async def over_a_pause(talk: Talk, version: str) -> None:
     talk.shapes["over a pause"] = (named, all(a["end"] == b["start"] for a, b in pairwise(spans)), spans[-1]["end"])
     [choice] = (await late).json()["choices"]
     talk.shapes["late spans"] = choice["weight_versions"] == [{"version": newer, "start": 0, "end": 4}]
+
+
+async def asleep(talk: Talk) -> None:
+    """What is on its way is aborted; what comes waits until all is awake, and is sampled by what was loaded then."""
+    cut, arrived = [], asyncio.Event()
+
+    async def read() -> None:
+        async for chunk in streamed(talk, body(LONG, stream=True)):
+            cut.extend(chunk["choices"])
+            arrived.set()
+
+    reading = asyncio.create_task(read())
+    await arrived.wait()
+    await talk.ask("sleep", "/sleep", params={"level": "2", "mode": "abort"})
+    await reading
+    talk.shapes["cut by sleep"] = (cut[-1]["finish_reason"], sum(len(choice["token_ids"]) for choice in cut) < LONG)
+    late = asyncio.create_task(talk.ask("asked asleep", GENERATE, body(4)))
+    await asyncio.sleep(0.3)
+    await talk.ask("is sleeping", "/is_sleeping", method="GET")
+    woken = [(await talk.ask("wake weights", "/wake_up", params={"tags": "weights"})).json()]
+    newer = await talk.publish("publish asleep")
+    talk.shapes["still asleep"] = late.done()
+    woken.append((await talk.ask("wake cache", "/wake_up", params={"tags": "kv_cache"})).json())
+    [choice] = (await late).json()["choices"]
+    talk.shapes["woken"] = woken
+    talk.shapes["awake spans"] = choice["weight_versions"] == [{"version": newer, "start": 0, "end": 4}]
+    talk.shapes["sleeps no more"] = (await talk.ask("is awake", "/is_sleeping", method="GET")).json()
+    await talk.ask("resume", "/resume")
 
 
 async def errors(talk: Talk) -> None:

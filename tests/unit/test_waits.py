@@ -165,6 +165,7 @@ _DISK = "the disk takes it or refuses it; a kernel that does neither holds every
 
 ENDS_ALL_THE_SAME = {
     ("model.ring._Blocks.pass_on", "work.wait()"): "the process group ends a collective after its timeout",
+    ("model.tensor._arrived", "x.wait()"): "as above",
     (
         "wire.weights.local._alone",
         "fcntl.flock(...)",
@@ -344,6 +345,8 @@ ENDS_ALL_THE_SAME = {
     ("orchestrate.ship._wait_for_answers", "await desk.frozen.wait(...)"): "it has train.batch_deadline_s inside",
     ("orchestrate.workers.WorkerPool._late_answer", "await asked.answer"): "`_deaf` ends it after env.answer_s",
     ("orchestrate.workers.WorkerPool._try", "await playing.ended"): _ROLLOUT,
+    ("wire.sending.Sending._begin_if_all_are_here", "await self._begin(...)"): "it says one word to the trainer",
+    ("wire.sending.Sending._heard", "await self._events[what].wait()"): "a publish has sync.deadline_s",
     ("wire.channel._LoopSocket.receive", "await self._arrived.wait()"): "every caller of a Caller gives a deadline",
     ("wire.channel.Listener.receive", "await self._socket.receive()"): _LISTENS,
     ("wire.channel.BlockingCaller.receive", "self._socket.recv_multipart()"): "ZeroMQ says that a message is there",

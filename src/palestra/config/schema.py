@@ -10,6 +10,7 @@ Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip", "none"]
 BaselineKind = Literal["mean", "leave_one_out", "moving_average"]  # of a group; or of a seat, over the groups before
 AdvantageScale = Literal["none", "std"]
 Dtype = Literal["float32", "bfloat16"]
+VLLM_GPU_SHARE = 0.92  # gpu-memory-utilization, where nobody says otherwise
 
 
 def nearest_divisors(number: int, wanted: int) -> str:
@@ -257,7 +258,9 @@ class Train(Section):
     replicate: PositiveInt = 1  # copies
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
-    expert_parallel: PositiveInt = 1  # ranks among shard x context_parallel that own different experts
+    tensor_parallel: PositiveInt = 1  # ranks that split each matrix, as transformers' plan for the family says
+    expert_parallel: PositiveInt = 1  # ranks among shard x context x tensor_parallel that own different experts
+    attention: Literal["auto", "varlen", "flex", "padded"] = "auto"  # auto: the fastest kernel that works here
     recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
     offload_activations: bool = False  # what is kept for the backward waits in host memory
     compile: bool = False  # layers by torch.compile, while they train
@@ -283,13 +286,13 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        sharing = self.shard * self.context_parallel
+        sharing = self.num_sharing
         if sharing % self.expert_parallel:
             raise ValueError(
                 f"train.expert_parallel={self.expert_parallel} does not divide the {sharing} ranks of train.shard="
-                f"{self.shard} x train.context_parallel={self.context_parallel}; set it to "
-                f"{nearest_divisors(sharing, self.expert_parallel)}, or train.shard to "
-                f"{-(-self.shard // self.expert_parallel) * self.expert_parallel}"
+                f"{self.shard} x train.context_parallel={self.context_parallel} x train.tensor_parallel="
+                f"{self.tensor_parallel}; set it to {nearest_divisors(sharing, self.expert_parallel)}, or train.shard "
+                f"to {-(-self.shard // self.expert_parallel) * self.expert_parallel}"
             )
         pieces = self.context_parallel * (2 if self.context_kind == "ring" and self.context_parallel > 1 else 1)
         if self.max_pack_tokens % pieces:
@@ -312,11 +315,16 @@ class Train(Section):
 
     @property
     def num_ranks(self) -> int:
-        return self.num_data_ranks * self.context_parallel
+        return self.replicate * self.num_sharing
+
+    @property
+    def num_sharing(self) -> int:
+        """Ranks that share one copy of the weights."""
+        return self.shard * self.context_parallel * self.tensor_parallel
 
     @property
     def num_data_ranks(self) -> int:
-        """Ranks, or groups of them with one context, that train different packs."""
+        """Ranks, or groups of them with one context or tensor axis, that train different packs."""
         return self.replicate * self.shard
 
 
@@ -338,11 +346,18 @@ class Engine(Section):
     call_s: PositiveFloat = 600  # an engine whose next token of a reply takes longer is started again
     stream_tokens: PositiveInt = 16  # a reply is streamed in pieces of so many tokens
 
+    @property
+    def gpu_share(self) -> float:
+        """Of a GPU's memory, that vLLM takes for itself."""
+        said = {name.replace("_", "-"): value for name, value in self.args.items()}
+        return float(said.get("gpu-memory-utilization", VLLM_GPU_SHARE))
+
 
 class Sync(Section):
-    """How new weights reach the engines."""
+    """How new weights reach the engines: as files; `ipc`, where trainer and engine are on one GPU; `nccl`, sent from
+    the trainer's GPUs to the engines'."""
 
-    kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"  # ipc: trainer and engine on one GPU
+    kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"
     kv: Literal["keep", "recompute"] = "keep"
     wait: bool = False  # rollouts that run end before a load, none starts meanwhile; otherwise they go on across it
     at_once: PositiveInt = 1
@@ -357,14 +372,18 @@ class Sync(Section):
 
     @model_validator(mode="after")
     def _is_built(self) -> Self:
-        if self.kind not in ("files", "ipc"):
+        if self.kind in ("nccl_m2n", "sparse_nccl"):
             raise ValueError(
-                f"sync.kind={self.kind} is not built: the trainer would have to send while engines receive; use files, "
-                "with sync.difference where few weights change, or ipc on one GPU"
+                f"sync.kind={self.kind} is not built; use nccl, or files with sync.difference where few weights change"
             )
-        if self.kind == "ipc" and (self.difference or self.local is not None):
-            raise ValueError("sync.kind=ipc copies nothing: leave sync.difference and sync.local out")
+        if self.kind != "files" and (self.difference or self.local is not None):
+            raise ValueError(f"sync.kind={self.kind} writes no files: leave sync.difference and sync.local out")
         return self
+
+    @property
+    def is_sent(self) -> bool:
+        """Versions go from the trainer's memory to engines that wait for them."""
+        return self.kind == "nccl"
 
 
 class Endpoint(Section):
@@ -533,6 +552,7 @@ class Eval(Section):
 class Launch(Section):
     """How processes are started and how long they may take to end."""
 
+    turns: bool = False  # one GPU: trainer and engine take turns on it, the engine sleeps while the trainer is at work
     host: str = "127.0.0.1"
     engine_port: int | None = Field(default=None, ge=1, le=65535)  # of the first engine; default: free ports
     stop_s: PositiveFloat = 20
@@ -597,6 +617,16 @@ class RunConfig(Section):
         own = self.settings_of(source)
         said = {"temperature": own.temperature, "max_tokens": own.max_tokens}
         return self.sampling.model_copy(update={name: value for name, value in said.items() if value is not None})
+
+    @property
+    def takes_turns(self) -> bool:
+        """Engine and trainer use one device, one after the other."""
+        return self.launch.turns and self.is_rl
+
+    @property
+    def engine_start_s(self) -> float:
+        """From an engine's start to its first answer: where turns are taken, it may begin with waiting for its own."""
+        return self.engine.healthy_s + (self.train.batch_deadline_s if self.takes_turns else 0)
 
     @property
     def engine_dtype(self) -> Dtype:
@@ -677,6 +707,14 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_be_sent(self) -> Self:
+        if self.sync.is_sent and self.engine.device == "cpu":
+            raise ValueError(f"sync.kind={self.sync.kind} sends between GPUs, not to engine.device=cpu; use files")
+        if self.sync.is_sent and self.log.keep_weights:
+            raise ValueError(f"log.keep_weights needs staged versions, sync.kind={self.sync.kind} has none; use files")
+        return self
+
+    @model_validator(mode="after")
     def _shares_a_gpu(self) -> Self:
         counts = {
             "train ranks": self.train.num_ranks,
@@ -688,6 +726,31 @@ class RunConfig(Section):
             raise ValueError(
                 "sync.kind=ipc is for one trainer and one engine on one GPU, not for "
                 f"{', '.join(several) or 'engine.device=cpu'}; use sync.kind=files"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_take_turns(self) -> Self:
+        wanted = {
+            "train.shard x train.replicate x train.context_parallel": self.train.num_ranks == 1,
+            "engine.replicas": self.engine.replicas == 1,
+            "engine.tensor_parallel": self.engine.tensor_parallel == 1,
+            "sync.every": self.sync.every == 1,
+        }
+        several = [name for name, is_one in wanted.items() if not is_one]
+        if self.takes_turns and several:
+            raise ValueError(
+                f"launch.turns has one engine and one trainer rank take turns on one device, and each turn of the "
+                f"trainer ends with a publish: set {', '.join(several)} to 1, or leave launch.turns out"
+            )
+        if self.takes_turns and self.algo.frozen:
+            raise ValueError(
+                f"launch.turns has no turn for the engine of algo.{next(iter(self.algo.frozen))}; leave one of them out"
+            )
+        if self.takes_turns and self.sync.kind not in ("files", "ipc"):
+            raise ValueError(
+                f"launch.turns: with sync.kind={self.sync.kind} trainer and engine would be at work at once; use ipc, "
+                "or files"
             )
         return self
 

@@ -12,6 +12,7 @@ from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import UserError
 from palestra.core.process import die_with_parent
 from palestra.infer.launch import Device, engine_argv, engine_environment, require_dense
+from palestra.infer.turn import wait_for_turn
 
 # The logits of a whole chunk of a scored prompt exist at once, beside what vLLM takes of a GPU's memory.
 _SCORING = {"max-num-batched-tokens": 2048}
@@ -22,6 +23,7 @@ def main(argv: list[str]) -> NoReturn:
     die_with_parent(os.getppid())
     try:
         command, environment = _command(argv)
+        wait_for_turn(argv[1])
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -54,6 +56,8 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         kv_cache_gib=engine.kv_cache_gib,
         seed=config.train.seed + index,
         lora=lora,
+        sleeps=config.takes_turns and device == "cuda",
+        is_sent=config.sync.is_sent and config.is_rl and index < engine.replicas,
         args={**(_SCORING if is_frozen_on_gpu else {}), **engine.args},
     )
     environment = engine_environment(

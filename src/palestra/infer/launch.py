@@ -9,7 +9,7 @@ from typing import Any, Literal
 from palestra.config.model_fields import experts_field, model_fields
 from palestra.config.schema import Lora
 from palestra.core.errors import UserError
-from palestra.wire.weights.vllm_plugin import ADAPTER_BACKEND, BACKEND, TIE_PROCESSES
+from palestra.wire.weights.vllm_plugin import ADAPTER_BACKEND, BACKEND, SENT_BACKEND, TIE_PROCESSES
 
 Device = Literal["cpu", "cuda"]
 
@@ -42,12 +42,15 @@ def engine_argv(
     kv_cache_gib: float = 1.0,
     seed: int = 0,
     lora: Lora | None = None,
+    sleeps: bool = False,
+    is_sent: bool = False,
     args: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Command line of one engine. `args` are further flags of vLLM's server, without dashes: {"block-size": 32}.
 
     A flag that is True is given alone, one that is False as --no-FLAG, a table as JSON. `max_in_flight` is in requests;
-    `kv_cache_gib` concerns CPU engines (vLLM gives the cache the rest of a GPU).
+    `kv_cache_gib` concerns CPU engines (vLLM gives the cache the rest of a GPU). `sleeps`: it can leave its GPU.
+    `is_sent`: it receives versions that the trainer sends, too.
     Errors: UserError for a flag in `args` that palestra decides itself.
     """
     decided: dict[str, Any] = {
@@ -60,6 +63,8 @@ def engine_argv(
         "seed": seed,
         **_FIXED,
         **({} if lora is None else _adapted(lora)),
+        **({"enable-sleep-mode": True} if sleeps else {}),
+        **({"weight-transfer-config": {"backend": SENT_BACKEND}} if is_sent else {}),
     }
     defaults: dict[str, Any] = {
         "max-num-seqs": max_in_flight,

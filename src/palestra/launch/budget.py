@@ -1,7 +1,8 @@
 """What training a model costs each device, told from its anatomy: bytes at the peak and published, seconds of a step.
 
 A pure function of the recipe's `train` section, the model's anatomy and the hardware. Legend: P parameters, T tokens of
-a pack on one rank, F ranks that share the weights (shard x context_parallel).
+a pack on one rank, F ranks that share the weights (shard x context_parallel), P ranks of a tensor axis: they have the
+same tokens, each computes a part of a layer with them, and all share what is no part of a layer.
 
 What is assumed: experts have equal loads; documents are as long as the mean; gathering weights and adding gradients
 overlap with computing, sending tokens to experts does not.
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from palestra.config.schema import Train
 from palestra.launch.hardware import Hardware
-from palestra.model.anatomy import Anatomy, Layer
+from palestra.model.anatomy import TRAINING, Anatomy, Layer
 
 MASTER_BYTES = GRADIENT_BYTES = 4
 MOMENT_BYTES = {"adamw": 8, "muon": 4}
@@ -38,17 +39,19 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Of one step; `communication` and `offload` hide behind `compute` as far as they are shorter."""
+    """Of one step; `communication` and `offload` hide behind `compute` as far as they are shorter. `tensor` are the
+    sums over a tensor axis, for which everything waits."""
 
     compute: float
     communication: float
     offload: float
     to_experts: float
     optimizer: float
+    tensor: float = 0.0
 
     @property
     def total(self) -> float:
-        return max(self.compute, self.communication, self.offload) + self.to_experts + self.optimizer
+        return max(self.compute, self.communication, self.offload) + self.to_experts + self.tensor + self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +100,12 @@ def budget_of(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *,
 
 def _state(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
     """What is there all the time: this rank's part; and what of it is in the host's memory."""
-    shards = train.shard * train.context_parallel
+    shards = train.num_sharing
     by_muon = anatomy.matrices if train.optimizer == "muon" else 0
+    repeated = (train.tensor_parallel - 1) * sum(layer.whole for layer in anatomy.layers)  # most of it matrices
     moments = MOMENT_BYTES["muon"] * by_muon + MOMENT_BYTES["adamw"] * (anatomy.parameters - by_muon)
-    masters, gradients = MASTER_BYTES * anatomy.parameters, GRADIENT_BYTES * anatomy.parameters
+    moments += MOMENT_BYTES[train.optimizer] * repeated
+    masters, gradients = (size * (anatomy.parameters + repeated) for size in (MASTER_BYTES, GRADIENT_BYTES))
     moved = moments / shards if train.offload_optimizer else 0.0
     return {
         "weights (float32)": masters / shards,
@@ -110,8 +115,8 @@ def _state(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
 
 
 def gathered(layer: Layer, train: Train) -> float:
-    """Parameters of a layer that one rank computes with: of the experts only those it owns."""
-    return layer.parameters - layer.experts * (1 - 1 / train.expert_parallel)
+    """Parameters of a layer that one rank computes with: of the experts only those it owns, of split ones its part."""
+    return layer.whole + layer.split / train.tensor_parallel + layer.experts / train.expert_parallel
 
 
 def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
@@ -124,7 +129,7 @@ def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
     layer_weights = gathered(largest, train)
     reduced = GRADIENT_BYTES if anatomy.itemsize != GRADIENT_BYTES else 0
     in_layer = layer_weights * (anatomy.itemsize + reduced) + _working(train, anatomy, tokens)
-    chunk = min(train.head_chunk_tokens, tokens)
+    chunk = min(train.head_chunk_tokens, -(-tokens // train.tensor_parallel))
     head_weights = (GRADIENT_BYTES + (2 * anatomy.itemsize if reduced else 0)) * anatomy.head
     in_head = _LOGIT_COPIES * 4 * chunk * anatomy.vocab_size + head_weights
     kept, moved = _kept(train, anatomy, tokens)
@@ -138,9 +143,17 @@ def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
 def kept_per_token(layer: Layer, train: Train) -> float:
     """Bytes that a layer keeps until its backward pass; `selective` also keeps what comes from other ranks."""
     if train.recompute == "none":
-        return layer.saved_bytes
-    arriving = 2 * layer.routed_bytes if train.expert_parallel > 1 else 0.0
-    return layer.input_bytes + (layer.product_bytes + arriving if train.recompute == "selective" else 0.0)
+        return saved_per_token(layer, train)
+    elsewhere = 1 - 1 / train.tensor_parallel
+    arriving = 2 * layer.routed_bytes / train.tensor_parallel if train.expert_parallel > 1 else 0.0
+    arriving += layer.sums * layer.input_bytes if train.tensor_parallel > 1 else 0.0
+    products = layer.product_bytes - layer.split_product_bytes * elsewhere
+    return layer.input_bytes + (products + arriving if train.recompute == "selective" else 0.0)
+
+
+def saved_per_token(layer: Layer, train: Train) -> float:
+    """Bytes that autograd keeps of a layer on one rank."""
+    return layer.saved_bytes - layer.split_saved_bytes * (1 - 1 / train.tensor_parallel)
 
 
 def _kept(train: Train, anatomy: Anatomy, tokens: int) -> tuple[float, float]:
@@ -153,7 +166,7 @@ def _kept(train: Train, anatomy: Anatomy, tokens: int) -> tuple[float, float]:
 
 def _working(train: Train, anatomy: Anatomy, tokens: int) -> float:
     """Of one layer: what it computed again, and gradients of what it kept."""
-    again = max(layer.saved_bytes for layer in anatomy.layers) * tokens
+    again = max(saved_per_token(layer, train) for layer in anatomy.layers) * tokens
     return again * (_WORKING + (train.recompute != "none"))
 
 
@@ -177,22 +190,38 @@ def step_flops(anatomy: Anatomy, work: Work) -> float:
 
 def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, packs: int, node_ranks: int) -> Seconds:
     again = 1 + _RECOMPUTED[train.recompute] / 3
-    compute = step_flops(anatomy, work) * again / train.num_ranks / (hardware.flops * hardware.mfu)
-    shards = train.shard * train.context_parallel
+    flops = step_flops(anatomy, work) + (train.tensor_parallel - 1) * _repeated_flops(anatomy, work)
+    compute = flops * again / train.num_ranks / (hardware.flops * hardware.mfu)
+    shards = train.num_sharing
     rate = hardware.link_bytes_s if train.num_ranks <= node_ranks else hardware.network_bytes_s
-    weights = anatomy.root + sum(gathered(layer, train) for layer in anatomy.layers)
-    each = 2 * weights * anatomy.itemsize + weights * GRADIENT_BYTES  # gathered twice, gradients added up
+    experts = sum(layer.experts for layer in anatomy.layers) / train.expert_parallel
+    weights = sum(gathered(layer, train) for layer in anatomy.layers) - experts
+    fetched = (anatomy.root + experts) * (1 - 1 / shards) + weights * (1 - train.tensor_parallel / shards)
+    each = 2 * anatomy.itemsize + GRADIENT_BYTES  # of a parameter: gathered twice, gradients added up
     tokens = work.tokens / train.num_ranks
     routed = sum(layer.routed_bytes for layer in anatomy.layers) * tokens * 2 * (2 + _RECOMPUTED[train.recompute])
     owners = train.expert_parallel
     rate_to_experts = hardware.link_bytes_s if owners <= node_ranks else hardware.network_bytes_s
     return Seconds(
         compute=compute,
-        communication=packs * each * (1 - 1 / shards) / rate,
+        communication=packs * each * fetched / rate,
         offload=0.0,
         to_experts=routed * (1 - 1 / owners) / rate_to_experts,
         optimizer=_STEPPED_BYTES * anatomy.parameters / shards / _optimizer_rate(train, hardware),
+        tensor=_tensor_seconds(train, anatomy, hardware, tokens * train.tensor_parallel, node_ranks),
     )
+
+
+def _tensor_seconds(train: Train, anatomy: Anatomy, hardware: Hardware, tokens: float, node_ranks: int) -> float:
+    """A sum sends each value out and back; there is one for each of the forward's in the backward pass."""
+    sums = sum(layer.sums * layer.input_bytes for layer in anatomy.layers) * (2 + _RECOMPUTED[train.recompute])
+    rate = hardware.link_bytes_s if train.tensor_parallel <= node_ranks else hardware.network_bytes_s
+    return 2 * (1 - 1 / train.tensor_parallel) * sums * tokens / rate
+
+
+def _repeated_flops(anatomy: Anatomy, work: Work) -> float:
+    """What every rank of a tensor axis computes for itself: products with whole matrices."""
+    return 2 * TRAINING * work.tokens * sum(layer.whole for layer in anatomy.layers)
 
 
 def _optimizer_rate(train: Train, hardware: Hardware) -> float:
@@ -222,6 +251,8 @@ def changes(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, n
             continue
         if anatomy.num_experts % changed.expert_parallel or (changed.expert_parallel > 1 and not anatomy.num_experts):
             continue
+        if anatomy.tensor_divisor % changed.tensor_parallel:
+            continue
         told = {name: getattr(changed, name) for name in settings}
         found.append(
             Change(
@@ -240,6 +271,7 @@ def _variants(train: Train) -> list[dict[str, Any]]:
     for factor in (2, 0.5):
         found += [{"shard": train.shard * factor, "replicate": train.replicate / factor}]
         found += [{"context_parallel": train.context_parallel * factor, "shard": train.shard / factor}]
+        found += [{"tensor_parallel": train.tensor_parallel * factor, "shard": train.shard / factor}]
         found += [{"shard": train.shard * factor}, {"expert_parallel": train.expert_parallel * factor}]
         found += [{name: getattr(train, name) / factor} for name in ("max_pack_tokens", "head_chunk_tokens")]
     now = train.model_dump()

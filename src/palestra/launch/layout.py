@@ -1,11 +1,16 @@
 """Whether a layout of the trainer's ranks divides the model, told before any process starts."""
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from palestra.config import RunConfig
 from palestra.config.model_fields import experts_field, model_fields
 from palestra.config.schema import nearest_divisors
 from palestra.core.errors import UserError
+
+_SPLIT_S = 300.0
 
 
 def require_layout(config: RunConfig) -> None:
@@ -25,6 +30,24 @@ def require_layout(config: RunConfig) -> None:
             f"which ulysses deals out; set it to {nearest_divisors(heads, train.context_parallel)}, or set "
             "train.context_kind=ring"
         )
+    _require_experts(config, fields)
+    if train.tensor_parallel > 1:
+        _require_split(config)
+
+
+def _require_split(config: RunConfig) -> None:
+    """A process of its own asks transformers for the family's plan, and proves that it holds."""
+    train = config.train
+    dealt = train.context_parallel if train.context_kind == "ulysses" else 1
+    arguments = [config.model.model_dump_json(), str(train.tensor_parallel), str(dealt)]
+    command = [sys.executable, "-m", "palestra.model.tensor_check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_SPLIT_S)
+    if done.returncode:
+        raise UserError(done.stderr.strip()[-800:])
+
+
+def _require_experts(config: RunConfig, fields: dict[str, Any]) -> None:
+    train = config.train
     if train.expert_parallel == 1:
         return
     name = experts_field(fields)

@@ -102,6 +102,14 @@ def of_trainer(config: RunConfig, parameters: int | None) -> Memory:
     return Memory(parts, unknown=parameters is None)
 
 
+def of_state(config: RunConfig, parameters: int) -> int:
+    """What a trainer keeps between two steps on its device: masters and moments, or the frozen model of adapters."""
+    if config.model.lora is not None:
+        return parameters * _BYTES[config.model.dtype]
+    moments = 0 if config.train.offload_optimizer else 4 if config.train.optimizer == "muon" else 8
+    return parameters * (4 + moments)
+
+
 def of_staging(config: RunConfig, parameters: int | None) -> int:
     """Room for a version in use, one on its way and one being written."""
     return 3 * (parameters or GIB // 4) * _BYTES[config.model.dtype]

@@ -132,6 +132,8 @@ def _deal_gpus(config: RunConfig, machine: Machine) -> tuple[list[tuple[int, ...
             f"engine.tensor_parallel={width} and train.shard x train.replicate={ranks} need as many GPUs, this machine "
             f"has {len(gpus)}; lower them"
         )
+    if config.takes_turns and on_gpu:
+        return [(gpus[0],)], (gpus[0],), (_turns_note(config, machine),)
     dealt = [gpus[place % len(gpus)] for place in range(needed + ranks)]
     engines = [tuple(dealt[i * width : (i + 1) * width]) if on_gpu else () for i in range(replicas)]
     notes = ()
@@ -141,6 +143,20 @@ def _deal_gpus(config: RunConfig, machine: Machine) -> tuple[list[tuple[int, ...
             "memory, e.g. engine.args.gpu-memory-utilization=0.4",
         )
     return engines, tuple(dealt[needed:]), notes
+
+
+def _turns_note(config: RunConfig, machine: Machine) -> str:
+    """What turns come to on the first GPU. The trainer decides by what it really has (`train/belongings.py`)."""
+    gpu, parameters = machine.gpus[0], memory.count_parameters(config)
+    room = (1 - config.engine.gpu_share) * gpu.memory_bytes
+    state = None if parameters is None else memory.of_state(config, parameters)
+    where = "where there is room" if state is None else "there" if state <= room else "in host memory"
+    size = "" if state is None else f"about {state / GIB:.1f} GiB, "
+    others = f"; the other {len(machine.gpus) - 1} GPUs are left alone" if len(machine.gpus) > 1 else ""
+    return (
+        f"engine and trainer take turns on GPU {gpu.index}: in the engine's turn the trainer's weights and moments "
+        f"({size}with {room / GIB:.1f} GiB beside the engine) are kept {where}{others}"
+    )
 
 
 def _preparation(config: RunConfig) -> Program:
@@ -162,7 +178,7 @@ def _engine(config: RunConfig, index: int, name: str, devices: tuple[int, ...]) 
         argv=_python("palestra.infer", config),
         env=_environment(threads=config.engine.threads, devices=devices, index=index),
         engine=index,
-        start_s=config.engine.healthy_s,
+        start_s=config.engine_start_s,
         threads=config.engine.threads,
         devices=devices,
         memory=memory.of_engine(config, parameters),
@@ -175,7 +191,7 @@ def _orchestrator(config: RunConfig) -> Program:
         role=Role.LEAD,
         argv=_python("palestra.orchestrate", config),
         env=_environment(threads=1, devices=()),
-        start_s=config.engine.healthy_s + _FIRST_MESSAGE_S,
+        start_s=config.engine_start_s + _FIRST_MESSAGE_S,
         memory=memory.of_python(),
     )
 
@@ -202,7 +218,7 @@ def _trainer(config: RunConfig, parameters: int | None, devices: tuple[int, ...]
         role=role,
         argv=argv,
         env=_environment(threads=config.train.threads, devices=devices),
-        start_s=config.train.batch_deadline_s,
+        start_s=config.train.batch_deadline_s + (config.engine.healthy_s if config.takes_turns else 0),
         threads=config.train.threads * ranks,
         devices=devices,
         memory=memory.of_trainer(config, parameters),

@@ -144,7 +144,7 @@ def dissected(model: Model) -> Anatomy:
 
 
 def as_dict(planned: Planned) -> dict[str, Any]:
-    anatomy, budget, work, train = planned.anatomy, planned.budget, planned.work, planned.config.train
+    anatomy, budget, train = planned.anatomy, planned.budget, planned.config.train
     low, high = difference_bytes(anatomy)
     return {
         "fits": budget.fits,
@@ -163,6 +163,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
             "replicate": train.replicate,
             "shard": train.shard,
             "context_parallel": train.context_parallel,
+            "tensor_parallel": train.tensor_parallel,
             "expert_parallel": train.expert_parallel,
         },
         "hardware": {
@@ -177,19 +178,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "longest_pack_tokens": planned.longest_pack,
         "publish_bytes": published_bytes(anatomy),
         "publish_difference_bytes_expected": [low, high],
-        "step": {
-            "tokens": work.tokens,
-            "document_tokens": work.document_tokens,
-            "document_tokens_assumed": planned.is_length_assumed,
-            "packs_per_rank": budget.packs,
-            "flops_per_token": step_flops(anatomy, work) / work.tokens,
-            "compute_s": budget.seconds.compute,
-            "communication_s": budget.seconds.communication,
-            "offload_s": budget.seconds.offload,
-            "to_experts_s": budget.seconds.to_experts,
-            "optimizer_s": budget.seconds.optimizer,
-            "step_s": budget.seconds.total,
-        },
+        "step": _step_as_dict(planned),
         "changes": [
             {
                 "settings": change.settings,
@@ -202,6 +191,24 @@ def as_dict(planned: Planned) -> dict[str, Any]:
             }
             for change in planned.changes
         ],
+    }
+
+
+def _step_as_dict(planned: Planned) -> dict[str, Any]:
+    work, budget = planned.work, planned.budget
+    return {
+        "tokens": work.tokens,
+        "document_tokens": work.document_tokens,
+        "document_tokens_assumed": planned.is_length_assumed,
+        "packs_per_rank": budget.packs,
+        "flops_per_token": step_flops(planned.anatomy, work) / work.tokens,
+        "compute_s": budget.seconds.compute,
+        "communication_s": budget.seconds.communication,
+        "offload_s": budget.seconds.offload,
+        "to_experts_s": budget.seconds.to_experts,
+        "tensor_s": budget.seconds.tensor,
+        "optimizer_s": budget.seconds.optimizer,
+        "step_s": budget.seconds.total,
     }
 
 
@@ -221,12 +228,24 @@ def _lines(planned: Planned) -> list[str]:
     experts = f", {anatomy.num_experts} experts of which a token meets {anatomy.num_experts_per_token}"
     layout = f"{planned.hardware.name}: replicate {train.replicate} x shard {train.shard}"
     layout += f" x context {train.context_parallel}" if train.context_parallel > 1 else ""
+    layout += f" x tensor {train.tensor_parallel} ({_heads_words(planned)})" if train.tensor_parallel > 1 else ""
     layout += f", experts over {train.expert_parallel}" if train.expert_parallel > 1 else ""
     return [
         f"model:  {anatomy.architecture}, {anatomy.parameters / 1e9:.2f} B parameters, {anatomy.active / 1e9:.2f} B "
         f"active, {len(anatomy.layers)} layers{experts if anatomy.num_experts else ''} (from {planned.origin})",
         f"layout: {train.num_ranks} ranks on {planned.num_nodes} nodes of {planned.node_ranks} {layout}",
     ]
+
+
+def _heads_words(planned: Planned) -> str:
+    """What each rank of a tensor axis has."""
+    size, anatomy = planned.config.train.tensor_parallel, planned.anatomy
+    split = sum(layer.split for layer in anatomy.layers)
+    heads = anatomy.layers[0].attention.heads
+    by_head = f"{heads // size} of {heads} heads" if anatomy.are_heads_split else f"all {heads} heads"
+    whole = sum(layer.whole for layer in anatomy.layers)
+    parameters = f"{split / size / 1e9:.2f} of {split / 1e9:.2f} B split parameters, {whole / 1e9:.2f} B whole"
+    return f"each {by_head} and {parameters}"
 
 
 def _parts_table(budget: Budget) -> Table:
@@ -300,7 +319,8 @@ def _step_words(planned: Planned) -> str:
         f"step:    about {_seconds(seconds.total)}: {work.tokens:,} tokens in documents of {work.document_tokens:,} "
         f"({told}), packs for each rank: {planned.budget.packs}, {flops / 1e9:.1f} GFLOP a token; computing "
         f"{_seconds(seconds.compute)} at {planned.hardware.mfu:.0%} of {planned.hardware.flops / 1e12:,.3g} TFLOP/s "
-        f"(assumed; --mfu), with {hidden}, to experts {_seconds(seconds.to_experts)}, optimizer "
+        f"(assumed; --mfu), with {hidden}, to experts {_seconds(seconds.to_experts)}, sums over the "
+        f"tensor axis {_seconds(seconds.tensor)}, optimizer "
         f"{_seconds(seconds.optimizer)}"
     )
 

@@ -77,7 +77,8 @@ def copy_of(run: RunDir) -> tuple[RunConfig, RunDir]:
     """Where a run is replayed: RUN-replay, beside it. Errors: UserError, if that exists."""
     before = read_resolved(run.config)
     log = before.log.model_copy(update={"name": f"{run.name}-replay", "outputs": run.path.parent})
-    launch = before.launch.model_copy(update={"max_restarts": 0})  # its leader is not made to go on
+    # Its leader is not made to go on, and gives no turns: one process has the device to itself.
+    launch = before.launch.model_copy(update={"max_restarts": 0, "turns": False})
     config = before.model_copy(update={"log": log, "launch": launch})
     copy = RunDir(config.run_dir)
     if copy.path.exists():

@@ -33,6 +33,9 @@ class Layer(Struct, frozen=True, kw_only=True):
     Bytes are for one token, in the precision that was asked for: `input_bytes` of the hidden state, `saved_bytes` of
     what autograd keeps, `product_bytes` of the outputs of attention and of matrix products, and
     `routed_bytes` of the hidden states that travel to experts.
+
+    Of all that a tensor axis divides `split` parameters, beside experts, `split_saved_bytes` and `split_product_bytes`;
+    `sums` are the sums over its ranks that a forward needs.
     """
 
     parameters: int
@@ -45,11 +48,22 @@ class Layer(Struct, frozen=True, kw_only=True):
     saved_bytes: float
     product_bytes: float
     routed_bytes: float
+    split: int = 0
+    split_saved_bytes: float = 0.0
+    split_product_bytes: float = 0.0
+    sums: int = 0
+
+    @property
+    def whole(self) -> int:
+        """Parameters that each rank of a tensor axis has."""
+        return self.parameters - self.experts - self.split
 
 
 class Anatomy(Struct, frozen=True, kw_only=True):
     """A decoder and its head. `root` are the parameters outside of layers: embeddings, head, last norm; `head` the
-    head's, [vocabulary, width], which are the embeddings' own if `is_tied`."""
+    head's, [vocabulary, width], which are the embeddings' own if `is_tied`. A tensor axis must divide
+    `tensor_divisor`, 1 where transformers has no plan for the family; `are_heads_split`: whether attention's are.
+    """
 
     architecture: str
     layers: tuple[Layer, ...]
@@ -61,6 +75,8 @@ class Anatomy(Struct, frozen=True, kw_only=True):
     num_experts_per_token: int
     is_tied: bool
     itemsize: int  # bytes of one value in computing
+    tensor_divisor: int = 1
+    are_heads_split: bool = False
 
     @property
     def parameters(self) -> int:

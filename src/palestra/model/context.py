@@ -43,9 +43,13 @@ class Scores:
 
 
 class Context:
-    """One rank that holds whole packs."""
+    """One rank that holds whole packs. `kernels` has the names of those that attend over them, fastest first."""
 
     rank, size, pieces = 0, 1, 1
+    deals_heads = False
+
+    def __init__(self, kernels: tuple[str, ...] = ("padded",)):
+        self.kernels = kernels
 
     def part(self, num_tokens: int) -> Tensor:
         """Positions [t] of this rank's tokens, of `num_tokens`, a multiple of `pieces`."""
@@ -77,7 +81,8 @@ WHOLE = Context()
 
 
 class _Split(Context):
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, kernels: tuple[str, ...] = ("padded",)):
+        super().__init__(kernels)
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
     def mine(self, owner_K: Tensor) -> Tensor | slice:
@@ -109,8 +114,10 @@ class _Collect(Function):
 
 
 class Ulysses(_Split):
-    def __init__(self, group: dist.ProcessGroup):
-        super().__init__(group)
+    deals_heads = True
+
+    def __init__(self, group: dist.ProcessGroup, kernels: tuple[str, ...] = ("padded",)):
+        super().__init__(group, kernels)
         self.pieces = self.size
 
     def part_of(self, rank: int, num_tokens: int) -> Tensor:
@@ -153,8 +160,8 @@ class Ulysses(_Split):
 
 
 class Ring(_Split):
-    def __init__(self, group: dist.ProcessGroup):
-        super().__init__(group)
+    def __init__(self, group: dist.ProcessGroup, kernels: tuple[str, ...] = ("padded",)):
+        super().__init__(group, kernels)
         self.pieces = 2 * self.size
 
     def part_of(self, rank: int, num_tokens: int) -> Tensor:
@@ -164,6 +171,7 @@ class Ring(_Split):
     def attend(
         self, whole: Attend, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, documents: "Documents", scores: Scores
     ) -> Tensor:
+        documents.taken.add("ring")
         return ring_attention(
             q_tHD,
             k_tGD,

@@ -27,6 +27,8 @@ from palestra.model.anatomy import Anatomy, Attention, Layer
 from palestra.model.experts import expert_modules
 from palestra.model.policy import Policy
 from palestra.model.recompute import PRODUCTS
+from palestra.model.tensor import IN, SPLIT, Pretended
+from palestra.model.tensor_plan import apply, part_experts, split_of, split_parameters, tensor_divisor
 
 NAME = "palestra_shapes"
 PROBE_TOKENS = 512
@@ -38,13 +40,16 @@ def dissect(config: PretrainedConfig, dtype: torch.dtype) -> Anatomy:
     model = _on_meta(config, dtype)
     layers = Policy(model, head_chunk_tokens=1).decoder_layers
     kept = _keep(model, layers)
+    divisor, are_heads_split, parts = _parts(model, config, dtype, kept)
     head: Any = model.get_output_embeddings()
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     text = model.config.get_text_config()
     return Anatomy(
         architecture=type(model).__name__,
         layers=tuple(
-            _layer(layer, _attention(text, index), top_k_of(text), model, kept[index])
+            msgspec.structs.replace(
+                _layer(layer, _attention(text, index), top_k_of(text), model, kept[index]), **parts[index]
+            )
             for index, layer in enumerate(layers)
         ),
         root=sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers),
@@ -55,6 +60,8 @@ def dissect(config: PretrainedConfig, dtype: torch.dtype) -> Anatomy:
         num_experts_per_token=top_k_of(text) if any(True for _ in _experts(model)) else 0,
         is_tied=head.weight is _embeddings(model).weight,
         itemsize=dtype.itemsize,
+        tensor_divisor=divisor,
+        are_heads_split=are_heads_split,
     )
 
 
@@ -137,6 +144,46 @@ class _Kept:
     def __init__(self, tokens: int, itemsize: int):
         self.tokens, self.itemsize = tokens, itemsize
         self.saved = self.products = 0
+
+
+def _parts(
+    model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype, kept: list["_Kept"]
+) -> tuple[int, bool, list[dict[str, Any]]]:
+    """What sizes of a tensor axis divide, whether heads are split, and what an axis divides of each layer.
+
+    A rank of n keeps a + b / n: what b is, a second forward says, as if there were the fewest ranks that divide.
+    """
+    divisor = tensor_divisor(model)
+    size = next((n for n in range(2, divisor + 1) if divisor % n == 0), 0)
+    try:
+        split = split_of(config, size) if size else None
+    except UserError:  # its plan does not hold: only a run that asks for it is refused
+        split = None
+    if split is None:
+        return 1, False, [{} for _ in kept]
+    one = _on_meta(config, dtype)
+    layers = Policy(one, head_chunk_tokens=1).decoder_layers
+    apply(one, split, Pretended(0, size))
+    part_experts(one, Pretended(0, size))
+    ours = {id(parameter) for parameter in split_parameters(one, split.styles)}
+    text, found = one.config.get_text_config(), list[dict[str, Any]]()
+    is_by_head = split.heads < _attention(text, 0).heads
+    for index, (layer, whole, part) in enumerate(zip(layers, kept, _keep(one, layers), strict=True)):
+        share = size / (size - 1) / whole.tokens  # b of one token
+        attention = _attention(text, index)
+        by_head = attention.heads * (attention.v_width * whole.itemsize + 4) if is_by_head else 0
+        found.append(
+            {
+                "split": size * sum(p.numel() for p in layer.parameters() if id(p) in ours),
+                "split_saved_bytes": share * (whole.saved - part.saved),
+                "split_product_bytes": share * (whole.products - part.products) + by_head,
+                "sums": sum(
+                    name.startswith(f"layers.{index}.") and SPLIT.get(style) == IN
+                    for name, style in split.styles.items()
+                ),
+            }
+        )
+    return divisor, is_by_head, found
 
 
 class _Products(TorchDispatchMode):

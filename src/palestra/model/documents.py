@@ -4,7 +4,8 @@ Legend: T tokens of a pack with its padding, t those of them on this rank, N doc
 padded layout, L longest document of a group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ class Documents:
     Shapes: `ends` [N + 1] from 0; `source` [S] is the token in each slot (0 where it is padding); `slot` [T] the slot
     of each token; `groups` has (n, L) for each block of n * L slots. `positions` [1, t]: each document counts from 0.
     `part` [t] are this rank's tokens, `is_real` those of them that are no padding; `owner` and `place` [T] the rank
-    that has a token and where in its part.
+    that has a token and where in its part. `masks` are those that a kernel has made of it, by window, and `taken`
+    the names of the kernels that attended over it.
     A context of several ranks needs T to be a multiple: what fills it up is one more document at the end.
     """
 
@@ -37,6 +39,8 @@ class Documents:
     is_real: Tensor
     owner: Tensor
     place: Tensor
+    masks: dict[int | None, Any] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
 
     @property
     def longest(self) -> int:

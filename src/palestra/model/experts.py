@@ -1,7 +1,8 @@
 """Experts on several ranks: tokens travel to the ranks that own their experts, and back.
 
 Legend: T tokens of this rank, K experts of a token, S = T x K choices, R rows that arrive here, D model, E experts,
-P ranks of the group; every rank owns E / P experts in a row.
+P ranks of the group; every rank owns E / P experts in a row. Ranks of a tensor axis, which have the same tokens, each
+have a part of them computed.
 
 Registered with transformers, so that it works for every family whose experts go through that registry. What computes
 the rows is one of transformers' own implementations, given the owned experts in place of all: activation, gate, biases
@@ -21,6 +22,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from palestra.model.tensor import ALONE, Axis
+
 NAME = "palestra_experts"
 
 
@@ -31,17 +34,19 @@ def expert_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Who owns the experts: the ranks of `group`, in order. `compute` is an implementation of transformers."""
+    """Who owns the experts: the ranks of `group`, in order. `compute` is an implementation of transformers. `tensor`
+    are ranks with the same tokens."""
 
     group: dist.ProcessGroup
     compute: str
+    tensor: Axis = ALONE
 
     @property
     def num_ranks(self) -> int:
         return dist.get_world_size(self.group)
 
 
-def split_experts(model: PreTrainedModel, mesh: DeviceMesh, *, compute: str) -> None:
+def split_experts(model: PreTrainedModel, mesh: DeviceMesh, *, compute: str, tensor: Axis = ALONE) -> None:
     """Leave this rank the experts that it owns; `mesh` has one axis.
 
     Errors: ValueError, if there are no experts behind the registry, or not as many for every rank.
@@ -55,7 +60,7 @@ def split_experts(model: PreTrainedModel, mesh: DeviceMesh, *, compute: str) -> 
                 raise ValueError(f"train.expert_parallel={mesh.size()} does not divide {parameter.shape[0]} experts")
             owned = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(owned, requires_grad=parameter.requires_grad))
-        module.dispatch = Dispatch(mesh.get_group(), compute)
+        module.dispatch = Dispatch(mesh.get_group(), compute, tensor)
     model.config._experts_implementation = NAME
 
 
@@ -73,10 +78,16 @@ class _Owned:
 
 @torch.compiler.disable  # the rows of each rank are known only when they arrive
 def routed_experts(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """What the chosen experts make of each token, weighted. A collective of the module's `dispatch.group`.
+    """What the chosen experts make of each token, weighted. A collective of the module's `dispatch`.
 
     Shapes: hidden_TD [T, D], index_TK and weight_TK [T, K]; returns [T, D].
     """
+    tensor: Axis = module.dispatch.tensor
+    out_tD = _routed(module, *(tensor.part(x) for x in (hidden_TD, index_TK, weight_TK)))
+    return tensor.gather(out_tD, len(hidden_TD))
+
+
+def _routed(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     dispatch: Dispatch = module.dispatch
     owned = _Owned(module, dispatch.num_ranks)
     order_S = index_TK.flatten().argsort(stable=True)

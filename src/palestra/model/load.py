@@ -21,6 +21,7 @@ from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
 from palestra.model.recompute import PLAIN, Activations, keep_activations
+from palestra.model.tensor_plan import apply, num_whole, require_heads, split_of
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
 
@@ -46,7 +47,12 @@ def load_policy(
     config = read_config(path)
     model = empty_model(config, experts=experts)
     require_memory(
-        model.num_parameters(), dtype=dtype, num_shards=meshes.num_shards, device=device, frozen=lora is not None
+        model.num_parameters(),
+        dtype=dtype,
+        num_shards=meshes.num_shards,
+        device=device,
+        frozen=lora is not None,
+        num_repeated=(meshes.tensor.size - 1) * num_whole(model),
     )
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
@@ -73,35 +79,48 @@ def read_config(path: str) -> PretrainedConfig:
 
 
 def shard(policy: Policy, *, dtype: torch.dtype, experts: str, meshes: Meshes) -> None:
-    """Shard each decoder layer, and base and head together as the root; experts over a mesh of their own, if they are
-    split. Gradients are summed over all ranks: those of an expert have met the tokens of its whole group already.
+    """Shard each decoder layer, and base and head together as the root; experts over a mesh of their own, if they or
+    tokens are split. Gradients are summed over the ranks that have other tokens: those of an expert have met the tokens
+    of its whole group already; those of the root are the same on all ranks of the tensor axis, and count once.
 
     Errors: UserError for a model that the layout does not divide.
     """
     dense, reduce = meshes.dense, torch.promote_types(dtype, torch.float32)
-    policy.context = meshes.context
+    policy.context, policy.tensor = meshes.context, meshes.tensor
     try:
+        if meshes.tensor.size > 1:
+            _split_matrices(policy.model, meshes)
         meshes.context.require(heads=policy.model.config.get_text_config().num_attention_heads)
-        if meshes.experts["ep"].size() > 1:
-            split_experts(policy.model, meshes.experts["ep"], compute=experts)
+        if meshes.experts["ep"].size() > 1 or (meshes.tensor.size > 1 and any(expert_modules(policy.model))):
+            split_experts(policy.model, meshes.experts["ep"], compute=experts, tensor=meshes.tensor)
             _shard_experts(policy.model, MixedPrecisionPolicy(dtype, reduce), meshes)
     except ValueError as error:
         raise UserError(str(error)) from error
     for layer in policy.decoder_layers:
         fully_shard(layer, mesh=dense, mp_policy=MixedPrecisionPolicy(dtype, reduce))
     # the root is given temperatures, which must not be rounded
-    fully_shard(policy, mesh=dense, mp_policy=MixedPrecisionPolicy(dtype, reduce, cast_forward_inputs=False))
+    fully_shard(policy, mesh=meshes.root, mp_policy=MixedPrecisionPolicy(dtype, reduce, cast_forward_inputs=False))
     for module in sharded_modules(policy):
         module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+        module.set_gradient_divide_factor(float(meshes.tensor.size) if module is policy else 1.0)
+
+
+def _split_matrices(model: PreTrainedModel, meshes: Meshes) -> None:
+    split = split_of(model.config, meshes.tensor.size)
+    if meshes.context.deals_heads:
+        require_heads(split, meshes.context.size)
+    apply(model, split, meshes.tensor, meshes.ranks["tensor"])
 
 
 def _shard_experts(model: PreTrainedModel, precision: MixedPrecisionPolicy, meshes: Meshes) -> None:
-    """Whole experts where every rank gets as many, else a part of each: optimizers may want whole matrices."""
+    """Whole experts where every rank gets as many, else a part of each, as optimizers may want whole matrices; where
+    that would be no equal part either, as many experts as there are."""
     owners, among = meshes.experts["ep"].size(), meshes.experts["replicate", "efsdp"]
+    num = meshes.experts["efsdp"].size()
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(0 if parameter.shape[0] // owners % meshes.experts["efsdp"].size() == 0 else 1)
+        is_even = parameter.shape[0] // owners % num == 0
+        return Shard(0 if is_even or parameter.shape[1] % num else 1)
 
     for module in expert_modules(model):
         fully_shard(module, mesh=among, mp_policy=precision, shard_placement_fn=placement)

@@ -12,14 +12,21 @@ _STATE_BYTES = 4 + 4 + 8  # master, gradient, two moments of AdamW
 
 
 def require_memory(
-    num_parameters: int, *, dtype: torch.dtype, num_shards: int, device: torch.device, frozen: bool = False
+    num_parameters: int,
+    *,
+    dtype: torch.dtype,
+    num_shards: int,
+    device: torch.device,
+    frozen: bool = False,
+    num_repeated: int = 0,
 ) -> None:
     """Errors: UserError with the numbers, if loading or training state alone would not fit.
 
     Counts: weights, gradients and optimizer state of this rank's shard, and the weights in use. Activations come on
     top. `frozen` weights have neither masters nor gradients nor moments; the adapters beside them are not counted.
+    `num_repeated` of a copy are there more than once, as a tensor axis does not split them.
     """
-    state = num_parameters * (dtype.itemsize if frozen else _STATE_BYTES) // num_shards
+    state = (num_parameters + num_repeated) * (dtype.itemsize if frozen else _STATE_BYTES) // num_shards
     in_use = num_parameters * dtype.itemsize if dtype != torch.float32 or num_shards > 1 else 0
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":

@@ -1,8 +1,9 @@
 """How the trainer's ranks are laid out, and the process groups that follow from it.
 
-Ranks are numbered replicate, shard, context, from the outside in. Weights of dense layers are sharded over `fsdp`,
-which is shard x context; those of experts over the same ranks seen as efsdp x ep: each ep rank owns whole experts, and
-shares them with the ranks of its efsdp. Ranks that differ in `context` only hold parts of the same packs.
+Ranks are numbered replicate, shard, context, tensor, from the outside in. Ranks that differ in `tensor` only have the
+same tokens and parts of the same matrices; those that differ in `context` only hold parts of the same packs. Weights of
+dense layers are sharded over `fsdp`, which is shard x context; embeddings and head over `fsdp` x `tensor`, and so are
+those of experts, seen as efsdp x ep: each ep rank owns whole experts, and shares them with the ranks of its efsdp.
 """
 
 from collections.abc import Sequence
@@ -13,23 +14,32 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from palestra.model.context import WHOLE, Context, Ring, Ulysses
+from palestra.model.context import Context, Ring, Ulysses
+from palestra.model.tensor import ALONE, Axis, TensorRanks
 
 CONTEXTS = {"ulysses": Ulysses, "ring": Ring}
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """`dense` is replicate x fsdp, `experts` replicate x efsdp x ep. `data` has the ranks with other packs than this
-    one's; this is number `data_rank` of them. `everyone` has all ranks of the layout, and so has `beside`, on CPUs, for
-    what goes on in another thread than the steps' collectives."""
+    """`ranks` is replicate x fsdp x tensor, `dense` the first two of it; `root` is replicate x (fsdp x tensor) and
+    `experts` replicate x efsdp x ep. `data` has the ranks with other packs than this one's; this is number `data_rank`
+    of them. `tokens` has those with other tokens, whether of other packs or not. `everyone` has all ranks of the
+    layout, and so has `beside`, on CPUs, for what goes on in another thread than the steps' collectives."""
 
-    dense: DeviceMesh
+    ranks: DeviceMesh
+    root: DeviceMesh
     experts: DeviceMesh
+    tokens: dist.ProcessGroup
     everyone: dist.ProcessGroup
     beside: dist.ProcessGroup
     data: dist.ProcessGroup
     context: Context
+    tensor: Axis
+
+    @property
+    def dense(self) -> DeviceMesh:
+        return self.ranks["replicate", "fsdp"]
 
     @property
     def data_rank(self) -> int:
@@ -41,8 +51,8 @@ class Meshes:
 
     @property
     def num_shards(self) -> int:
-        """Ranks that share one copy of the dense weights."""
-        return self.dense["fsdp"].size()
+        """Ranks that share one copy of the weights that are whole on no axis."""
+        return self.root["fsdp"].size()
 
 
 def make_meshes(
@@ -52,35 +62,60 @@ def make_meshes(
     shard: int = 1,
     context: int = 1,
     context_kind: str = "ulysses",
+    tensor: int = 1,
     experts: int = 1,
+    kernels: tuple[str, ...] = ("padded",),
     ranks: Sequence[int] | None = None,
 ) -> Meshes:
-    """A collective of all ranks. `ranks` are those of the layout, by default all.
+    """A collective of all ranks. `ranks` are those of the layout, by default all; `kernels` what attends over
+    packs.
 
-    Errors: ValueError, if `experts` does not divide shard x context, or the ranks are not as many as the layout has.
+    Errors: ValueError, if `experts` does not divide shard x context x tensor, or the ranks are not as many as the
+    layout has.
     """
     members = torch.tensor(list(range(dist.get_world_size()) if ranks is None else ranks))
-    fsdp = shard * context
-    if fsdp % experts or len(members) != replicate * fsdp:
-        raise ValueError(f"{len(members)} ranks cannot be {replicate} x {shard} x {context} with {experts} in ep")
-    parts_DC = members.view(replicate * shard, context)
-    contexts = _group_of(parts_DC)
+    sharing = shard * context * tensor
+    if sharing % experts or len(members) != replicate * sharing:
+        raise ValueError(
+            f"{len(members)} ranks cannot be {replicate} x {shard} x {context} x {tensor} with {experts} in ep"
+        )
+    parts_DCT = members.view(replicate * shard, context, tensor)
+    contexts = _group_of(parts_DCT.transpose(1, 2).reshape(-1, context))
+
+    def mesh_of(names: tuple[str, ...], *sizes: int) -> DeviceMesh:
+        return DeviceMesh(device_type, members.view(replicate, *sizes), mesh_dim_names=("replicate", *names))
+
     return Meshes(
-        dense=DeviceMesh(device_type, members.view(replicate, fsdp), mesh_dim_names=("replicate", "fsdp")),
-        experts=DeviceMesh(
-            device_type,
-            members.view(replicate, fsdp // experts, experts),
-            mesh_dim_names=("replicate", "efsdp", "ep"),
-        ),
+        ranks=mesh_of(("fsdp", "tensor"), shard * context, tensor),
+        root=mesh_of(("fsdp",), sharing),
+        experts=mesh_of(("efsdp", "ep"), sharing // experts, experts),
+        tokens=_group_of(parts_DCT.view(-1, tensor).T),
         everyone=_group_of(members.view(1, -1)),
         beside=_group_of(members.view(1, -1), backend="gloo"),
-        data=_group_of(parts_DC.T),
-        context=WHOLE if context == 1 else CONTEXTS[context_kind](contexts),
+        data=_group_of(parts_DCT.flatten(1).T),
+        context=Context(kernels) if context == 1 else CONTEXTS[context_kind](contexts, kernels),
+        tensor=ALONE if tensor == 1 else TensorRanks(_group_of(parts_DCT.view(-1, tensor))),
     )
 
 
 def _group_of(rows: torch.Tensor, backend: str | None = None) -> dist.ProcessGroup:
     """That of this rank's row; of the last row on a rank that is in none. Every rank makes all of them."""
     found: list[tuple[list[int], Any]] = [(row.tolist(), dist.new_group(row.tolist(), backend=backend)) for row in rows]
-    mine = [group for row, group in found if dist.get_rank() in row]
-    return mine[0] if mine else found[-1][1]
+    mine = [(group, row) for row, group in found if dist.get_rank() in row]
+    if mine and backend is None:
+        _MADE[dist.group.WORLD, tuple(mine[0][1])] = mine[0][0]
+    return mine[0][0] if mine else found[-1][1]
+
+
+_MADE: dict[tuple[Any, tuple[int, ...]], dist.ProcessGroup] = {}  # by the world that they are of, and their ranks
+
+
+def group_among(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """Theirs: the one that was made, as torch waits for ever for another of the same ranks; else a new one, which only
+    they have to ask for."""
+    key = dist.group.WORLD, tuple(ranks)
+    if key not in _MADE:
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        _MADE[key] = group
+    return _MADE[key]

@@ -16,6 +16,7 @@ from palestra.model.documents import Documents, documents_of
 from palestra.model.head import logit_map_of, token_logprobs
 from palestra.model.lora import Adapter
 from palestra.model.routers import Routers
+from palestra.model.tensor import ALONE, Axis
 
 
 class Policy(nn.Module):
@@ -30,6 +31,8 @@ class Policy(nn.Module):
         self.decoder_layers = _layers_of(model)
         self.routers = Routers(model)
         self.context: Context = WHOLE
+        self.attention_kernels: frozenset[str] = frozenset()  # those that attended over packs when it was checked
+        self.tensor: Axis = ALONE
         self.adapter: Adapter | None = None  # None: all weights are trained
         self._logit_map = logit_map_of(model.config)
         self._head_chunk_tokens = head_chunk_tokens
@@ -54,15 +57,17 @@ class Policy(nn.Module):
         assert head is not None
         owner_K = documents.owner[scored_K - 1]
         mine = self.context.mine(owner_K)
-        logp_k, entropy_k = token_logprobs(
-            hidden_1tD[0, documents.place[scored_K - 1][mine]],
-            head.weight,
-            token_ids_T[scored_K][mine],
-            temperature_K[mine],
+        hidden_kD = hidden_1tD[0, documents.place[scored_K - 1][mine]]
+        logp, entropy = token_logprobs(
+            self.tensor.part(hidden_kD),
+            self.tensor.counted(head.weight),
+            self.tensor.part(token_ids_T[scored_K][mine]),
+            self.tensor.part(temperature_K[mine]),
             self._logit_map,
             self._head_chunk_tokens,
         )
-        return self.context.collect(logp_k, owner_K), self.context.collect(entropy_k.detach(), owner_K)
+        logp_k, entropy_k = (self.tensor.gather(x, len(hidden_kD)) for x in (logp, entropy.detach()))
+        return self.context.collect(logp_k, owner_K), self.context.collect(entropy_k, owner_K)
 
     @torch.no_grad()
     def score(self, token_ids_T: Tensor) -> Tensor:
@@ -119,6 +124,7 @@ def check_against_own_forward(policy: Policy, *, tolerance: float = 1e-3) -> Non
     scored_K = torch.tensor([*range(1, 9), *range(10, 14)], device=device)
     documents = documents_of(lengths, device, policy.context)
     packed_K, _ = policy(token_ids_T, documents, scored_K, torch.ones(len(scored_K), device=device))
+    policy.attention_kernels = frozenset(documents.taken)
     is_sharded = isinstance(policy, FSDPModule)
     if is_sharded:
         policy.unshard()  # base and head: the layers do it themselves

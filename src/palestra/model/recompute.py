@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from palestra.model.offload import Keeper, Offload, Stay, Store
 
 PRODUCTS = ("mm", "addmm", "_grouped_mm")  # not bmm: where no kernel does attention, its scores are of that kind
-_FETCHED = frozenset({"_c10d_functional::all_to_all_single"})
+_FETCHED = frozenset(
+    f"_c10d_functional::{name}" for name in ("all_to_all_single", "all_reduce", "all_gather_into_tensor")
+)
 _KEPT = (
     _FETCHED
     | {f"aten::{name}" for name in PRODUCTS}

@@ -26,6 +26,7 @@ from palestra.orchestrate.journal import Journal
 from palestra.orchestrate.report import Totals, percentile
 from palestra.orchestrate.state import LoopState
 from palestra.orchestrate.trainer import TrainerLink
+from palestra.orchestrate.turns import Turns
 from palestra.orchestrate.workers import WorkerPool
 from palestra.wire.channel import Caller, Reconnected
 from palestra.wire.messages import Notice, Progress, StepTrained, ToOrchestrator, ToSupervisor
@@ -136,6 +137,7 @@ class Desk:
     gateway: Gateway
     pool: WorkerPool
     trainer: TrainerLink
+    turns: Turns
     teller: Teller
     frozen: FrozenModels
     seats: SeatEndpoints

@@ -10,7 +10,8 @@ A rollout in flight that became too old to train is stopped.
 import asyncio
 import sys
 from collections import deque
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 
@@ -232,11 +233,17 @@ class Dispatcher:
             begun=state.reply_begun(rollout_id, call.call, prompt_hash) or NOTHING,
             note=note,
             beat=beat,
+            at_work=self._at_work(rollout_id),
         )
         beat()
         if rollout_id not in group.records:
             self._desk.journal.record(Replied(rollout_id=rollout_id, reply=journalled(reply)))
         return reply
+
+    def _at_work(self, rollout_id: int) -> Callable[[], AbstractContextManager[None]]:
+        """Around waits for an engine: where turns are taken, one that sleeps makes nobody a straggler."""
+        pulse = self._pulses.get(rollout_id) if self._desk.config.takes_turns else None
+        return nullcontext if pulse is None else pulse.at_work
 
     async def _answer_seat(self, group: Group, rollout_id: int, call: Call, *, seed: int) -> ChatReply:
         """From the journal, or from the endpoint that the recipe names for the seat."""

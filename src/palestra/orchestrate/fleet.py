@@ -1,8 +1,9 @@
 """The fleet: which engines there are, in what state, and which one a call goes to.
 
-    starting --healthy--> joining --published--> serving
-        ^                    |                      |
-        +------ out <--------+----------------------+   died, failed a publish, or did not answer
+    starting --healthy--> joining --published--> serving <--published-- asleep
+        ^                    |                      |                     |
+        |                    +----------------------+---- put to sleep -->+
+        +------ out <--------+----------------------+---------------------+   died, failed a publish, did not answer
 
 A *session* is a rollout as the engines see it: its turns share a growing prefix and stay on the engine that holds it.
 An engine has room for as many sessions as its limit says (`admission.py`). New ones are let in by `admit`; those whose
@@ -31,18 +32,21 @@ class EngineState(StrEnum):
     STARTING = "starting"  # its process is not known to be healthy
     JOINING = "joining"  # healthy, without weights of this run
     SERVING = "serving"
+    ASLEEP = "asleep"  # without weights: the device is the trainer's, until a publish wakes it
     OUT = "out"  # dead, or not to be trusted until it was started again
 
 
 _ALLOWED = {
     EngineState.STARTING: {EngineState.JOINING, EngineState.OUT},
-    EngineState.JOINING: {EngineState.SERVING, EngineState.OUT},
-    EngineState.SERVING: {EngineState.OUT},
+    EngineState.JOINING: {EngineState.SERVING, EngineState.ASLEEP, EngineState.OUT},
+    EngineState.SERVING: {EngineState.ASLEEP, EngineState.OUT},
+    EngineState.ASLEEP: {EngineState.SERVING, EngineState.OUT},
     EngineState.OUT: {EngineState.STARTING},
 }
 _BEFORE_SERVING = {
     EngineState.STARTING: "start",
     EngineState.JOINING: "wait_for_weights",
+    EngineState.ASLEEP: "asleep",
     EngineState.OUT: "out",
 }
 _SPEED_WEIGHT = 0.05  # of one reply in an engine's measured speed
@@ -71,7 +75,7 @@ class EngineLink:
         self.starts = 0  # of other processes under its name
         self.in_flight = 0  # calls
         self.tokens_per_s: float | None = None  # of one reply, smoothed
-        self.gone = asyncio.Event()  # set while the engine is out
+        self.gone = asyncio.Event()  # set while the engine is out or asleep: calls to it have ended
         self.is_stopped = self._refills = False
 
     def backlog(self, typical: float) -> float:
@@ -88,7 +92,7 @@ class EngineLink:
         if state not in _ALLOWED[self.state]:
             raise ValueError(f"{self.name} cannot go from {self.state} to {state}")
         self.state = state
-        (self.gone.set if state is EngineState.OUT else self.gone.clear)()
+        (self.gone.set if state in (EngineState.OUT, EngineState.ASLEEP) else self.gone.clear)()
         self.is_stopped = self._refills = False
         self._book()
 
@@ -128,10 +132,10 @@ class EngineLink:
             self.ledger.switch(cause)
 
     def _cause(self) -> str:
+        if self.is_stopped and self.state in (EngineState.SERVING, EngineState.ASLEEP):
+            return "publish"
         if self.state is not EngineState.SERVING:
             return _BEFORE_SERVING[self.state]
-        if self.is_stopped:
-            return "publish"
         if self._refills:
             return "prefill again"
         return "generate" if self.in_flight else "idle"
@@ -165,11 +169,12 @@ class Fleet:
     @property
     def reachable(self) -> list[EngineLink]:
         """Engines that a version can be published to."""
-        return self.of_state(EngineState.SERVING, EngineState.JOINING)
+        return self.of_state(EngineState.SERVING, EngineState.JOINING, EngineState.ASLEEP)
 
     @property
     def joining(self) -> list[EngineLink]:
-        return self.of_state(EngineState.JOINING)
+        """Those of them that have no weights of this run."""
+        return self.of_state(EngineState.JOINING, EngineState.ASLEEP)
 
     # --- states
 
@@ -181,20 +186,25 @@ class Fleet:
         link.is_inherited = False
         self._move(link, EngineState.SERVING)
 
+    def sleeps(self, link: EngineLink) -> None:
+        """It leaves the device to the trainer. Its calls are dropped, as its cache is; their rollouts wait for an
+        engine that serves, and go on from their tokens."""
+        self._leave(link, EngineState.ASLEEP)
+
     def take_out(self, link: EngineLink, why: str) -> None:
         """Nothing more goes to it; its calls are gone on with elsewhere. It comes back as a new process.
 
         What is heard of an engine that is out or starting is of its predecessor.
         """
-        if link.state in (EngineState.JOINING, EngineState.SERVING):
-            self._leave(link)
+        if link in self.reachable:
+            self._leave(link, EngineState.OUT)
             self._restart(link.name, why)
 
     def engine_ended(self, name: str) -> None:
         """Its process is gone; the supervisor starts another by itself."""
         link = self._named(name)
         if link.state is not EngineState.OUT:
-            self._leave(link)
+            self._leave(link, EngineState.OUT)
 
     def is_out(self, name: str) -> bool:
         """Whether it is an engine that was heard to end. One that started before this orchestrator did, in whichever of
@@ -211,11 +221,11 @@ class Fleet:
         link.tokens_per_s = None
         return link
 
-    def _leave(self, link: EngineLink) -> None:
+    def _leave(self, link: EngineLink, state: EngineState) -> None:
         self._home = {session: known for session, known in self._home.items() if known is not link}
         self._prefix = {group: known for group, known in self._prefix.items() if known is not link}
         link.sessions, link.is_braked = 0, False
-        self._move(link, EngineState.OUT)
+        self._move(link, state)
 
     def _move(self, link: EngineLink, state: EngineState) -> None:
         link.move(state)

@@ -3,15 +3,16 @@
 Consumes: engine calls of rollouts. Produces: replies, and pieces of long ones on their way.
 Waits for: engines; never longer than `engine.call_s` for the next token. Woken by: callers. Ends when: closed.
 
-A rollout stays on the engine that holds its prefix. A reply that breaks off because its engine dies, hangs or is taken
-out is gone on with, from its tokens, on another engine. Equal prompts of one group that arrive together are joined into
-one request of n replies, which is not streamed: it is short, and asked again as a whole. Engines seed reply i of a
-joined request with seed + i, so joining changes no sampled token.
+A rollout stays on the engine that holds its prefix. A reply that breaks off because its engine dies, hangs, is taken
+out or put to sleep is gone on with, from its tokens, on the next one that serves. Equal prompts of one group that
+arrive together are joined into one request of n replies, which is not streamed: it is short, and asked again as a
+whole. Engines seed reply i of a joined request with seed + i, so joining changes no sampled token.
 """
 
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -20,7 +21,7 @@ import msgspec
 from palestra.config.schema import Engine
 from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.records import Reply, Sampling
-from palestra.orchestrate.fleet import EngineLink, Fleet
+from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
 from palestra.orchestrate.sources import seed_for
 from palestra.wire.draft import NOTHING, Draft
 from palestra.wire.policy import EngineClient, EngineError, UnpublishedError, UnreachableError
@@ -80,22 +81,26 @@ class Gateway:
         begun: Reply = NOTHING,
         note: Note = lambda piece: None,
         beat: Callable[[], None] = lambda: None,
+        at_work: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Reply:
         """One reply. Calls of one session (a rollout) go to the same engine.
 
         `begun` is what is known of the reply from before; `note` hears what follows it, in pieces, while it is on its
-        way, and all of it when an engine breaks off; `beat` is called whenever tokens arrive.
+        way, and all of it when an engine breaks off; `beat` is called whenever tokens arrive, and `at_work` is around
+        waits for an engine.
         Errors: InfrastructureError, if no engine could answer in time.
         """
         reply, breaks = as_ended(begun, sampling), 0
         while not is_whole(reply):
             if breaks == _BREAKS:
                 raise InfrastructureError(f"a reply broke off {breaks} times, after {len(reply.token_ids)} tokens")
-            link = await self.fleet.engine_for(session)
+            with at_work():
+                link = await self.fleet.engine_for(session)
             with link.busy():
                 pieces = _Pieces(link, note, beat)
                 rest = await self._go_on(pieces, token_ids, reply, sampling, seed=seed)
-            reply, breaks = as_ended(reply.then(rest), sampling), breaks + 1
+            breaks += link.state is not EngineState.ASLEEP
+            reply = as_ended(reply.then(rest), sampling)
         return reply
 
     async def _go_on(
@@ -211,7 +216,7 @@ class _Pieces:
 
 
 async def _until_gone(asking, link: EngineLink) -> Reply | None:
-    """None, if the engine was taken out before it answered."""
+    """None, if the engine was taken out, or put to sleep, before it answered."""
     answer, gone = asyncio.ensure_future(asking), asyncio.ensure_future(link.gone.wait())
     try:
         await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)

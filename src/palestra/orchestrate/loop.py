@@ -37,10 +37,12 @@ from palestra.orchestrate.report import summary
 from palestra.orchestrate.ship import ship_all
 from palestra.orchestrate.state import TaskQuarantined
 from palestra.orchestrate.trainer import Schedule, TrainerLink
+from palestra.orchestrate.turns import TRAINER, Turns
 from palestra.orchestrate.workers import Deadlines, WorkerPool
 from palestra.wire.channel import Listener
 from palestra.wire.messages import (
     Done,
+    EnginesAsked,
     Exported,
     FromTrainer,
     FromWorker,
@@ -54,14 +56,16 @@ from palestra.wire.messages import (
     ToWorker,
     TrainerReady,
     TrainerSaved,
+    TurnAsked,
+    TurnOver,
     WarmedUp,
+    WeightsSent,
     WeightsStaged,
 )
 from palestra.wire.policy import EngineClient
 from palestra.wire.rundir import Attempt, RunDir, newest_checkpoint
 from palestra.wire.runlog import as_rows, read_ledger, read_restarts, read_warnings
 
-TRAINER = "trainer"
 _FromAll = FromWorker | FromTrainer
 
 
@@ -88,7 +92,7 @@ class Loop:
         ledgers = _engine_ledgers(run, attempt, is_inherited=life > 0)
         fleet = Fleet(
             _make_links(attempt, config, make_client, ledgers, is_inherited=life > 0),
-            healthy_s=config.engine.healthy_s,
+            healthy_s=config.engine_start_s,
             restart=self._ask_restart,
             changed=changed.tell,
         )
@@ -106,7 +110,9 @@ class Loop:
                 schedule,
                 next_step=journal.state.next_step,
                 published=journal.state.published,
+                restages=config.sync.kind == "ipc",
             ),
+            turns=self._make_turns(config, fleet),
             teller=Teller(run, attempt, selector),
             frozen=FrozenModels(
                 make_frozen(config, attempt, make_client, ledgers),
@@ -125,6 +131,10 @@ class Loop:
         self._starting: set[asyncio.Task[None]] = set()  # engines that are waited for while the run goes on
         self._gone: set[str] = set()  # workers that said their last word, or died before it
         self._lives: dict[str, int] = {}  # of the processes that had more than one
+
+    def _make_turns(self, config: RunConfig, fleet: Fleet) -> Turns:
+        sharing = [TRAINER, *(link.name for link in fleet.links)] if config.takes_turns else []
+        return Turns(sharing, self._send, is_inherited=self._life > 0)
 
     def _make_pool(self, config: RunConfig, journal: Journal, tasks: asyncio.TaskGroup) -> WorkerPool:
         env = config.env
@@ -186,18 +196,23 @@ class Loop:
 
     async def _join(self, link: EngineLink) -> None:
         """Errors: DeadlineError, if the engine does not become healthy."""
-        await link.client.wait_healthy(self.desk.config.engine.healthy_s)
+        await link.client.wait_healthy(self.desk.config.engine_start_s)
         if link.is_inherited and not await self._free(link):
             return
         await self._pressure.meet(link)
         if link.state is EngineState.STARTING:
             self.desk.fleet.healthy(link)
+        if link.client.is_asleep:
+            self.desk.fleet.sleeps(link)
+            self.desk.turns.over(link.name)
 
     async def _free(self, link: EngineLink) -> bool:
         """Whether an engine that a dead orchestrator left, perhaps in the middle of a publish, can take another."""
         try:
             await link.client.pause(clear_cache=False)
             await link.client.abandon_update()
+            if self.desk.config.takes_turns:  # it may be asleep, or between; the trainer may be at work
+                await link.client.sleep(keeps_weights=self.desk.config.model.lora is not None)
         except InfrastructureError as failure:
             self._ask_restart(link.name, str(failure))
             return False
@@ -247,10 +262,12 @@ class Loop:
                         self._wait_beside(self._rejoin(self.desk.fleet.engine_started(process)))
 
     def _process_ended(self, ended: ProcessEnded) -> None:
+        self.desk.turns.over(ended.process)
         if ended.process in self._engine_names:
             self.desk.fleet.engine_ended(ended.process)
         elif ended.process == TRAINER:
             self.desk.trainer.gone()
+            self._publisher.trainer_ended()
         else:
             self.desk.pool.worker_ended(ended.process, ended.why, ended.life)
             self._gone.add(ended.process)
@@ -281,6 +298,16 @@ class Loop:
                     self.desk.changed.tell()
                 case TrainerReady() | WarmedUp() | StepTrained() | WeightsStaged() | TrainerSaved() | Exported():
                     await self._from_trainer(message)
+                case EnginesAsked():
+                    self._publisher.engines_asked(message)
+                case WeightsSent():
+                    self._publisher.sent(message)
+                case TurnAsked():
+                    self.desk.turns.asked(peer)
+                    self.desk.changed.tell()
+                case TurnOver():
+                    self.desk.turns.over(peer)
+                    self.desk.changed.tell()
                 case _:
                     self.desk.pool.handle(peer, message)
 
@@ -308,6 +335,7 @@ class Loop:
     async def _trainer_ready(self, message: TrainerReady) -> None:
         """One that was there before this orchestrator tells again what nobody may have written down."""
         desk, staged = self.desk, message.staged
+        desk.turns.over(TRAINER)  # one that has a turn is not ready
         booked = {entry.started_at for entry in read_ledger(desk.run)} if message.steps else set()
         for step in message.steps:
             if step.ledgers[0].started_at not in booked:

@@ -30,6 +30,10 @@ class Evaluations:
         self._last = max((ended.version for ended in desk.state.evals), default=0)
 
     @property
+    def is_running(self) -> bool:
+        return self._running is not None
+
+    @property
     def due_at_start(self) -> list[EvalSet]:
         """Sets that want a measurement before training and have none yet."""
         measured = {ended.name for ended in self._desk.state.evals if ended.when == "start"}

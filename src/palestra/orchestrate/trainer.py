@@ -3,7 +3,15 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from palestra.wire.messages import Finish, StillEvaluating, ToTrainer, TrainBatch, WeightsLoaded
+from palestra.wire.messages import (
+    Finish,
+    SendWeights,
+    StageFiles,
+    StillEvaluating,
+    ToTrainer,
+    TrainBatch,
+    WeightsLoaded,
+)
 
 
 @dataclass(frozen=True)
@@ -27,14 +35,22 @@ class Schedule:
 
 class TrainerLink:
     """Sends batches and keeps count. `catch_up` is the version that the trainer has once it trained all batches shipped
-    before this link; older versions are not published, and none below `published`, which engines had."""
+    before this link; older versions are not published, and none below `published`, which engines had. `restages`: what
+    engines hold is staged again by a trainer that took another's place, as it died with that one."""
 
     def __init__(
-        self, send: Callable[[ToTrainer], Awaitable[None]], schedule: Schedule, *, next_step: int, published: int = -1
+        self,
+        send: Callable[[ToTrainer], Awaitable[None]],
+        schedule: Schedule,
+        *,
+        next_step: int,
+        published: int = -1,
+        restages: bool = False,
     ):
         self._send, self.schedule = send, schedule
         self.catch_up = self._next_step = next_step
         self.published = published
+        self._restages = restages
         self.trained = -1  # version the trainer has; -1: not ready, or gone
         self.loaded = -1  # version the engines have
         self.is_finishing = False
@@ -74,7 +90,7 @@ class TrainerLink:
     async def _send_batch(self, step: int) -> None:
         version = step + 1
         is_due = version == self.catch_up or (version > self.catch_up and self.schedule.publishes(step))
-        publish = is_due and version > self.loaded
+        publish = is_due and (version > self.loaded or (self._restages and version == self.loaded))
         await self._send(TrainBatch(step=step, publish=publish, save=self.schedule.saves(step)))
 
     def is_outdated(self, version: int) -> bool:
@@ -93,6 +109,13 @@ class TrainerLink:
     async def discard(self, version: int) -> None:
         """A staged version that need not be published: a newer one follows."""
         await self._send(WeightsLoaded(version=version))
+
+    async def send_weights(self, version: int, *, num_workers: int, is_new_group: bool) -> None:
+        await self._send(SendWeights(version=version, num_workers=num_workers, is_new_group=is_new_group))
+
+    async def stage_files(self) -> None:
+        """For engines that missed what was sent."""
+        await self._send(StageFiles())
 
     async def still_evaluating(self) -> None:
         if self.trained >= 0:

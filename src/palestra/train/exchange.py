@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from palestra.model.holdings import Holding, Run
+from palestra.model.mesh import group_among
 
 Index = tuple[int | slice, ...]
 Shape = tuple[int, int]
@@ -125,17 +126,14 @@ def _take(queue: list[Matrix], elements: int) -> tuple[Matrix, ...]:
 
 
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """All ranks of a mesh. A collective where the mesh is neither a line nor the whole job: once for the same ranks, as
-    torch tells such groups apart by their ranks alone, and waits for ever for the second."""
+    """All ranks of a mesh. A collective where the mesh is neither a line nor the whole job, the first time."""
     axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1] or [0]
     if len(axes) == 1:
         return mesh.get_group(axes[0])
     if mesh.size() == dist.get_world_size():
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    group = dist.new_group(mesh.mesh.flatten().tolist(), use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    return group_among(mesh.mesh.flatten().tolist())
 
 
 class Exchange:

@@ -40,6 +40,7 @@ class Speed(Struct, frozen=True, kw_only=True):
 
     who: str
     device: str
+    attention: list[str]  # kernels over packs
     ranks: int
     steps_s: list[float]
     cpu_s: list[float]

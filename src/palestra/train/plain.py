@@ -59,6 +59,7 @@ def measure(job: Job, way: str) -> Speed:
     return Speed(
         who=f"transformers, {way}",
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        attention=["sdpa"],
         ranks=1,
         steps_s=watch.wall_s[job.warmup_steps :],
         cpu_s=watch.cpu_s[job.warmup_steps :],

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from palestra.model.policy import Policy
 from palestra.train.ranks import Ranks
 from palestra.wire.weights import files
 from palestra.wire.weights.manifest import Probe, Staged, WeightsManifest, chain, record
+
+if TYPE_CHECKING:
+    from palestra.wire.weights.sender import Sender
 
 KEPT_VERSIONS = 3
 KEPT_COPIES = 2  # where each is a copy of the model in the GPU's memory: one that engines hold, one on its way
@@ -69,18 +73,21 @@ class Publisher:
         local: str = "",
         by_handle: bool = False,
         base: str = "",
+        send_from: str | None = None,
     ):
         """`recorded_in`: where every version is kept beside being staged. `full_every`: 1 stages all of them whole.
         `by_handle`: not at all; the engine finds a copy in the memory of the GPU that both are on. `base`: the model
-        that adapters belong to."""
+        that adapters belong to. `send_from`: this host's address, where versions after the first are sent."""
         self._base = base
         self._policy, self._ranks, self._directory = policy, ranks, directory
         self._attempt, self._life, self._dtype, self._recorded_in = attempt, life, dtype, recorded_in
         generator = torch.Generator().manual_seed(seed)
         self._probe_ids = torch.randint(policy.vocab_size, (probe_tokens,), generator=generator).to(ranks.device)
-        self._previous: list[float] | None = None
+        self._probed: tuple[int, list[float]] | None = None  # the newest version, and its log-probabilities
+        self._previous: list[float] | None = None  # those of the version before
         self._staged: list[int] = []
         self._differences, self._local = Differences(full_every), local
+        self._send_from, self._sender, self._has_staged = send_from, None, False
         self._held: dict[int, list[torch.Tensor]] | None = {} if by_handle else None
 
     @property
@@ -88,21 +95,22 @@ class Publisher:
         """As many versions are staged as should ever lie there at once."""
         return len(self._staged) >= (KEPT_VERSIONS if self._held is None else KEPT_COPIES)
 
-    def stage(self, version: int, ledger: Ledger) -> Staged:
-        """A collective; the first rank writes. Errors: InfrastructureError, if the disk is full."""
+    def stage(self, version: int, ledger: Ledger, *, as_files: bool = False) -> Staged:
+        """A collective; the first rank writes. Where versions are sent, the first one and those that are wanted
+        `as_files` are written all the same: engines that join need one. Errors: InfrastructureError, if the disk is
+        full."""
+        if self._send_from is not None and self._has_staged and not as_files:
+            return self._offer(version, ledger)
+        self._has_staged = True
         directory, began = self._path(version), time.monotonic()
         with ledger.spend("stage"):
-            self._staged.append(version)
+            self._staged = [*(staged for staged in self._staged if staged != version), version]
             manifest = self._write(directory, version)
         stage_s = time.monotonic() - began
-        with ledger.spend("probe"):
-            logprobs = self._policy.score(self._probe_ids).tolist()
-        probe = Probe(token_ids=self._probe_ids.tolist(), logprobs=logprobs, previous_logprobs=self._previous)
-        self._previous = logprobs
         staged = Staged(
             version=version,
             directory=str(directory),
-            probe=probe,
+            probe=self._probe(version, ledger),
             sent_bytes=manifest.sent_bytes if manifest else 0,
             full_bytes=manifest.full_bytes if manifest else 0,
             stage_s=stage_s,
@@ -113,6 +121,37 @@ class Publisher:
             with ledger.spend("record"):
                 self._record(staged, manifest, self._recorded_in)
         return staged
+
+    def _offer(self, version: int, ledger: Ledger) -> Staged:
+        """Nothing leaves the trainer yet."""
+        with ledger.spend("stage"):
+            num_bytes = self.sender.num_bytes
+        probe = self._probe(version, ledger)
+        return Staged(
+            version=version, directory="", probe=probe, sent_bytes=num_bytes, full_bytes=num_bytes, is_sent=True
+        )
+
+    @property
+    def sender(self) -> "Sender":
+        if self._sender is None:
+            from palestra.wire.weights.sender import Sender  # vLLM's side of it: as above
+
+            assert self._send_from is not None
+            self._sender = Sender(
+                lambda: iterate_weights(self._policy, dtype=self._dtype),
+                rank=self._ranks.rank,
+                device=self._ranks.device,
+                host=self._send_from,
+            )
+        return self._sender
+
+    def _probe(self, version: int, ledger: Ledger) -> Probe:
+        """Once for each version, however often it is staged."""
+        if self._probed is None or self._probed[0] != version:
+            with ledger.spend("probe"):
+                logprobs = self._policy.score(self._probe_ids).tolist()
+            self._probed, self._previous = (version, logprobs), None if self._probed is None else self._probed[1]
+        return Probe(token_ids=self._probe_ids.tolist(), logprobs=self._probed[1], previous_logprobs=self._previous)
 
     def _write(self, directory: Path, version: int) -> WeightsManifest | None:
         """On the first rank; the others only take part in what it gathers."""

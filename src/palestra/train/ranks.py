@@ -1,7 +1,7 @@
 """The ranks of the trainer: one process each, laid out as `model/mesh.py` says."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from palestra.config.schema import Train
 from palestra.core.errors import UserError
+from palestra.model.kernels import usable_kernels
 from palestra.model.mesh import Meshes, make_meshes
 
 T = TypeVar("T")
@@ -24,13 +25,14 @@ class Ranks:
     num: int
     device: torch.device
     meshes: Meshes
+    missing_kernels: dict[str, str] = field(default_factory=dict)  # of attention, and why they are not used
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """In place over the ranks with other packs: those of one context have the same readings."""
+        """In place over the ranks with other packs: those of one context or tensor axis have the same readings."""
         dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self.meshes.data)
         return tensor
 
@@ -61,15 +63,15 @@ class Ranks:
 def join(train: Train, *, deadline_s: float) -> Ranks:
     """Meet the other ranks that torchrun started. No collective may take longer than `deadline_s`.
 
-    Errors: UserError, if they are not as many as the layout asks for.
+    Errors: UserError, if they are not as many as the layout asks for, or attention is asked for that does not work.
     """
     torch.set_num_threads(train.threads)
     num = int(os.environ.get("WORLD_SIZE", "1"))
     if num != train.num_ranks:
         raise UserError(
             f"train.replicate={train.replicate} x train.shard={train.shard} x train.context_parallel="
-            f"{train.context_parallel} needs {train.num_ranks} ranks, but {num} were started; start with torchrun "
-            f"--nproc-per-node={train.num_ranks}, or change them"
+            f"{train.context_parallel} x train.tensor_parallel={train.tensor_parallel} needs {train.num_ranks} ranks, "
+            f"but {num} were started; start with torchrun --nproc-per-node={train.num_ranks}, or change them"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -78,15 +80,18 @@ def join(train: Train, *, deadline_s: float) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = {} if "WORLD_SIZE" in os.environ else {"store": _own_store(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(seconds=deadline_s), **store)
+    kernels, missing = usable_kernels(device, train.attention)
     meshes = make_meshes(
         device.type,
         replicate=train.replicate,
         shard=train.shard,
         context=train.context_parallel,
         context_kind=train.context_kind,
+        tensor=train.tensor_parallel,
         experts=train.expert_parallel,
+        kernels=kernels,
     )
-    return Ranks(rank=dist.get_rank(), num=num, device=device, meshes=meshes)
+    return Ranks(rank=dist.get_rank(), num=num, device=device, meshes=meshes, missing_kernels=missing)
 
 
 def _own_store() -> Any:

@@ -84,6 +84,7 @@ def _measure(job: Job, config: RunConfig, ranks: Ranks) -> Speed:
     return Speed(
         who="palestra",
         device=torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
+        attention=sorted(trainer.policy.attention_kernels),
         ranks=ranks.num,
         steps_s=watch.wall_s[job.warmup_steps :],
         cpu_s=watch.cpu_s[job.warmup_steps :],

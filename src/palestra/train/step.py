@@ -202,7 +202,7 @@ def _expert_metrics(policy: Policy, ranks: Ranks, balance: Balance) -> Metrics:
     """How evenly the experts were used; and their biases moved by it."""
     if not len(policy.routers):
         return {}
-    load_LE = policy.routers.load(ranks.meshes.everyone)
+    load_LE = policy.routers.load(ranks.meshes.tokens)
     if balance.bias_rate:
         policy.routers.update_biases(load_LE, balance.bias_rate)
     violation_L = max_violation(load_LE)
@@ -210,7 +210,7 @@ def _expert_metrics(policy: Policy, ranks: Ranks, balance: Balance) -> Metrics:
         "train/experts/max_violation": Mean(float(violation_L.sum()), len(violation_L)),
         "train/experts/max_violation_worst": Max(float(violation_L.max())),
         "train/experts/dead_share": Mean(float((load_LE == 0).sum()), load_LE.numel()),
-        "train/experts/weight_entropy": Mean(*policy.routers.weight_entropy(ranks.meshes.everyone)),
+        "train/experts/weight_entropy": Mean(*policy.routers.weight_entropy(ranks.meshes.tokens)),
     }
 
 

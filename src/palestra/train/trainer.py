@@ -18,6 +18,7 @@ from palestra.model.load import load_policy
 from palestra.model.policy import Policy
 from palestra.model.recompute import Activations
 from palestra.train.background import Written
+from palestra.train.belongings import Belongings, state_of
 from palestra.train.checkpoint import Checkpoints, TrainerState
 from palestra.train.optimizer import LearningRate, Optimizer, make_optimizer, training_rate
 from palestra.train.packs import plan_step, samples_of, split
@@ -55,6 +56,8 @@ class Trainer:
                     compile=config.train.compile,
                 ),
             )
+        if ranks.is_first:
+            print(_told(self.policy.attention_kernels, ranks.missing_kernels), flush=True)
         _require_balance(self.policy, config.train.balance)
         self._rate, self.version = training_rate(config.train), 0
         self._optimizer = self._new_optimizer()
@@ -149,6 +152,11 @@ class Trainer:
         self.version = self.saved_version = state.version
         return state.data
 
+    def belongings(self) -> Belongings:
+        """What is on the device between two steps, for a trainer that does not have it for itself."""
+        share = self._config.engine.gpu_share
+        return Belongings(lambda: state_of(self.policy, self._optimizer), self.ranks.device, engine_share=share)
+
     def export(self, ledger: Ledger) -> Path:
         """The weights in Hugging Face layout, for transformers and vLLM."""
         directory = self._run.export
@@ -164,6 +172,11 @@ class Trainer:
 
     def _checkpoint(self, version: int) -> Path:
         return checkpoint_dir(self._run, version) / "trainer"
+
+
+def _told(kernels: frozenset[str], missing: dict[str, str]) -> str:
+    others = "; ".join(f"not {name}: {why}" for name, why in missing.items())
+    return f"attention over packs: {', '.join(sorted(kernels))}" + (f" ({others})" if others else "")
 
 
 def _require_balance(policy: Policy, balance: Balance) -> None:

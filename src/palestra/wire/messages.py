@@ -1,6 +1,6 @@
 """Messages between our processes. One direction of one boundary is one union; frames carry the run's attempt."""
 
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -162,8 +162,37 @@ class StillEvaluating(Struct, frozen=True, kw_only=True, tag=True):
     """The orchestrator is at work, although no batch and no word of weights comes: its deadline begins anew."""
 
 
-Order = TrainBatch | WeightsLoaded | Finish
-ToTrainer = Order | StillEvaluating
+class TurnGiven(Struct, frozen=True, kw_only=True, tag=True):
+    """The device that engine and trainer share is the receiver's: the trainer's until it says `TurnOver`, an engine's
+    until it is put to sleep, either's until it ends."""
+
+
+class SendWeights(Struct, frozen=True, kw_only=True, tag=True):
+    """Engines are stopped and wait for `version`: send it to their `num_workers` workers now. `is_new_group`: they are
+    others than those of the last send, or of another life."""
+
+    version: int
+    num_workers: int
+    is_new_group: bool
+
+
+class StageFiles(Struct, frozen=True, kw_only=True, tag=True):
+    """Engines wait that missed what was sent: stage the version that there is as files."""
+
+
+Order = TrainBatch | WeightsLoaded | Finish | SendWeights | StageFiles
+ToTrainer = Order | StillEvaluating | TurnGiven
+
+
+# --- trainer or engine, before it begins -> orchestrator
+
+
+class TurnAsked(Struct, frozen=True, kw_only=True, tag=True):
+    """The sender shares its device, uses nothing of it, and waits for `TurnGiven`."""
+
+
+class TurnOver(Struct, frozen=True, kw_only=True, tag=True):
+    """The trainer has left the device to others."""
 
 
 # --- trainer -> orchestrator
@@ -186,6 +215,21 @@ class StepTrained(Struct, frozen=True, kw_only=True, tag=True):
 
 class WeightsStaged(Struct, frozen=True, kw_only=True, tag=True):
     staged: Staged
+
+
+class EnginesAsked(Struct, frozen=True, kw_only=True, tag=True):
+    """What vLLM's trainer side says to engines that it sends a version: `init` how to meet, `update` what comes."""
+
+    what: Literal["init", "update"]
+    info: dict[str, Any]
+
+
+class WeightsSent(Struct, frozen=True, kw_only=True, tag=True):
+    """The trainer has sent `version`, in `send_s`, or tells why it could not."""
+
+    version: int
+    send_s: float = 0.0
+    error: str = ""
 
 
 class TrainerSaved(Struct, frozen=True, kw_only=True, tag=True):
@@ -212,7 +256,19 @@ class Exported(Struct, frozen=True, kw_only=True, tag=True):
     ledgers: list[LedgerEntry]
 
 
-FromTrainer = TrainerReady | WarmedUp | StepTrained | WeightsStaged | TrainerSaved | Exported | LedgerClosed
+FromTrainer = (
+    TrainerReady
+    | WarmedUp
+    | StepTrained
+    | WeightsStaged
+    | TrainerSaved
+    | Exported
+    | LedgerClosed
+    | TurnAsked
+    | TurnOver
+    | EnginesAsked
+    | WeightsSent
+)
 
 
 # --- any process -> supervisor

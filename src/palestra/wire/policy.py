@@ -82,6 +82,7 @@ class EngineClient:
         self.serving: int | None = None  # the last version published to it by this client
         self.adapter: str | None = None  # the name under which it has the policy, if that is an adapter to its model
         self._home: str | None = None  # where it reads that adapter
+        self.is_asleep = False  # put to sleep by this client, and not all awake
         self._call_s = call_s
         self._connections = transport or Connections(keepalive_s=_KEEPALIVE_S)
 
@@ -97,6 +98,7 @@ class EngineClient:
     def forget(self) -> None:
         """Another process answers at the address from now on: it has no weights of this run."""
         self.cache_salt, self.serving, self.adapter, self._home = "unpublished", None, None, None
+        self.is_asleep = False
 
     async def generate(
         self,
@@ -224,6 +226,22 @@ class EngineClient:
     async def resume(self, *, deadline_s: float | None = None) -> None:
         await self._call("/resume", deadline_s=deadline_s, repeatable=True)
 
+    async def sleep(self, *, keeps_weights: bool, deadline_s: float | None = None) -> None:
+        """Leave the device: running requests are aborted, the KV cache is gone, and so are the weights, unless they are
+        kept in host memory. Requests that come meanwhile wait."""
+        params = {"level": "1" if keeps_weights else "2", "mode": "abort"}
+        self.is_asleep = True
+        await self._call("/sleep", params=params, deadline_s=deadline_s)
+
+    async def wake_weights(self, *, deadline_s: float | None = None) -> None:
+        """Memory for weights is there again, with nothing in it unless they were kept."""
+        await self._call("/wake_up", params={"tags": "weights"}, deadline_s=deadline_s)
+
+    async def wake_cache(self, *, deadline_s: float | None = None) -> None:
+        """The last part: from here on it samples."""
+        await self._call("/wake_up", params={"tags": "kv_cache"}, deadline_s=deadline_s)
+        self.is_asleep = False
+
     async def update_adapter(self, directory: str, version: int, *, deadline_s: float | None = None) -> None:
         """`update` for an adapter: the version goes to the directory from which the engine reads its adapter.
 
@@ -257,6 +275,14 @@ class EngineClient:
         where = {"directory": directory, "local": local} if local else {"directory": directory}
         body = {"update_info": {**where, "version": version}}
         await self._call("/update_weights", body, deadline_s=deadline_s)
+
+    async def init_transfer(self, info: dict[str, Any], *, deadline_s: float | None = None) -> None:
+        """Meet whoever sends versions, as `info` says; ends when both have met."""
+        await self._call("/init_weight_transfer_engine", {"init_info": info}, deadline_s=deadline_s)
+
+    async def update_by_transfer(self, info: dict[str, Any], *, deadline_s: float | None = None) -> None:
+        """Receive the version that is sent meanwhile. Errors: EngineError naming what is wrong."""
+        await self._call("/update_weights", {"update_info": info}, deadline_s=deadline_s)
 
     async def abandon_update(self, *, deadline_s: float | None = None) -> None:
         """End an update that somebody began and did not finish: a load that fails ends its update. Pause it first, and

@@ -1,21 +1,23 @@
 """Publish: bring a staged version into every engine, and prove that it arrived.
 
-An engine is paused (its requests freeze), loads and checks, is resumed, and then scores the probe. It counts as
-published only if the scores are the trainer's under the new version and not those under the version before.
+An engine is paused (its requests freeze), loads and checks, is resumed, and then scores the probe. One that sleeps is
+woken around the load: memory for weights before it, for its cache after it. It counts as published only if the scores
+are the trainer's under the new version and not those under the version before.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Literal, TypedDict
 
 from msgspec import Struct
 
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, PalestraError, PublishError
 from palestra.wire.policy import EngineClient, EngineError, UnreachableError
+from palestra.wire.sending import NotSentError, Sending
 from palestra.wire.weights.manifest import Probe, Staged
 
 Kv = Literal["keep", "recompute"]
@@ -42,6 +44,7 @@ class EnginePublish(Struct, frozen=True, kw_only=True):
     pause_s: float = 0.0
     load_s: float = 0.0
     resume_s: float = 0.0
+    wake_s: float = 0.0  # of one that slept
     probe_s: float = 0.0
     stopped_s: float = 0.0
     gap: ProbeGap | None = None
@@ -94,20 +97,34 @@ async def publish(
     tolerance: float,
     deadline_s: float,
     watch: Watch = lambda engine, is_stopped: None,
+    sending: Sending | None = None,
 ) -> PublishReport:
-    """Publish to `at_once` engines at a time; each has `deadline_s`.
+    """Publish to `at_once` engines at a time; each has `deadline_s`. With `sending` the version comes from there, and
+    to all engines at once.
 
     The first publish to an engine gives its tokens their first version label; until then its replies are refused.
     `kv="keep"` leaves old keys and values in place for running requests: requests must carry the client's
     `cache_salt`. An engine that fails stays paused.
     Errors: NoEngineLeft with the numbers, if no engine holds the version afterwards.
     """
-    slots, began = asyncio.Semaphore(at_once), time.monotonic()
+    slots, began = asyncio.Semaphore(at_once if sending is None else len(engines)), time.monotonic()
+
+    async def load(engine: EngineClient) -> None:
+        if sending is not None:
+            await sending.into(engine, deadline_s=deadline_s)
+        elif staged.is_adapter:
+            await engine.update_adapter(staged.directory, staged.version, deadline_s=deadline_s)
+        else:
+            await engine.update(staged.directory, staged.version, local=staged.local, deadline_s=deadline_s)
 
     async def one(engine: EngineClient) -> EnginePublish:
         async with slots:
             progress = _Progress(engine, watch)
-            return await _publish_to(engine, staged, progress, kv=kv, tolerance=tolerance, deadline_s=deadline_s)
+            options: _Options = {"clear_cache": kv == "recompute", "load": load, "deadline_s": deadline_s}
+            published = await _publish_to(engine, staged, progress, options, tolerance=tolerance)
+            if sending is not None and not published.ok:
+                await sending.leave(engine)
+            return published
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(engine)) for engine in engines]
@@ -119,11 +136,18 @@ async def publish(
     return report
 
 
+class _Options(TypedDict):
+    clear_cache: bool
+    load: Callable[[EngineClient], Awaitable[None]]
+    deadline_s: float
+
+
 async def _publish_to(
-    engine: EngineClient, staged: Staged, progress: "_Progress", *, kv: Kv, tolerance: float, deadline_s: float
+    engine: EngineClient, staged: Staged, progress: "_Progress", options: _Options, *, tolerance: float
 ) -> EnginePublish:
+    deadline_s = options["deadline_s"]
     try:
-        work = _load_and_probe(engine, staged, progress, clear_cache=kv == "recompute", deadline_s=deadline_s)
+        work = _load_and_probe(engine, staged, progress, **options)
         await within(deadline_s, work, waiting_for=f"the publish of version {staged.version} to {engine.url}")
         require_arrived(progress.result.gap, tolerance)
     except PalestraError as error:
@@ -133,32 +157,43 @@ async def _publish_to(
 
 
 async def is_lost(engine: EngineClient, error: Exception) -> bool:
-    """Whether it is not there, so that the error says nothing of what it holds. A server outlives its engine for a
-    moment, in which it answers every request with an error."""
+    """Whether it, or who sends to it, is not there, so that the error says nothing of what it holds. A server outlives
+    its engine for a moment, in which it answers every request with an error."""
     if isinstance(error, EngineError):
         return not await engine.is_healthy()
-    return isinstance(error, UnreachableError | DeadlineError)
+    return isinstance(error, UnreachableError | DeadlineError | NotSentError)
 
 
 async def _load_and_probe(
-    engine: EngineClient, staged: Staged, progress: "_Progress", *, clear_cache: bool, deadline_s: float
+    engine: EngineClient,
+    staged: Staged,
+    progress: "_Progress",
+    *,
+    clear_cache: bool,
+    load: Callable[[EngineClient], Awaitable[None]],
+    deadline_s: float,
 ) -> None:
     began = time.monotonic()
     engine.cache_salt = f"until v{staged.version}"  # of what is still prefilled under the weights before
     progress.watch(engine, True)
-    async with progress.timed("pause_s"):
-        await engine.pause(clear_cache=clear_cache, deadline_s=deadline_s)
+    sleeps = engine.is_asleep
+    if sleeps:
+        async with progress.timed("wake_s"):
+            await engine.wake_weights(deadline_s=deadline_s)
+    else:
+        async with progress.timed("pause_s"):
+            await engine.pause(clear_cache=clear_cache, deadline_s=deadline_s)
     engine.cache_salt = f"v{staged.version}"
     async with progress.timed("load_s"):
         await engine.start_update(deadline_s=deadline_s)
-        if staged.is_adapter:
-            await engine.update_adapter(staged.directory, staged.version, deadline_s=deadline_s)
-        else:
-            await engine.update(staged.directory, staged.version, local=staged.local, deadline_s=deadline_s)
+        await load(engine)
         await engine.finish(staged.version, deadline_s=deadline_s)
         if staged.is_adapter:
             await engine.load_adapter(deadline_s=deadline_s)
         await _require_label(engine, staged.version)
+    if sleeps:
+        async with progress.timed("wake_s"):
+            await engine.wake_cache(deadline_s=deadline_s)
     async with progress.timed("resume_s"):
         await engine.resume(deadline_s=deadline_s)
     progress.watch(engine, False)
@@ -234,4 +269,4 @@ class _Progress:
         try:
             yield
         finally:
-            self.set(**{name: time.monotonic() - began})
+            self._fields[name] = float(self._fields.get(name) or 0.0) + time.monotonic() - began  # type: ignore[arg-type]

@@ -88,7 +88,9 @@ def test_override_values_are_toml(recipe: Path):
         ("train.seed=-1", "train.seed"),
         ("sync.probe_tokens=1", "sync.probe_tokens"),
         ("sync.full_every=1", "sync.full_every"),
-        ("sync.kind=nccl", "sync.kind=nccl is not built"),
+        ("sync.kind=nccl_m2n", "sync.kind=nccl_m2n is not built; use nccl, or files"),
+        ("sync.kind=sparse_nccl", "sync.kind=sparse_nccl is not built"),
+        ("sync={kind='nccl', local='/tmp/x'}", "sync.kind=nccl writes no files"),
         ("sync={kind='ipc', difference=true}", "leave sync.difference and sync.local out"),
         ("model.lora.dropout=0.1", "two different policies; set it to 0"),
         ("model.lora.rank=513", "model.lora.rank"),
@@ -117,6 +119,39 @@ def test_weights_stay_on_a_gpu_only_where_there_is_one(recipe: Path, override: s
     with pytest.raises(UserError) as raised:
         load(recipe, ["sync.kind=ipc", override])
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.shard=2"], "set train.shard x train.replicate x train.context_parallel to 1"),
+        (["engine.replicas=2", "sync.every=2", "algo.max_age=4"], "set engine.replicas, sync.every to 1"),
+        (["engine.tensor_parallel=2"], "set engine.tensor_parallel to 1"),
+        (["algo.reference={path='org/other', weight=0.1}"], "no turn for the engine of algo.reference"),
+    ],
+)
+def test_turns_are_for_one_of_each(recipe: Path, overrides: list[str], said: str):
+    assert load(recipe, overrides)
+    with pytest.raises(UserError, match=said):
+        load(recipe, [*overrides, "launch.turns=true"])
+    assert load(recipe, ["launch.turns=true"]).config.takes_turns
+    assert load(recipe, ["launch.turns=true", "sync.kind=ipc"]).config.takes_turns
+    supervised = load(recipe, ["launch.turns=true", "env.mix=[]", "data.sources=[{path='rows.jsonl'}]"]).config
+    assert not supervised.takes_turns, "there is no engine to take turns with"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("engine.device=cpu", "sends between GPUs, not to engine.device=cpu; use files"),
+        ("log.keep_weights=true", "needs staged versions, sync.kind=nccl has none"),
+        ("launch.turns=true", "trainer and engine would be at work at once; use ipc, or files"),
+    ],
+)
+def test_versions_are_sent_between_gpus_only(recipe: Path, override: str, said: str):
+    assert load(recipe, ["sync.kind=nccl", "engine.replicas=2", "train.shard=2"]).config.sync.is_sent
+    with pytest.raises(UserError, match=said):
+        load(recipe, ["sync.kind=nccl", override])
 
 
 @pytest.mark.parametrize("override", ["sync.kind=ipc", "sync.difference=true", "sync.local=/tmp/x"])

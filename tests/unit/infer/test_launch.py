@@ -34,6 +34,16 @@ def test_what_the_client_relies_on_is_always_there() -> None:
     assert engine_environment(model="m", device="cpu")["VLLM_SERVER_DEV_MODE"] == "1"
 
 
+def test_an_engine_that_takes_turns_can_leave_its_gpu() -> None:
+    """On a CPU vLLM refuses the flag, and serves its routes all the same."""
+    assert "--enable-sleep-mode" in argv(device="cuda", sleeps=True)
+    tree = {"log": {"name": "x"}, "model": {"path": "m"}, "env": {"mix": [{"id": "a"}]}, "launch": {"turns": True}}
+    for device, turns, expected in (("cuda", True, True), ("cpu", True, False), ("cuda", False, False)):
+        config = RunConfig.model_validate({**tree, "engine": {"device": device}, "launch": {"turns": turns}})
+        words, _ = engine_command(config, index=0, port=1)
+        assert ("--enable-sleep-mode" in words) is expected
+
+
 def test_an_engine_for_adapters_makes_room_for_one_and_names_the_layers() -> None:
     words = argv(lora=Lora(rank=12))
     assert value(words, "--max-lora-rank") == "16"  # vLLM knows some ranks only

@@ -50,6 +50,20 @@ def test_what_does_not_divide_the_model_is_refused(tmp_path, model, train, says)
         require_layout(config_of(tmp_path, model, **train))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "train", "says"),
+    [
+        ("qwen3", {"tensor_parallel": 2, "context_parallel": 4}, "the 2 attention heads that .* set it to 2"),
+        ("gpt_oss", {"tensor_parallel": 2}, "transformers has no plan for tensor parallelism of GptOssForCausalLM"),
+    ],
+)
+def test_what_a_tensor_axis_cannot_split_is_refused(tmp_path, model_type, train, says):
+    model = {"model_type": model_type, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    with pytest.raises(UserError, match=says):
+        require_layout(config_of(tmp_path, model, **train))
+
+
 def test_what_divides_passes(tmp_path):
     require_layout(config_of(tmp_path, MODEL, context_parallel=6, shard=2, expert_parallel=4, max_pack_tokens=6000))
     require_layout(config_of(tmp_path, MODEL, context_parallel=8, context_kind="ring"))

@@ -50,6 +50,31 @@ def test_every_process_gets_one_argument_the_config():
     assert plan.lead.name == "orchestrator"
 
 
+def test_turns_put_engine_and_trainer_on_one_gpu_and_say_what_stays_there(tmp_path: Path):
+    dense = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16, "intermediate_size": 8192}
+    build = {"architecture": "Qwen3ForCausalLM", "alphabet": "abc", "config": {**dense, "vocab_size": 50_000}}
+    wanted: dict[str, Any] = {"model": {"build": build}, "launch": {"turns": True}}
+    plan = make_plan(config(**wanted), gpus(1))
+    assert {program.name: program.devices for program in plan.programs if program.devices} == {
+        "engine-0": (0,),
+        "trainer": (0,),
+    }
+    [note] = plan.notes
+    assert "take turns on GPU 0" in note
+    assert "kept in host memory" in note, "16 GiB beside an engine that takes 0.92 of 80"
+    half = {**wanted, "engine": {"args": {"gpu-memory-utilization": 0.5}}}
+    assert "kept there" in make_plan(config(**half), gpus(1)).notes[0]
+    assert "the other 7 GPUs are left alone" in make_plan(config(**wanted), gpus(8)).notes[0]
+    assert not make_plan(config(**wanted), LAPTOP).notes
+
+
+def test_who_waits_for_a_turn_has_the_time_of_the_one_before():
+    own, shared = make_plan(config(), LAPTOP), make_plan(config(launch={"turns": True}), LAPTOP)
+    start_s = [{program.name: program.start_s for program in plan.programs} for plan in (own, shared)]
+    assert start_s[1]["engine-0"] == start_s[0]["engine-0"] + config().train.batch_deadline_s
+    assert start_s[1]["trainer"] == start_s[0]["trainer"] + config().engine.healthy_s
+
+
 def test_more_than_one_rank_starts_under_torchrun():
     trainer = make_plan(config(train={"shard": 2, "replicate": 2}), LAPTOP).programs[-1]
     assert trainer.argv == (

@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from palestra.core.errors import UserError
 from palestra.model.attention import packed_attention
+from palestra.model.context import Context
 from palestra.model.documents import documents_of
+from palestra.model.flex import BLOCK_TOKENS, block_mask
+from palestra.model.kernels import usable_kernels
+
+# flex runs by torch's slow reference here
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 LENGTHS = [[5], [1, 1, 2], [7, 3, 7], [70, 3, 40, 33, 9], [16] * 5]
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
@@ -43,8 +50,11 @@ def _by_hand(
     ("window", "softcap", "with_sinks"),
     [(None, None, False), (4, None, False), (None, 0.7, False), (None, None, True), (3, 0.7, True)],
 )
-def test_equals_attention_on_each_document(lengths, window, softcap, with_sinks):
+@pytest.mark.parametrize("kernel", ["padded", "flex"])
+def test_equals_attention_on_each_document(lengths, window, softcap, with_sinks, kernel):
     q, k, v = _inputs(sum(lengths))
+    if kernel == "flex":  # its gradients are for GPUs alone: tests/gpu/test_packed_attention.py
+        q, k, v = (x.detach() for x in (q, k, v))
     sinks = torch.tensor([0.1, -0.5, 1.0, 2.0]) if with_sinks else None
     options = {"window": window, "softcap": softcap, "sinks": sinks}
     out, _ = packed_attention(
@@ -53,7 +63,7 @@ def test_equals_attention_on_each_document(lengths, window, softcap, with_sinks)
         k,
         v,
         None,
-        documents=documents_of(lengths),
+        documents=documents_of(lengths, context=Context((kernel,))),
         scaling=0.3,
         sliding_window=window,
         softcap=softcap,
@@ -66,6 +76,8 @@ def test_equals_attention_on_each_document(lengths, window, softcap, with_sinks)
     )
     tolerance = {"atol": 1e-6, "rtol": 1e-5} if softcap or with_sinks else {"atol": 1e-10, "rtol": 1e-10}
     torch.testing.assert_close(out, expected, **tolerance)
+    if kernel == "flex":
+        return
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
     grads = torch.autograd.grad((out * direction).sum(), (q, k, v))
     expected_grads = torch.autograd.grad((expected * direction).sum(), (q, k, v))
@@ -127,3 +139,52 @@ def test_refuses_a_mask():
 def test_an_empty_document_is_an_error():
     with pytest.raises(ValueError, match="at least one token"):
         documents_of([3, 0])
+
+
+@pytest.mark.parametrize("window", [None, 40, 130, 300])
+def test_blocks_that_flex_skips_hold_nothing_and_those_it_takes_whole_hold_all(window):
+    """Against the mask written out, over documents that begin and end within blocks and one that spans several."""
+    lengths = [5, 300, 1, 128, 700, 60]
+    documents = documents_of(lengths)
+    num, window = sum(lengths), window or documents.longest
+    mask = block_mask(documents.ends, window)
+    at = torch.arange(num)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    distance = at[:, None] - at
+    seen = (distance >= 0) & (distance < window) & (document[:, None] == document)
+    said = mask.mask_mod(torch.tensor(0), torch.tensor(0), at[:, None], at[None])
+    assert torch.equal(said, seen)
+    padded = torch.nn.functional.pad(seen, (0, -num % BLOCK_TOKENS, 0, -num % BLOCK_TOKENS))
+    blocks = padded.unflatten(1, (-1, BLOCK_TOKENS)).unflatten(0, (-1, BLOCK_TOKENS)).transpose(1, 2)
+    some, whole = blocks.flatten(2).any(-1), blocks.flatten(2).all(-1)
+    partly, fully = (torch.zeros_like(some) for _ in range(2))
+    assert mask.full_kv_indices is not None
+    assert mask.full_kv_num_blocks is not None
+    for found, counts, indices in (
+        (partly, mask.kv_num_blocks, mask.kv_indices),
+        (fully, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for row, count in enumerate(counts[0, 0].tolist()):
+            found[row, indices[0, 0, row, :count].long()] = True
+    assert torch.equal(fully, whole)
+    assert not (some & ~(partly | fully)).any()  # nothing seen is skipped
+    assert (partly & ~some).sum() <= len(lengths)  # and next to nothing computed for nothing
+
+
+def test_values_may_have_another_width_than_keys():
+    q, k = (x.detach() for x in _inputs(12)[:2])
+    v = torch.randn(1, KEY_HEADS, 12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    outs = [
+        packed_attention(nn.Module(), q, k, v, None, documents=documents_of([7, 5], context=Context((kernel,))))[0]
+        for kernel in ("padded", "flex")
+    ]
+    torch.testing.assert_close(*outs, atol=1e-10, rtol=1e-10)
+
+
+def test_the_fastest_kernel_that_works_is_taken_and_the_others_are_told_with_the_reason():
+    names, missing = usable_kernels(torch.device("cpu"))
+    assert names == ("padded",)
+    assert missing == {"varlen": "it needs a GPU", "flex": "it needs a GPU"}
+    assert usable_kernels(torch.device("cpu"), "padded") == (("padded",), {})
+    with pytest.raises(UserError, match=r"train\.attention='flex' does not work here: it needs a GPU"):
+        usable_kernels(torch.device("cpu"), "flex")

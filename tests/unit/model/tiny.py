@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from palestra.config.schema import Build
 from palestra.model.build import build_model
@@ -44,7 +45,7 @@ GRANITE = {key: value for key, value in QWEN.items() if key != "head_dim"} | {"l
 FAMILIES = {
     "Qwen3ForCausalLM": QWEN,
     "Qwen3MoeForCausalLM": QWEN_MOE,
-    "LlamaForCausalLM": QWEN,
+    "LlamaForCausalLM": {**QWEN, "attention_bias": True, "mlp_bias": True},
     "MistralForCausalLM": {**QWEN, "sliding_window": 4},
     "Gemma3ForCausalLM": GEMMA2,
     "MiniMaxM2ForCausalLM": MINIMAX,
@@ -52,6 +53,7 @@ FAMILIES = {
     "Gemma2ForCausalLM": GEMMA2,
     "GptOssForCausalLM": GPT_OSS,
     "GraniteForCausalLM": GRANITE,
+    "GraniteSWAForCausalLM": {**GRANITE, "sliding_window": 4},
     "DeepseekV3ForCausalLM": {
         **{key: value for key, value in GLM_MOE.items() if key not in ("head_dim", "use_qk_norm")},
         "num_key_value_heads": 4,
@@ -68,6 +70,16 @@ def build(directory: Path, architecture: str = "Qwen3ForCausalLM", **more: Any) 
     target = directory / architecture
     build_model(Build(architecture=architecture, alphabet=ALPHABET, config={**FAMILIES[architecture], **more}), target)
     return target
+
+
+def shake(path: Path) -> None:
+    """Biases that are no zeros: a model that is built has those."""
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in sorted(tensors):
+        if name.endswith("bias"):
+            tensors[name] = torch.empty_like(tensors[name]).normal_(0, 0.3, generator=generator)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def unsharded(path: Path | str, experts: str = "grouped_mm") -> Policy:

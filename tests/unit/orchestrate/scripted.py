@@ -66,6 +66,8 @@ def make_config(outputs: Path, **sections: dict) -> RunConfig:
 class ScriptedEngine:
     """Replies depend on the seed alone; every token is labelled with the version loaded."""
 
+    is_asleep = False
+
     def __init__(self, url: str, *, delay_s: Callable[[int], float] = lambda seed: 0.0):
         self.url, self._delay_s = url, delay_s
         self.loaded = -1

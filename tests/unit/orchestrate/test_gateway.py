@@ -1,6 +1,7 @@
 """The gateway and the fleet: where calls go, what an engine's death costs, and what the ledger says of it."""
 
 import asyncio
+from contextlib import contextmanager
 
 import pytest
 
@@ -102,6 +103,33 @@ async def test_an_engine_taken_out_while_it_is_silent_keeps_nobody_waiting():
     await first.broke.wait()
     gateway.fleet.engine_ended("engine-0")
     assert (await call).spans == (Span(3, 0, 20), Span(4, 20, 50))
+
+
+async def test_a_reply_goes_on_after_any_number_of_turns_of_the_trainer():
+    """An engine that sleeps drops its calls; that says nothing against the reply, and whoever waits is not silent."""
+    engine = Counter(3, breaks_at=2)
+    gateway, restarts = make_gateway(engine)
+    [link], waits = gateway.fleet.links, []
+
+    @contextmanager
+    def at_work():
+        waits.append(engine.serving)
+        yield
+
+    call = asyncio.create_task(gateway.call(0, [5, 10], LONG, seed=1, at_work=at_work))
+    for version in range(4, 24):
+        await engine.broke.wait()
+        engine.broke.clear()
+        gateway.fleet.sleeps(link)
+        assert (link.state, gateway.fleet.serving, gateway.fleet.room <= 0) == (EngineState.ASLEEP, [], True)
+        await asyncio.sleep(0.005)  # the trainer's turn
+        engine.serving, engine.breaks_at = version, 2 if version < 23 else None
+        gateway.fleet.joined(link)
+    reply = await call
+    assert reply.token_ids == list(range(11, 61))
+    assert len(reply.spans) >= 20
+    assert len(waits) >= 20
+    assert restarts == []
 
 
 async def test_pieces_are_told_on_the_way_and_all_of_them_when_it_breaks():

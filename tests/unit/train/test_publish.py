@@ -235,3 +235,23 @@ def test_a_version_recorded_in_halves_does_not_exist(publisher, tmp_path):
     record(publisher.stage(1, Ledger("test")), kept)
     (kept / "000001" / "staged.json").unlink()  # killed before the last file
     assert [one.version for one in recorded(kept)] == [0]
+
+
+def test_versions_after_the_first_are_sent_unless_files_are_wanted(policy, ranks, tmp_path):
+    """The probe of a version is one, however often it is staged."""
+    sending = _staging_publisher(policy, ranks, tmp_path, dtype=torch.bfloat16, send_from="127.0.0.1")
+    ledger = Ledger("test")
+    first = sending.stage(0, ledger)
+    assert not first.is_sent
+    assert read_manifest(Path(first.directory)).version == 0
+    _change(policy)
+    offered = sending.stage(1, ledger)
+    assert (offered.is_sent, offered.directory, offered.version) == (True, "", 1)
+    assert offered.full_bytes == first.full_bytes
+    assert offered.probe.previous_logprobs == first.probe.logprobs != offered.probe.logprobs
+    wanted = sending.stage(1, ledger, as_files=True)
+    assert not wanted.is_sent
+    assert wanted.probe == offered.probe
+    assert read_manifest(Path(wanted.directory)).version == 1
+    sending.loaded(1)
+    assert not Path(first.directory).exists()

@@ -53,6 +53,43 @@ async def test_order_of_a_publish(kv: str, clear_cache: str) -> None:
     assert timing.stopped_s >= timing.pause_s + timing.load_s + timing.resume_s > 0
 
 
+@pytest.mark.parametrize(("keeps_weights", "level"), [(False, "2"), (True, "1")])
+async def test_an_engine_that_sleeps_is_woken_around_the_load(keeps_weights: bool, level: str) -> None:
+    """Its cache comes last: until then a trainer on the same device may hold what it sent."""
+    engine, client = engine_with(0.0, v0=1.0)
+    await client.sleep(keeps_weights=keeps_weights)
+    assert engine.calls[0] == ("/sleep", {}, {"level": level, "mode": "abort"})
+    report = await publish_one(client, staged(0, 1.0, None))
+    assert engine.paths()[1:] == [
+        "/wake_up",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/weight_info",
+        "/wake_up",
+        "/resume",
+        "/inference/v1/generate",
+    ]
+    assert [params for path, _, params in engine.calls if path == "/wake_up"] == [
+        {"tags": "weights"},
+        {"tags": "kv_cache"},
+    ]
+    assert report.engines[0].wake_s > 0
+    assert not client.is_asleep
+    assert (await publish_one(client, staged(0, 1.0, None))).engines[0].wake_s == 0
+
+
+async def test_an_engine_that_did_not_wake_is_asleep_until_another_takes_its_place() -> None:
+    engine, client = engine_with(0.0, v0=1.0)
+    await client.sleep(keeps_weights=False)
+    engine.faults["/wake_up"] = [error(500, "out of memory")]
+    with pytest.raises(NoEngineLeft, match="out of memory"):
+        await publish_one(client, staged(0, 1.0, None))
+    assert client.is_asleep
+    client.forget()
+    assert not client.is_asleep
+
+
 async def test_what_is_asked_before_the_engine_has_paused_shares_no_prefix_with_what_is_asked_after() -> None:
     """It is prefilled under the weights before."""
     engine, client = engine_with(0.0, v0=1.0)

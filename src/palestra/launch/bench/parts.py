@@ -77,6 +77,7 @@ class Bench:
         for section, fields in {**sections, "log": {"name": name, "outputs": str(self.outputs)}}.items():
             tree[section] |= fields
         tree["env"]["mix"][0]["args"] |= args or {}
+        tree["launch"]["turns"] = False  # parts of it are measured alone, and nobody would give them turns
         return RunConfig.model_validate(tree)
 
     def loop(self, config: RunConfig, *, alone: Sequence[Pass] = ()) -> Part:

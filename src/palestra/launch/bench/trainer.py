@@ -167,6 +167,7 @@ def _numbers(wish: Wish, speed: Speed, num_tokens: int) -> dict[str, Any]:
         "model": str(wish.config or wish.model),
         "kind": wish.kind,
         "device": speed.device,
+        "attention": ", ".join(speed.attention),
         "ranks": speed.ranks,
         "parameters": speed.parameters,
         "tokens_per_step": tokens,

@@ -61,7 +61,8 @@ class Staged(Struct, frozen=True, kw_only=True):
     they were started with.
 
     `sent_bytes` were written for it in `stage_s`, `full_bytes` it has; 0 where nobody counted. `local`: where engines
-    keep copies of what they load, on their own machines; empty if they read `directory` itself.
+    keep copies of what they load, on their own machines; empty if they read `directory` itself. `is_sent`: it lies in
+    the trainer's memory alone, and is sent when engines are ready for it; then there is no directory.
     """
 
     version: int
@@ -72,6 +73,7 @@ class Staged(Struct, frozen=True, kw_only=True):
     stage_s: float = 0.0
     local: str = ""
     is_adapter: bool = False
+    is_sent: bool = False
 
 
 def write_manifest(directory: Path, manifest: WeightsManifest) -> None:

@@ -7,6 +7,7 @@ from palestra.core.process import die_with_parent
 
 BACKEND = "files"
 ADAPTER_BACKEND = "adapter-files"
+SENT_BACKEND = "files-or-nccl"
 TIE_PROCESSES = "PALESTRA_TIE_PROCESSES"  # set by palestra's own launcher only
 
 
@@ -17,6 +18,7 @@ def register() -> None:
 
     WeightTransferEngineFactory.register_engine(BACKEND, "palestra.wire.weights.vllm_engine", "FilesEngine")
     WeightTransferEngineFactory.register_engine(ADAPTER_BACKEND, "palestra.wire.weights.vllm_adapter", "AdapterEngine")
+    WeightTransferEngineFactory.register_engine(SENT_BACKEND, "palestra.wire.weights.vllm_sent", "SentEngine")
     if TIE_PROCESSES in os.environ:
         die_with_parent(os.getppid())
         _Tie().to_every_fork()

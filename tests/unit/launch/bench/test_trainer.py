@@ -15,6 +15,7 @@ from palestra.train.speed import build, synthetic_batch
 SPEED = Speed(
     who="palestra",
     device="NVIDIA H100 80GB HBM3",
+    attention=["padded"],
     ranks=2,
     steps_s=[2.0, 4.0, 9.0],
     cpu_s=[1.0, 1.0, 1.0],

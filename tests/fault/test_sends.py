@@ -1,0 +1,47 @@
+"""Versions that are sent (`sync.kind = "nccl"`): who serves is sent, who joins reads files, whoever dies when.
+
+The messages and the order of calls are those of a run on GPUs; what is sent lies in a directory.
+"""
+
+import pytest
+
+from palestra.wire.runlog import read_metrics
+from tests.fault.cases import DEADLINE_S
+from tests.fault.test_kills import Point
+from tests.fault.test_turns import wrong_labels
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(DEADLINE_S)]
+
+SYNC, ENGINES = {"kind": "nccl", "deadline_s": 3}, {"replicas": 2}
+SENDING = Point("trainer", "tests.fault.table_trainer:TableSender.send", 2)
+OFFERING = Point("trainer", "tests.fault.table_trainer:TablePublisher.stage", 3, "leave")
+RECEIVING = Point("engine-0", "tests.fault.replaying_engine:Engine.update", 3)
+BEGINNING = Point("orchestrator", "palestra.orchestrate.trainer:TrainerLink.send_weights", 2)
+GENERATING = Point("engine-0", "tests.fault.replaying_engine:Engine.step", 60)
+
+KILLS = {
+    "the trainer as it sends": SENDING.kills("trainer"),
+    "the trainer when it offers": OFFERING.kills("trainer"),
+    "an engine as it receives": RECEIVING.kills("engine-0"),
+    "both engines as one receives": RECEIVING.kills("engine-0", "engine-1"),
+    "an engine between two versions": GENERATING.kills("engine-0"),
+    "the orchestrator as it lets send": BEGINNING.kills("orchestrator"),
+    "the orchestrator and an engine": BEGINNING.kills("orchestrator", "engine-1"),
+}
+
+
+def test_every_version_but_the_first_is_sent(make, judge):
+    run = make(sync=SYNC, engine=ENGINES)
+    run.play()
+    judge(run, name="sends", fired=0)
+    assert wrong_labels(run) == []
+    rows = [row for row in read_metrics(run.run) if "publish/send_s" in row]
+    assert len(rows) >= run.config.train.steps - 2, "of the last one no row tells"
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_whoever_misses_a_version_gets_it_as_files(make, judge, name):
+    run = make(KILLS[name], sync=SYNC, engine=ENGINES)
+    run.play()
+    judge(run, name=f"sends: killed {name}", fired=1)
+    assert wrong_labels(run) == []

@@ -1,0 +1,270 @@
+"""Versions that are sent: vLLM's own classes at both ends, queues in the place of NCCL's process group.
+
+No GPU has seen this. What is tested is the contract: who says what to whom, in which order, and that what the engines
+load is what the trainer had.
+"""
+
+import asyncio
+import queue
+import threading
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer import nccl_engine, packed_tensor
+
+from palestra.core.errors import InfrastructureError, PublishError
+from palestra.wire.sending import Sending
+from palestra.wire.weights.sender import Sender
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of torch, as vLLM's layers are imported
+    from palestra.wire.weights import vllm_engine
+    from palestra.wire.weights.vllm_sent import SentEngine
+
+CPU = torch.device("cpu")
+LATE_S = 1.0
+
+
+class Meeting:
+    """Where groups meet: by port, each with a queue for every worker."""
+
+    def __init__(self):
+        self.groups: dict[int, dict[int, queue.Queue]] = {}
+        self.worlds: list[int] = []
+        self._lock = threading.Lock()
+
+    def queues(self, port: int) -> dict[int, queue.Queue]:
+        with self._lock:
+            return self.groups.setdefault(port, {})
+
+    def trainer(self, info: Any) -> "Group":
+        queues = self.queues(info.master_port)
+        for rank in range(1, info.world_size):
+            queues.setdefault(rank, queue.Queue())
+        self.worlds.append(info.world_size)
+        return Group(queues, 0)
+
+    def worker(self, info: Any, parallel_config: Any) -> "Group":
+        queues = self.queues(info.master_port)
+        queues.setdefault(info.rank_offset, queue.Queue())
+        return Group(queues, info.rank_offset)
+
+
+class Group:
+    """What is broadcast arrives in order; a sender waits until its receivers have taken all."""
+
+    def __init__(self, queues: dict[int, queue.Queue], rank: int):
+        self._queues, self._rank, self._is_ended = queues, rank, False
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        assert src == 0
+        if self._rank:
+            tensor.copy_(self._queues[self._rank].get(timeout=5))
+            self._queues[self._rank].task_done()
+            return
+        for one in self._queues.values():
+            one.put(tensor.clone())
+        for one in self._queues.values():
+            while one.unfinished_tasks:
+                if self._is_ended:
+                    raise RuntimeError("the communicator was aborted")
+                threading.Event().wait(0.005)
+
+    def destroy(self) -> None:
+        self._is_ended = True
+
+
+@pytest.fixture
+def meeting(monkeypatch) -> Meeting:
+    met = Meeting()
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", met.trainer)
+    monkeypatch.setattr(nccl_engine, "worker_init_process_group", met.worker)
+    streams = (SimpleNamespace(synchronize=lambda: None),) * 2
+    monkeypatch.setattr(packed_tensor, "_get_streams", lambda *_: streams)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(vllm_engine, "initialize_layerwise_reload", lambda model: None)
+    monkeypatch.setattr(vllm_engine, "finalize_layerwise_reload", lambda model, config: None)
+    return met
+
+
+class Toy(nn.Module):
+    """Takes whatever it is given, and says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[str, torch.Tensor] = {}
+
+    def load_weights(self, weights) -> set[str]:
+        taken = {name: tensor.clone() for name, tensor in weights}
+        self.found |= taken
+        return set(taken)
+
+
+class Engine:
+    """An engine process as the orchestrator's client sees it; `expects` are the names without which it refuses."""
+
+    def __init__(self, expects: set[str], monkeypatch, *, fails: bool = False):
+        parallel = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+        config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
+        self.model, self._expects, self._fails = Toy(), expects, fails
+        self._engine = SentEngine(WeightTransferConfig(backend="files-or-nccl"), config, CPU, self.model)
+        self.calls: list[str] = []
+
+    def _begin(self) -> None:
+        def require_complete(names: set[str]) -> None:
+            if missing := self._expects - names:
+                raise InfrastructureError(f"the publish does not cover the model: {sorted(missing)}")
+
+        self._engine._coverage = SimpleNamespace(require_complete=require_complete, fed_by_others=list)  # type: ignore[assignment]
+        self._engine._complete = False
+
+    async def init_transfer(self, info: dict[str, Any], *, deadline_s: float) -> None:
+        self.calls.append(f"init at {info['rank_offset']} of {info['world_size']}")
+        await asyncio.to_thread(self._engine.init_transfer_engine, self._engine.parse_init_info(info))
+
+    async def update_by_transfer(self, info: dict[str, Any], *, deadline_s: float) -> None:
+        self.calls.append("update")
+        if self._fails:
+            raise InfrastructureError("the engine died")
+        self._begin()
+        await asyncio.to_thread(self._engine.update_weights, info)
+        self._engine.finish_weight_update()
+
+
+class Trainer:
+    """The trainer's process: hears `SendWeights`, and says what vLLM's side of it wants of engines."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], *, deadline_s: float = 5):
+        self.tensors, self._deadline_s = tensors, deadline_s
+        self.sender = Sender(lambda: self.tensors.items(), rank=0, device=CPU, host="127.0.0.1")
+        self.sending: Sending
+        self.error = ""
+        self._met: list[Any] = []
+
+    async def begin(self, engines) -> bool:
+        loop, is_new, self._met = asyncio.get_running_loop(), list(engines) != self._met, list(engines)
+
+        def send() -> None:
+            try:
+                self.sender.send(
+                    lambda what, info: loop.call_soon_threadsafe(self.sending.asked, what, info),  # type: ignore[arg-type]
+                    num_workers=len(self._met),
+                    is_new_group=is_new,
+                    deadline_s=self._deadline_s,
+                )
+            except InfrastructureError as failure:
+                self.error = str(failure)
+            loop.call_soon_threadsafe(self.sending.sent, self.error)
+
+        self.thread = threading.Thread(target=send)
+        self.thread.start()
+        return is_new
+
+    async def send_to(self, *engines: Engine) -> list[BaseException | None]:
+        self.sending = Sending(engines, self.begin, width=1)  # type: ignore[arg-type]
+
+        async def one(engine: Engine) -> None:
+            try:
+                async with asyncio.timeout(8):
+                    await self.sending.into(engine, deadline_s=5)  # type: ignore[arg-type]
+            except Exception:
+                await self.sending.leave(engine)  # type: ignore[arg-type]
+                raise
+
+        found = await asyncio.gather(*map(one, engines), return_exceptions=True)
+        await asyncio.to_thread(self.thread.join, 20)
+        return found
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.embed.weight": torch.randn(7, 4, generator=generator),
+        "model.layers.0.proj.weight": torch.randn(4, 6, generator=generator).to(torch.bfloat16),
+        "model.layers.1.gate.e_score_correction_bias": torch.randn(5, generator=generator),  # a buffer
+        "model.layers.1.slice": torch.arange(12.0).reshape(3, 4).T + seed,
+    }
+
+
+def holds(engine: Engine, tensors: dict[str, torch.Tensor]) -> bool:
+    return engine.model.found.keys() == tensors.keys() and all(
+        torch.equal(engine.model.found[name], tensor) for name, tensor in tensors.items()
+    )
+
+
+async def test_what_engines_load_is_what_the_trainer_has(meeting, monkeypatch):
+    trainer, first, second = Trainer(weights(1)), *(Engine(set(weights(1)), monkeypatch) for _ in range(2))
+    assert trainer.sender.num_bytes == sum(tensor.nbytes for tensor in weights(1).values())
+    assert await trainer.send_to(first, second) == [None, None]
+    assert holds(first, weights(1))
+    assert holds(second, weights(1))
+    assert (first.calls, second.calls) == (["init at 1 of 3", "update"], ["init at 2 of 3", "update"])
+    trainer.tensors = weights(2)
+    assert await trainer.send_to(first, second) == [None, None]
+    assert holds(second, weights(2))
+    assert first.calls[2:] == ["update"], "who has met meets no more"
+    assert not holds(first, weights(1)), "control"
+
+
+async def test_others_than_before_meet_anew(meeting, monkeypatch):
+    trainer, first, second = Trainer(weights(1)), *(Engine(set(weights(1)), monkeypatch) for _ in range(2))
+    await trainer.send_to(first, second)
+    assert await trainer.send_to(second) == [None]
+    assert second.calls[2:] == ["init at 1 of 2", "update"]
+    assert meeting.worlds == [3, 2]
+
+
+async def test_an_engine_that_fails_before_the_trainer_begins_is_left_out(meeting, monkeypatch):
+    trainer, engine = Trainer(weights(1)), Engine(set(weights(1)), monkeypatch)
+    dead: Any = object()
+    trainer.sending = Sending([dead, engine], trainer.begin, width=1)  # type: ignore[list-item]
+    receiving = asyncio.create_task(trainer.sending.into(engine, deadline_s=5))  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)
+    assert not engine.calls, "it waits for the other"
+    await trainer.sending.leave(dead)
+    async with asyncio.timeout(8):
+        await receiving
+    assert holds(engine, weights(1))
+
+
+async def test_an_engine_that_dies_while_it_receives_ends_the_send_by_its_deadline(meeting, monkeypatch):
+    """The others hear why; the next send, to whoever is there, meets anew."""
+    trainer = Trainer(weights(1), deadline_s=LATE_S)
+    dead, other = Engine(set(), monkeypatch, fails=True), Engine(set(weights(1)), monkeypatch)
+    first, second = await trainer.send_to(dead, other)
+    assert isinstance(first, InfrastructureError)
+    assert isinstance(second, PublishError)
+    assert f"waited {LATE_S:.0f} s for engines to receive a version (sync.deadline_s)" in str(second)
+    trainer.error, trainer._met = "", []
+    again = Engine(set(weights(1)), monkeypatch)
+    assert await trainer.send_to(again) == [None]
+    assert holds(again, weights(1))
+
+
+async def test_a_version_that_lacks_something_is_refused_by_the_engine(meeting, monkeypatch):
+    trainer, engine = Trainer(weights(1)), Engine({*weights(1), "lm_head.weight"}, monkeypatch)
+    [failure] = await trainer.send_to(engine)
+    assert isinstance(failure, InfrastructureError)
+    assert "does not cover the model: ['lm_head.weight']" in str(failure)
+
+
+async def test_a_trainer_that_dies_keeps_nobody_waiting(meeting, monkeypatch):
+    trainer, engine = Trainer(weights(1)), Engine(set(), monkeypatch)
+
+    async def begin(engines) -> bool:
+        return True
+
+    sending = Sending([engine], begin, width=1)  # type: ignore[list-item]
+    receiving = asyncio.create_task(sending.into(engine, deadline_s=5))  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)
+    sending.sent(error="it has died")
+    with pytest.raises(PublishError, match="could not send the version: it has died"):
+        await receiving
+    assert trainer.error == ""
