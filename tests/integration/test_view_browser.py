@@ -143,25 +143,21 @@ def test_what_is_hostile_stays_text(page, url: str):
 
 def test_an_attack_would_be_seen(browser, url: str):
     """The control: without escaping, and without the policy, the same text runs."""
-    context = browser.new_context(bypass_csp=True)
-    page, said = context.new_page(), []
-    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    page.goto(f"{url}/runs")
-    page.evaluate("text => { document.getElementById('content').innerHTML = text }", ATTACK)
-    page.wait_for_timeout(500)
-    context.close()
-    assert said == ["2"]
+    assert _said_by_an_attack(browser.new_context(bypass_csp=True), url) == ["2"]
 
 
 def test_the_policy_stops_what_would_get_through(browser, url: str):
-    context = browser.new_context()
+    assert _said_by_an_attack(browser.new_context(), url) == []
+
+
+def _said_by_an_attack(context, url: str) -> list[str]:
     page, said = context.new_page(), []
     page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
     page.goto(f"{url}/runs")
     page.evaluate("text => { document.getElementById('content').innerHTML = text }", ATTACK)
     page.wait_for_timeout(500)
     context.close()
-    assert said == []
+    return said
 
 
 def test_it_is_live(page, url: str, outputs: Path):

@@ -16,6 +16,7 @@ from palestra.core.errors import InfrastructureError, UserError
 from palestra.hub import answers
 
 Answer = TypeVar("Answer")
+Listed = TypeVar("Listed", answers.Rollouts, answers.Groups)
 
 
 class Client:
@@ -53,20 +54,12 @@ class Client:
 
     def rollouts(self, run: str, **where: Any) -> Iterator[answers.RolloutRow]:
         """All that match, a page at a time; `where` are the parameters of the page: `min_reward`, `ending`, `sort`."""
-        path, after = f"/runs/{_segment(run)}/rollouts.json", ""
-        while True:
-            page = self._ask(path, answers.Rollouts, {"limit": 200} | where | {"after": after})
+        for page in self._pages(f"/runs/{_segment(run)}/rollouts.json", answers.Rollouts, where):
             yield from page.rollouts
-            if not (after := page.after):
-                return
 
     def groups(self, run: str, **where: Any) -> Iterator[answers.GroupRow]:
-        path, after = f"/runs/{_segment(run)}/groups.json", ""
-        while True:
-            page = self._ask(path, answers.Groups, {"limit": 200} | where | {"after": after})
+        for page in self._pages(f"/runs/{_segment(run)}/groups.json", answers.Groups, where):
             yield from page.groups
-            if not (after := page.after):
-                return
 
     def rollout(self, run: str, file: str, line: int, *, sample: int = 0, first: int = 0) -> answers.Rollout:
         path = f"/runs/{_segment(run)}/rollouts/{_segment(file)}/{line}.json"
@@ -77,6 +70,14 @@ class Client:
         return self._ask(
             f"/runs/{_segment(run)}/task.json", answers.TaskHistory, {"task": key, "one": one, "other": other}
         )
+
+    def _pages(self, path: str, kind: type[Listed], where: dict[str, Any]) -> Iterator[Listed]:
+        after = ""
+        while True:
+            page = self._ask(path, kind, {"limit": 200} | where | {"after": after})
+            yield page
+            if not (after := page.after):
+                return
 
     def _ask(self, path: str, kind: type[Answer], given: dict[str, Any] | None = None) -> Answer:
         params = {name: value for name, value in (given or {}).items() if value not in (None, "")}
