@@ -15,6 +15,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +32,50 @@ K = 1024
 AIMS = {
     "rl-16k": ("tokens_per_s", 28_000),
     "rl-64k": ("tokens_per_s", 13_000),
+    "rl-64k-one": ("tokens_per_s", 13_000),
     "sft-16k": ("tokens_per_s", 40_000),
     "experts-32k": ("tflops", 500),
 }
 
 
-def step(kind: Any, tokens: int, *, tiny: bool, model: str = "qwen3-0.6b", settings: tuple[str, ...] = ()) -> Any:
-    if tiny:
+@dataclass(frozen=True)
+class Way:
+    """How all parts are run."""
+
+    tiny: bool = False
+    profiles: Path | None = None
+
+
+def step(
+    kind: Any,
+    tokens: int,
+    way: Way,
+    *,
+    name: str,
+    documents: int = 0,
+    model: str = "qwen3-0.6b",
+    settings: tuple[str, ...] = (),
+) -> Any:
+    """Documents of 4 K tokens on average, unless their number is given."""
+    if tiny := way.tiny:
         tokens, model = tokens // 64, "tiny-moe" if model.startswith("glm") else "tiny"
     wish = bench.Wish(
         model=model,
         tokens=tokens,
-        documents=2 if tiny else max(tokens // (4 * K), 1),
+        documents=documents or (2 if tiny else max(tokens // (4 * K), 1)),
         kind=kind,
         steps=2 if tiny else 5,
+        profile=way.profiles / f"{name}.txt" if way.profiles else None,
         overrides=[f"model.dtype={'float32' if tiny else 'bfloat16'}", "train.head_chunk_tokens=2048", *settings],
     )
     return bench.measure(wish)
 
 
-def experts(*, tiny: bool) -> dict[str, float]:
+def experts(way: Way) -> dict[str, float]:
     """Grouped matrix products as transformers' `grouped_mm` experts run them: gate and up in one, then down."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tiny, device = way.tiny, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     num, width, inner, tokens, top_k = (8, 64, 32, 64, 2) if tiny else (128, 4096, 1408, 32 * K, 8)
     rows = tokens * top_k
     ends = (torch.arange(1, num + 1, device=device) * (rows // num)).to(torch.int32)
@@ -90,15 +112,23 @@ def _seconds(work: Callable[[], None], device: Any, *, rounds: int) -> float:
     return sorted(took_s[2:])[rounds // 2]
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+def _steps(name: str, kind: str, tokens: int, *settings: str, **options: Any) -> Callable[[Way], dict[str, Any]]:
+    return partial(step, kind, tokens, name=name, settings=settings, **options)
+
+
+PARTS: dict[str, Callable[[Way], dict[str, Any]]] = {
     "experts-32k": experts,
-    "rl-16k": lambda *, tiny: step("rl", 16 * K, tiny=tiny),
-    "sft-16k": lambda *, tiny: step("sft", 16 * K, tiny=tiny),
-    "rl-64k": lambda *, tiny: step("rl", 64 * K, tiny=tiny, settings=("train.recompute=full",)),
-    "muon-16k": lambda *, tiny: step("rl", 16 * K, tiny=tiny, settings=("train.optimizer=muon",)),
-    "glm4moe-8k": lambda *, tiny: step(
-        "rl", 8 * K, tiny=tiny, model="glm4moe-layers", settings=("train.optimizer=muon",)
-    ),
+    "rl-16k": _steps("rl-16k", "rl", 16 * K),
+    "sft-16k": _steps("sft-16k", "sft", 16 * K),
+    "rl-64k": _steps("rl-64k", "rl", 64 * K, "train.recompute=selective"),
+    "rl-64k-one": _steps("rl-64k-one", "rl", 64 * K, "train.recompute=selective", documents=1),
+    "muon-16k": _steps("muon-16k", "rl", 16 * K, "train.optimizer=muon"),
+    "glm4moe-8k": _steps("glm4moe-8k", "rl", 8 * K, "train.optimizer=muon", model="glm4moe-layers"),
+    "compiled-16k": _steps("compiled-16k", "rl", 16 * K, "train.compile=true"),
+    "flex-16k": _steps("flex-16k", "rl", 16 * K, "train.attention=flex"),
+    "padded-16k": _steps("padded-16k", "rl", 16 * K, "train.attention=padded"),
+    "full-16k": _steps("full-16k", "rl", 16 * K, "train.recompute=full"),
+    "offload-16k": _steps("offload-16k", "rl", 16 * K, "train.offload_activations=true"),
 }
 
 
@@ -107,11 +137,13 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path, help="write everything here, part by part")
+    parser.add_argument("--profiles", type=Path, help="a directory for what takes the time, in a table for each part")
     arguments = parser.parse_args()
+    way = Way(tiny=arguments.tiny, profiles=arguments.profiles)
     found: dict[str, Any] = {}
     for name in arguments.only:
         try:
-            found[name] = PARTS[name](tiny=arguments.tiny)
+            found[name] = PARTS[name](way)
         except (PalestraError, RuntimeError) as error:
             found[name] = {"error": str(error)[-600:]}
         _tell(name, found[name])
@@ -121,7 +153,8 @@ def main() -> int:
 
 
 def _tell(name: str, part: dict[str, Any]) -> None:
-    keys = ("tokens_per_s", "tflops", "tflops_per_rank", "mfu", "step_s", "optimizer_share", "peak_bytes", "error")
+    keys = ("tokens_per_s", "tflops", "tflops_per_rank", "mfu", "step_s", "optimizer_share", "peak_bytes", "attention")
+    keys = (*keys, "error")
     told = {key: part[key] for key in keys if key in part}
     aim = AIMS.get(name)
     words = f"  (aim: {aim[0]} >= {aim[1]:,})" if aim else ""

@@ -310,6 +310,7 @@ def _add_bench_trainer(inner) -> None:
     parser.add_argument("--kind", choices=["rl", "sft"], default="rl", help="default: rl, a quarter is prompt")
     parser.add_argument("--steps", type=int, default=3, help="after one that warms up (default: 3)")
     parser.add_argument("--against", choices=["transformers"], help="the same step without palestra")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="what takes the time of one more step, in a table")
     _add_json(parser)
 
 
@@ -615,7 +616,7 @@ def _bench_env(arguments: argparse.Namespace) -> None:
 def _bench_trainer(arguments: argparse.Namespace) -> None:
     from palestra.launch.bench import trainer
 
-    fields = ("model", "config", "tokens", "packs", "documents", "kind", "steps", "against", "overrides")
+    fields = ("model", "config", "tokens", "packs", "documents", "kind", "steps", "against", "profile", "overrides")
     wish = trainer.Wish(**{name: getattr(arguments, name) for name in fields})
     trainer.show(wish, as_json=arguments.json)
 

@@ -7,7 +7,8 @@ from msgspec import Struct
 
 class Job(Struct, frozen=True, kw_only=True):
     """`config` is a RunConfig with a model in a directory. `packs` has the documents' lengths, pack by pack, of one
-    step of all ranks. `prompt_share` of each document is not trained."""
+    step of all ranks. `prompt_share` of each document is not trained. `profile`: a file for what takes the time of one
+    more step, or empty."""
 
     config: dict[str, Any]
     packs: list[list[int]]
@@ -15,6 +16,7 @@ class Job(Struct, frozen=True, kw_only=True):
     prompt_share: float
     steps: int
     warmup_steps: int = 1
+    profile: str = ""
 
     @property
     def lengths(self) -> list[int]:

@@ -79,6 +79,8 @@ def _measure(job: Job, config: RunConfig, ranks: Ranks) -> Speed:
     watch, metrics = _steps(trainer, job, ledger)
     peak = memory.peak()
     parts = ledger.close().parts_s
+    if job.profile:
+        _profile(trainer, job)
     dtype = DTYPES[config.model.dtype]
     anatomy = dissect(read_config(config.model_dir), dtype)
     return Speed(
@@ -113,6 +115,24 @@ def _steps(trainer: Trainer, job: Job, ledger: Ledger) -> tuple[Watch, Metrics]:
         metrics = trainer.train(batch, ledger)
         watch.stop()
     return watch, metrics
+
+
+def _profile(trainer: Trainer, job: Job) -> None:
+    """One more step, and a table of its operations by the time of the device: of the first rank."""
+    from torch.autograd.profiler_util import EventList
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU]
+    if trainer.ranks.device.type == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+    batch = synthetic_batch(job, step=trainer.version, vocab_size=trainer.policy.vocab_size)
+    with profile(activities=kinds) as seen:
+        trainer.train(batch, Ledger("trainer"))
+    if trainer.ranks.is_first:
+        events: EventList = seen.key_averages()
+        by = "self_device_time_total" if len(kinds) > 1 else "self_cpu_time_total"
+        table = events.table(sort_by=by, row_limit=60, max_name_column_width=100, max_src_column_width=0)
+        Path(job.profile).write_text(table)
 
 
 def build(fields: dict[str, Any], directory: Path) -> None:

@@ -48,6 +48,7 @@ class Wish:
     kind: Literal["rl", "sft"] = "rl"
     steps: int = 3
     against: str | None = None
+    profile: Path | None = None
     overrides: list[str] = field(default_factory=list)
 
 
@@ -104,7 +105,14 @@ def _config(wish: Wish, directory: Path) -> RunConfig:
 def _job(wish: Wish, config: RunConfig) -> Job:
     num_packs = wish.packs * config.train.num_data_ranks
     packs = [unequal_lengths(wish.tokens, wish.documents, seed=seed) for seed in range(num_packs)]
-    return Job(config=config.model_dump(mode="json"), packs=packs, kind=wish.kind, prompt_share=0.25, steps=wish.steps)
+    return Job(
+        config=config.model_dump(mode="json"),
+        packs=packs,
+        kind=wish.kind,
+        prompt_share=0.25,
+        steps=wish.steps,
+        profile=str(wish.profile.absolute()) if wish.profile else "",
+    )
 
 
 def unequal_lengths(tokens: int, documents: int, *, seed: int) -> list[int]:
