@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from palestra.core.errors import PalestraError  # noqa: E402
 from palestra.launch.bench import trainer as bench  # noqa: E402
+from palestra.launch.bench.shapes import SHAPES  # noqa: E402
 
 K = 1024
 AIMS = {
@@ -42,8 +44,14 @@ AIMS = {
 class Way:
     """How all parts are run."""
 
+    models: Path  # each is made there when it is first needed
     tiny: bool = False
     profiles: Path | None = None
+
+    def model(self, name: str) -> Path:
+        if not (made := self.models / name).exists():
+            bench.build(SHAPES[name], made)
+        return made
 
 
 def step(
@@ -66,7 +74,12 @@ def step(
         kind=kind,
         steps=2 if tiny else 5,
         profile=way.profiles / f"{name}.txt" if way.profiles else None,
-        overrides=[f"model.dtype={'float32' if tiny else 'bfloat16'}", "train.head_chunk_tokens=2048", *settings],
+        overrides=[
+            f"model.path={way.model(model)}",
+            f"model.dtype={'float32' if tiny else 'bfloat16'}",
+            "train.head_chunk_tokens=2048",
+            *settings,
+        ],
     )
     return bench.measure(wish)
 
@@ -139,22 +152,25 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write everything here, part by part")
     parser.add_argument("--profiles", type=Path, help="a directory for what takes the time, in a table for each part")
     arguments = parser.parse_args()
-    way = Way(tiny=arguments.tiny, profiles=arguments.profiles)
     found: dict[str, Any] = {}
-    for name in arguments.only:
-        try:
-            found[name] = PARTS[name](way)
-        except (PalestraError, RuntimeError) as error:
-            found[name] = {"error": str(error)[-600:]}
-        _tell(name, found[name])
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(found, indent=2))
+    with TemporaryDirectory(prefix="palestra-bench-") as models:
+        way = Way(Path(models), tiny=arguments.tiny, profiles=arguments.profiles)
+        for name in arguments.only:
+            began = time.monotonic()
+            try:
+                found[name] = PARTS[name](way)
+            except (PalestraError, RuntimeError) as error:
+                found[name] = {"error": str(error)[-600:]}
+            found[name]["took_s"] = round(time.monotonic() - began)
+            _tell(name, found[name])
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(found, indent=2))
     return int(any("error" in part for part in found.values()))
 
 
 def _tell(name: str, part: dict[str, Any]) -> None:
     keys = ("tokens_per_s", "tflops", "tflops_per_rank", "mfu", "step_s", "optimizer_share", "peak_bytes", "attention")
-    keys = (*keys, "error")
+    keys = (*keys, "took_s", "error")
     told = {key: part[key] for key in keys if key in part}
     aim = AIMS.get(name)
     words = f"  (aim: {aim[0]} >= {aim[1]:,})" if aim else ""

@@ -9,7 +9,11 @@ from palestra.model.context import Context
 from palestra.model.documents import documents_of
 from palestra.model.head import LogitMap, token_logprobs
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # of torch's own compiler
+]
 
 LENGTHS = [70, 3, 40, 33, 9, 1]
 

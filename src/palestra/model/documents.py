@@ -4,11 +4,11 @@ Legend: T tokens of a pack with its padding, t those of them on this rank, N doc
 padded layout, L longest document of a group.
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from msgspec import Struct, field
 from torch import Tensor
 
 from palestra.model.context import WHOLE, Context
@@ -16,8 +16,7 @@ from palestra.model.context import WHOLE, Context
 _SHORT = 32  # documents up to this length share a group, whatever padding that costs
 
 
-@dataclass(frozen=True)
-class Documents:
+class Documents(Struct, frozen=True, kw_only=True, eq=False):
     """Where the documents of one pack lie. Made once per pack; every layer uses it.
 
     Shapes: `ends` [N + 1] from 0; `source` [S] is the token in each slot (0 where it is padding); `slot` [T] the slot
@@ -26,6 +25,7 @@ class Documents:
     that has a token and where in its part. `masks` are those that a kernel has made of it, by window, and `taken`
     the names of the kernels that attended over it.
     A context of several ranks needs T to be a multiple: what fills it up is one more document at the end.
+    No dataclass: FSDP makes those anew for every layer, which would forget the masks.
     """
 
     context: Context

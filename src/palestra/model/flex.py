@@ -52,13 +52,12 @@ def _cap(softcap: float) -> Callable[..., Tensor]:
 def _mask_of(documents: Documents, window: int | None) -> BlockMask:
     """Made once per pack and window: layers share it."""
     if window not in documents.masks:
-        documents.masks[window] = block_mask(documents.ends, window or documents.longest)
+        documents.masks[window] = block_mask(documents.ends, len(documents.slot), window or documents.longest)
     return documents.masks[window]
 
 
-def block_mask(ends: Tensor, window: int) -> BlockMask:
-    """From the ends of the documents [N + 1], without a T x T mask at any time."""
-    num = int(ends[-1])
+def block_mask(ends: Tensor, num: int, window: int) -> BlockMask:
+    """From the ends of the documents [N + 1], the last of them `num`: without a T x T mask or a wait at any time."""
     document_T = torch.bucketize(torch.arange(num, device=ends.device), ends, right=True, out_int32=True)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

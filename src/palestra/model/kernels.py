@@ -1,9 +1,12 @@
 """What computes attention over a pack: the fastest kernel that this device and this torch have for it.
 
 `varlen` is torch's variable-length kernel, half precision on CUDA; `flex` knows caps, sinks and values of another width
-too; `padded` runs anywhere. Which there are is tried once, when the trainer starts; a pack's documents remember which
-were taken.
+too; `padded` runs anywhere. Each is tried once, when it is the fastest that a model may take: that is when a policy is
+checked. A pack's documents remember which were taken.
 """
+
+from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,40 +15,56 @@ from palestra.core.errors import UserError
 from palestra.model import flex, padded
 from palestra.model.context import Scores
 from palestra.model.documents import Documents, documents_of
-from palestra.model.ring import is_half_on_cuda
+from palestra.model.ring import is_half_on_cuda, told_of_groups
 
 
 def attend_whole(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, scores: Scores) -> Tensor:
-    """Over the documents of a whole pack, [T, H, D]."""
+    """Over the documents of a whole pack, [T, H, D]: by the first of the context's kernels that can, or its last."""
     is_plain = scores.is_plain and q_THD.shape[-1] == v_TGD.shape[-1] and is_half_on_cuda(q_THD)
-    name = next(name for name in documents.context.kernels if name != "varlen" or is_plain)
+    known = documents.context.kernels
+    usable = (name for name in known[:-1] if _fits(name, is_plain) and not why_not(name, q_THD.device))
+    name = next(usable, known[-1])
     documents.taken.add(name)
     return _ATTEND[name](q_THD, k_TGD, v_TGD, documents, scores)
 
 
-def usable_kernels(device: torch.device, wanted: str = "auto") -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names of those that work here, fastest first, and of those that do not, why. `padded` always does.
+def known_kernels(device: torch.device, wanted: str = "auto") -> tuple[str, ...]:
+    """Names, fastest first. `padded` works anywhere, the others are tried when they are first needed.
 
-    Errors: UserError, if the one that is wanted does not.
+    Errors: UserError, if the one that is wanted does not work.
     """
-    tried = [name for name in ("varlen", "flex") if wanted in ("auto", name)]
-    why = {name: _why_not(name, device) if device.type == "cuda" else "it needs a GPU" for name in tried}
-    missing = {name: reason for name, reason in why.items() if reason}
-    if wanted in missing:
-        raise UserError(f"train.attention={wanted!r} does not work here: {missing[wanted]}; leave it at 'auto'")
-    return (*(name for name in tried if name not in missing), "padded"), missing
+    if wanted not in ("auto", "padded") and (reason := why_not(wanted, device)):
+        raise UserError(f"train.attention={wanted!r} does not work here: {reason}; leave it at 'auto'")
+    return tuple(name for name in _ATTEND if wanted in ("auto", name) or name == "padded")
 
 
-def _why_not(name: str, device: torch.device) -> str:
+def missing_kernels(names: Iterable[str], device: torch.device) -> dict[str, str]:
+    """Those of `names` that do not work here, and why."""
+    return {name: reason for name in names if (reason := why_not(name, device))}
+
+
+@cache
+def why_not(name: str, device: torch.device) -> str:
     """Empty, if it computes a small pack forward and backward."""
-    q, k, v = (torch.randn(300, heads, 64, device=device, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
+    if device.type != "cuda":
+        return "it needs a GPU"
     try:
-        out = _ATTEND[name](q, k, v, documents_of([170, 130], device), Scores(0.1, window=64))
-        out.float().square().sum().backward()
-        torch.cuda.synchronize(device)
+        with torch.enable_grad():
+            _try(name, device)
     except Exception as error:  # a compiler, a driver or a library that is missing: each raises its own
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no words'}"
     return ""
+
+
+def _fits(name: str, is_plain: bool) -> bool:
+    return name != "varlen" or is_plain
+
+
+def _try(name: str, device: torch.device) -> None:
+    q, k, v = (torch.randn(300, heads, 64, device=device, dtype=torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
+    out = _ATTEND[name](q, k, v, documents_of([170, 130], device), Scores(0.1, window=64))
+    out.float().square().sum().backward()
+    torch.cuda.synchronize(device)
 
 
 def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, scores: Scores) -> Tensor:
@@ -62,7 +81,7 @@ def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, s
         documents.longest,
         scale=scores.scaling,
         window_size=(window - 1 if window is not None and window < documents.longest else -1, 0),
-        enable_gqa=q_THD.shape[1] != k_TGD.shape[1],
+        **told_of_groups(q_THD, k_TGD),
     )
     assert isinstance(out, Tensor)
     return out

@@ -11,7 +11,8 @@ gradient of each block is exact by itself. A sink is one more key, whose block h
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -28,6 +29,18 @@ _MOST_SCORES = 1 << 24  # in memory at once, where no kernel does it
 def is_half_on_cuda(x: Tensor) -> bool:
     """Whether the variable-length kernels take it."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def told_of_groups(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """An argument of the variable-length kernel [T, H, D]; torch 2.11 sees by itself that heads share keys."""
+    return {"enable_gqa": q.shape[1] != k.shape[1]} if _asks_for_groups() else {}
+
+
+@cache
+def _asks_for_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def pieces_of(rank: int, size: int) -> tuple[int, int]:
@@ -325,7 +338,7 @@ def _kernel_forward(
         return_aux=AuxRequest(lse=True),
         scale=blocks.scaling,
         window_size=(window[0], window[1]),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **told_of_groups(q, k),
     )
     return rows, out, lse.T
 

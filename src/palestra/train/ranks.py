@@ -1,7 +1,7 @@
 """The ranks of the trainer: one process each, laid out as `model/mesh.py` says."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from palestra.config.schema import Train
 from palestra.core.errors import UserError
-from palestra.model.kernels import usable_kernels
+from palestra.model.kernels import known_kernels
 from palestra.model.mesh import Meshes, make_meshes
 
 T = TypeVar("T")
@@ -25,7 +25,6 @@ class Ranks:
     num: int
     device: torch.device
     meshes: Meshes
-    missing_kernels: dict[str, str] = field(default_factory=dict)  # of attention, and why they are not used
 
     @property
     def is_first(self) -> bool:
@@ -80,7 +79,7 @@ def join(train: Train, *, deadline_s: float) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = {} if "WORLD_SIZE" in os.environ else {"store": _own_store(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(seconds=deadline_s), **store)
-    kernels, missing = usable_kernels(device, train.attention)
+    kernels = known_kernels(device, train.attention)
     meshes = make_meshes(
         device.type,
         replicate=train.replicate,
@@ -91,7 +90,7 @@ def join(train: Train, *, deadline_s: float) -> Ranks:
         experts=train.expert_parallel,
         kernels=kernels,
     )
-    return Ranks(rank=dist.get_rank(), num=num, device=device, meshes=meshes, missing_kernels=missing)
+    return Ranks(rank=dist.get_rank(), num=num, device=device, meshes=meshes)
 
 
 def _own_store() -> Any:

@@ -136,7 +136,7 @@ def _profile(trainer: Trainer, job: Job) -> None:
 
 
 def build(fields: dict[str, Any], directory: Path) -> None:
-    """A model of random weights in bfloat16. Errors: UserError for what transformers does not know."""
+    """A model of random weights in bfloat16, made on a GPU if there is one. Errors: UserError for unknown fields."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -144,7 +144,9 @@ def build(fields: dict[str, Any], directory: Path) -> None:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"the config.json is refused by transformers: {error}") from error
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
 
 
 def main(*words: str) -> int:

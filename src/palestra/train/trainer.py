@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Mean, Metrics
 from palestra.model.export import save_huggingface
+from palestra.model.kernels import missing_kernels
 from palestra.model.load import load_policy
 from palestra.model.policy import Policy
 from palestra.model.recompute import Activations
@@ -57,7 +59,7 @@ class Trainer:
                 ),
             )
         if ranks.is_first:
-            print(_told(self.policy.attention_kernels, ranks.missing_kernels), flush=True)
+            print(_told(self.policy, ranks.device), flush=True)
         _require_balance(self.policy, config.train.balance)
         self._rate, self.version = training_rate(config.train), 0
         self._optimizer = self._new_optimizer()
@@ -174,9 +176,12 @@ class Trainer:
         return checkpoint_dir(self._run, version) / "trainer"
 
 
-def _told(kernels: frozenset[str], missing: dict[str, str]) -> str:
-    others = "; ".join(f"not {name}: {why}" for name, why in missing.items())
-    return f"attention over packs: {', '.join(sorted(kernels))}" + (f" ({others})" if others else "")
+def _told(policy: Policy, device: torch.device) -> str:
+    """What attends over packs, and why nothing faster does."""
+    taken, known = policy.attention_kernels, policy.context.kernels
+    faster = takewhile(lambda name: name not in taken, known) if taken & set(known) else ()
+    others = "; ".join(f"not {name}: {why}" for name, why in missing_kernels(faster, device).items())
+    return f"attention over packs: {', '.join(sorted(taken))}" + (f" ({others})" if others else "")
 
 
 def _require_balance(policy: Policy, balance: Balance) -> None:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from palestra.core.errors import UserError
+from palestra.model import kernels
 from palestra.model.attention import packed_attention
-from palestra.model.context import Context
+from palestra.model.context import Context, Scores
 from palestra.model.documents import documents_of
 from palestra.model.flex import BLOCK_TOKENS, block_mask
-from palestra.model.kernels import usable_kernels
+from palestra.model.kernels import attend_whole, known_kernels, missing_kernels
 
 # flex runs by torch's slow reference here
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -147,7 +148,7 @@ def test_blocks_that_flex_skips_hold_nothing_and_those_it_takes_whole_hold_all(w
     lengths = [5, 300, 1, 128, 700, 60]
     documents = documents_of(lengths)
     num, window = sum(lengths), window or documents.longest
-    mask = block_mask(documents.ends, window)
+    mask = block_mask(documents.ends, len(documents.slot), window)
     at = torch.arange(num)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     distance = at[:, None] - at
@@ -182,9 +183,25 @@ def test_values_may_have_another_width_than_keys():
 
 
 def test_the_fastest_kernel_that_works_is_taken_and_the_others_are_told_with_the_reason():
-    names, missing = usable_kernels(torch.device("cpu"))
-    assert names == ("padded",)
-    assert missing == {"varlen": "it needs a GPU", "flex": "it needs a GPU"}
-    assert usable_kernels(torch.device("cpu"), "padded") == (("padded",), {})
+    cpu = torch.device("cpu")
+    assert known_kernels(cpu) == ("varlen", "flex", "padded")
+    assert known_kernels(cpu, "padded") == ("padded",)
     with pytest.raises(UserError, match=r"train\.attention='flex' does not work here: it needs a GPU"):
-        usable_kernels(torch.device("cpu"), "flex")
+        known_kernels(cpu, "flex")
+    documents = documents_of([5, 3], context=Context(known_kernels(cpu)))
+    attend_whole(*(torch.randn(8, 2, 4) for _ in range(3)), documents, Scores(1.0))
+    assert documents.taken == {"padded"}
+    assert missing_kernels(("varlen", "flex"), cpu) == {"varlen": "it needs a GPU", "flex": "it needs a GPU"}
+
+
+def test_kernels_slower_than_the_one_that_is_taken_are_never_tried(monkeypatch):
+    """One that is compiled when it is tried costs half a minute."""
+    tried = []
+    monkeypatch.setattr(kernels, "why_not", lambda name, device: tried.append(name) or "")
+    monkeypatch.setattr(kernels, "_fits", lambda name, *_: True)
+    monkeypatch.setitem(kernels._ATTEND, "varlen", lambda q, *_: q)
+    documents = documents_of([5, 3], context=Context(("varlen", "flex", "padded")))
+    for _ in range(2):
+        attend_whole(*(torch.randn(8, 2, 4) for _ in range(3)), documents, Scores(1.0))
+    assert documents.taken == {"varlen"}
+    assert set(tried) == {"varlen"}

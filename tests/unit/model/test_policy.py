@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from palestra.core.errors import UserError
+from palestra.model import kernels
 from palestra.model import policy as policy_module
 from palestra.model.documents import documents_of
 from palestra.model.head import LogitMap
@@ -136,3 +137,17 @@ def test_no_dropout_while_training(tmp_path, load):
     assert not policy.training
     outs = [policy(torch.arange(4, 14), documents_of([10]), torch.arange(1, 10), torch.ones(9))[0] for _ in range(2)]
     assert torch.equal(*outs)
+
+
+def test_what_is_made_of_a_pack_is_made_once_for_all_layers(tmp_path, load, monkeypatch):
+    """FSDP hands each layer its arguments anew: control for what would be forgotten on the way."""
+    policy = load(tiny.build(tmp_path))
+    assert policy.attention_kernels == {"padded"}
+    seen = []
+    monkeypatch.setitem(
+        kernels._ATTEND, "padded", lambda q, k, v, documents, _: seen.append(documents) or v[:, [0] * 4]
+    )
+    documents = documents_of([9, 5])
+    policy(torch.zeros(14, dtype=torch.int64), documents, torch.tensor([3]), torch.ones(1))
+    assert len(seen) > 1
+    assert all(one is documents for one in seen)

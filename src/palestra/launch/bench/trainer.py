@@ -63,8 +63,9 @@ def measure(wish: Wish) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="palestra-bench-") as name:
         directory = Path(name)
         config = _config(wish, directory)
-        say("a model of random weights")
-        build(_fields(wish), directory / "model", config)
+        if not is_given(config, directory):
+            say("a model of random weights")
+            build(_fields(wish), directory / "model", threads=config.train.threads)
         file = directory / "job.json"
         job = _job(wish, config)
         file.write_bytes(msgspec.json.encode(job))
@@ -76,9 +77,14 @@ def measure(wish: Wish) -> dict[str, Any]:
     return numbers
 
 
-def build(fields: dict[str, Any], directory: Path, config: RunConfig) -> None:
+def is_given(config: RunConfig, directory: Path) -> bool:
+    """Whether the overrides name a model: model.path=DIR."""
+    return Path(config.model_dir) != directory / "model"
+
+
+def build(fields: dict[str, Any], directory: Path, *, threads: int = 1) -> None:
     """In a process of its own, so that the one that is measured has only its own memory."""
-    _run([*_module("palestra.train.speed"), "build", json.dumps(fields), str(directory)], config)
+    _run([*_module("palestra.train.speed"), "build", json.dumps(fields), str(directory)], threads)
 
 
 def _fields(wish: Wish) -> dict[str, Any]:
@@ -139,11 +145,11 @@ def _launcher(config: RunConfig) -> list[str]:
 
 
 def _speed(command: list[str], config: RunConfig) -> Speed:
-    return msgspec.json.decode(_run(command, config).splitlines()[-1], type=Speed)
+    return msgspec.json.decode(_run(command, config.train.threads).splitlines()[-1], type=Speed)
 
 
-def _run(command: list[str], config: RunConfig) -> bytes:
-    env = _environment(config.train.threads)
+def _run(command: list[str], threads: int) -> bytes:
+    env = _environment(threads)
     done = subprocess.run(command, capture_output=True, env=env, timeout=_DEADLINE_S)
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()[-2000:]

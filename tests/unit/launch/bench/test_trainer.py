@@ -70,7 +70,7 @@ def test_a_quarter_of_a_document_is_prompt_in_rl_and_its_first_token_in_sft():
 
 def test_a_whole_one_agrees_with_transformers_alone(monkeypatch, tmp_path):
     """The same objective on the same weights and tokens: the losses are equal, after a step of training too."""
-    monkeypatch.setattr(bench, "build", lambda fields, directory, config: build(fields, directory))
+    monkeypatch.setattr(bench, "build", lambda fields, directory, threads: build(fields, directory))
     in_a_process = bench._speed
 
     def speed(command, config):
