@@ -72,7 +72,7 @@ def step(
         tokens=tokens,
         documents=documents or (2 if tiny else max(tokens // (4 * K), 1)),
         kind=kind,
-        steps=2 if tiny else 5,
+        steps=2 if tiny or tokens > 32 * K else 5,
         profile=way.profiles / f"{name}.txt" if way.profiles else None,
         overrides=[
             f"model.path={way.model(model)}",

@@ -13,7 +13,7 @@ from tests.unit.model import tiny
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),  # of torch's own compiler
+    pytest.mark.filterwarnings("default"),  # torch's own compiler has some
 ]
 
 LENGTHS = [600, 3, 400, 21]

@@ -260,7 +260,7 @@ class Train(Section):
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     tensor_parallel: PositiveInt = 1  # ranks that split each matrix, as transformers' plan for the family says
     expert_parallel: PositiveInt = 1  # ranks among shard x context x tensor_parallel that own different experts
-    attention: Literal["auto", "varlen", "flex", "padded"] = "auto"  # auto: the fastest kernel that works here
+    attention: Literal["auto", "cudnn", "varlen", "flex", "padded"] = "auto"  # auto: the fastest kernel that works here
     recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
     offload_activations: bool = False  # what is kept for the backward waits in host memory
     compile: bool = False  # layers by torch.compile, while they train

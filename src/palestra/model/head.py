@@ -3,6 +3,8 @@
 Legend: K tokens to score, V vocabulary, D model, C tokens of one chunk.
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,21 +51,17 @@ class _TokenLogprobs(Function):
         logit_map: LogitMap,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        logz, logps, entropies = [], [], []
-        for hidden_CD, target_C, temperature_C in zip(
-            *(x.split(chunk_tokens) for x in (hidden_KD, target_K, temperature_K)), strict=True
-        ):
-            logits_CV = logit_map(_product(hidden_CD, weight_VD)).div_(temperature_C[:, None])
-            logz_C = logits_CV.logsumexp(-1)
-            logps.append(logits_CV.gather(1, target_C[:, None])[:, 0] - logz_C)
-            probability_CV = (logits_CV - logz_C[:, None]).exp_()
-            entropies.append(logz_C - (probability_CV * logits_CV).sum(-1))
-            logz.append(logz_C)
-        ctx.save_for_backward(hidden_KD, weight_VD, target_K, temperature_K, torch.cat(logz))
+        parts = [
+            _read_fused(_product(hidden_CD, weight_VD), target_C, temperature_C, logit_map)
+            for hidden_CD, target_C, temperature_C in zip(
+                *(x.split(chunk_tokens) for x in (hidden_KD, target_K, temperature_K)), strict=True
+            )
+        ]
+        logz_K, logp_K, entropy_K = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden_KD, weight_VD, target_K, temperature_K, logz_K)
         ctx.logit_map, ctx.chunk_tokens = logit_map, chunk_tokens
-        entropy_K = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy_K)
-        return torch.cat(logps), entropy_K
+        return logp_K, entropy_K
 
     @staticmethod
     @once_differentiable
@@ -73,15 +71,70 @@ class _TokenLogprobs(Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=logz_K.dtype)
         for start in range(0, len(target_K), ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
-            temperature_C1 = temperature_K[chunk, None]
-            logits_CV = ctx.logit_map(_product(hidden_KD[chunk], weight_VD))
-            grad_CV = (logits_CV / temperature_C1 - logz_K[chunk, None]).exp_().neg_()  # onehot - probability
-            grad_CV.scatter_add_(1, target_K[chunk, None], grad_CV.new_ones(len(grad_CV), 1))
-            grad_CV *= grads[0][chunk, None] / temperature_C1 * ctx.logit_map.derivative(logits_CV)
-            grad_CV = grad_CV.to(weight_VD.dtype)
+            per_token = (logz_K[chunk], target_K[chunk], temperature_K[chunk], grads[0][chunk])
+            grad_CV = _push_back_fused(
+                _product(hidden_KD[chunk], weight_VD), *per_token, ctx.logit_map, weight_VD.dtype
+            )
             grad_hidden_KD[chunk] = grad_CV @ weight_VD
             _add_product(grad_weight_VD, grad_CV.T, hidden_KD[chunk])
         return grad_hidden_KD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
+
+
+def _read(
+    product_CV: Tensor, target_C: Tensor, temperature_C: Tensor, logit_map: LogitMap
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithm of the sum, log-probability of the target, entropy."""
+    logits_CV = logit_map(product_CV) / temperature_C[:, None]
+    del product_CV
+    logz_C = logits_CV.logsumexp(-1)
+    logp_C = logits_CV.gather(1, target_C[:, None])[:, 0] - logz_C
+    probability_CV = (logits_CV - logz_C[:, None]).exp_()
+    return logz_C, logp_C, logz_C - (probability_CV * logits_CV).sum(-1)
+
+
+def _push_back(
+    product_CV: Tensor,
+    logz_C: Tensor,
+    target_C: Tensor,
+    temperature_C: Tensor,
+    grad_C: Tensor,
+    logit_map: LogitMap,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of the product: (1 at the target - probability) x slope."""
+    logits_CV, target_C1 = logit_map(product_CV), target_C[:, None]
+    slope_CV = (grad_C / temperature_C)[:, None] * logit_map.derivative(logits_CV)
+    probability_CV = (logits_CV / temperature_C[:, None]).sub_(logz_C[:, None]).exp_()
+    slope_C1 = slope_CV.expand_as(probability_CV).gather(1, target_C1)
+    at_target_C1 = (1 - probability_CV.gather(1, target_C1)) * slope_C1
+    grad_CV = probability_CV.mul_(slope_CV).neg_().to(dtype)
+    return grad_CV.scatter_(1, target_C1, at_target_C1.to(dtype))
+
+
+class _Fused:
+    """A chunk's function, on a GPU with a compiler in few passes over the logits; the same arithmetic."""
+
+    def __init__(self, chunk: Callable[..., Any]):
+        self._chunk = chunk
+        self._compiled: Callable[..., Any] | None = None  # made when it is needed: loading a compiler takes seconds
+
+    def __call__(self, product_CV: Tensor, *others: Any) -> Any:
+        if self._compiled is self._chunk or not product_CV.is_cuda:
+            return self._chunk(product_CV, *others)
+        from torch._dynamo.exc import TorchDynamoException
+
+        self._compiled = self._compiled or torch.compile(self._chunk)
+        for tensor in (product_CV, *(other for other in others if isinstance(other, Tensor))):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # the last chunk is a shorter one
+        try:
+            return self._compiled(product_CV, *others)
+        except TorchDynamoException as error:
+            print(f"the head is slower than it could be, it cannot be compiled: {error}"[:500], file=sys.stderr)
+            self._compiled = self._chunk
+            return self._chunk(product_CV, *others)
+
+
+_read_fused, _push_back_fused = _Fused(_read), _Fused(_push_back)
 
 
 def _add_product(into_VD: Tensor, grad_VC: Tensor, hidden_CD: Tensor) -> None:

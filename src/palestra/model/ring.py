@@ -11,8 +11,7 @@ gradient of each block is exact by itself. A sink is one more key, whose block h
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from inspect import signature
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -23,24 +22,9 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from palestra.model.varlen import is_half_on_cuda, told_of_groups
+
 _MOST_SCORES = 1 << 24  # in memory at once, where no kernel does it
-
-
-def is_half_on_cuda(x: Tensor) -> bool:
-    """Whether the variable-length kernels take it."""
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-
-
-def told_of_groups(q: Tensor, k: Tensor) -> dict[str, Any]:
-    """An argument of the variable-length kernel [T, H, D]; torch 2.11 sees by itself that heads share keys."""
-    return {"enable_gqa": q.shape[1] != k.shape[1]} if _asks_for_groups() else {}
-
-
-@cache
-def _asks_for_groups() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def pieces_of(rank: int, size: int) -> tuple[int, int]:

@@ -165,12 +165,12 @@ class Muon:
         def transform(stack: Tensor) -> Tensor:
             return orthogonalize(stack, steps=settings["ns_steps"])
 
-        for parameter, update in updates.items():
-            if _is_whole_here(parameter):
-                for index in _parts(update.parameter, self._stored[parameter]):
-                    direction = update.direction(index).to(self._dtype or working_dtype(parameter))
-                    stack = direction if direction.dim() == 3 else direction.unsqueeze(0)
-                    update.apply(index, transform(stack).reshape(direction.shape))
+        for alike in self._whole(updates):
+            dtype = self._dtype or working_dtype(alike[0][0].parameter)
+            stack = torch.stack([update.direction(index).to(dtype) for update, index in alike])
+            done = transform(stack.flatten(0, -3)).view(stack.shape)
+            for (update, index), orthogonal in zip(alike, done, strict=True):
+                update.apply(index, orthogonal)
         for parameters, exchange in self._plan([one for one in updates if not _is_whole_here(one)]):
             here = [updates[parameter] for parameter in parameters]
             exchange.run(
@@ -178,6 +178,18 @@ class Muon:
                 transform=transform,
                 write=lambda which, index, values, here=here: here[which].apply(index, values),
             )
+
+    def _whole(self, updates: Mapping[nn.Parameter, Update]) -> Iterator[list[tuple[Update, Index]]]:
+        """What is whole on this rank: parts of one shape together, so many as fit a round."""
+        together: dict[tuple[torch.dtype, torch.Size], list[tuple[Update, Index]]] = {}
+        for parameter, update in updates.items():
+            if _is_whole_here(parameter):
+                for index in _parts(update.parameter, self._stored[parameter]):
+                    kind = parameter.dtype, update.parameter[index].shape
+                    together.setdefault(kind, []).append((update, index))
+        for (_, shape), parts in together.items():
+            at_once = max(1, ROUND_ELEMENTS // shape.numel())
+            yield from (parts[first : first + at_once] for first in range(0, len(parts), at_once))
 
     def _update(self, parameter: nn.Parameter, settings: Mapping[str, Any], momentum: Tensor) -> Update:
         assert parameter.grad is not None

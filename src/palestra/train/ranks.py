@@ -55,6 +55,11 @@ class Ranks:
         dist.gather_object(thing, things, dst=0)
         return [thing] if things is None else things
 
+    def settle(self) -> None:
+        """Wait until the device has done what it was given: what it takes is told where it is spent."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def barrier(self) -> None:
         dist.barrier()
 

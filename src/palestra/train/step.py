@@ -106,6 +106,7 @@ def train_step(
             if balance.aux_loss:
                 loss = loss + balance.aux_loss / plan.num_tokens * policy.routers.balance_loss()
             loss.backward()
+        ranks.settle()
     with ledger.spend("optimizer"):
         grad_norm = clip_gradients(policy, max_grad_norm)
         if not math.isfinite(grad_norm):

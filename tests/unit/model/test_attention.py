@@ -1,13 +1,15 @@
 """The packed attention equals plain attention on each document alone, forward and backward."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from palestra.core.errors import UserError
-from palestra.model import kernels
+from palestra.model import cudnn, kernels, padded
 from palestra.model.attention import packed_attention
 from palestra.model.context import Context, Scores
 from palestra.model.documents import documents_of
@@ -184,7 +186,7 @@ def test_values_may_have_another_width_than_keys():
 
 def test_the_fastest_kernel_that_works_is_taken_and_the_others_are_told_with_the_reason():
     cpu = torch.device("cpu")
-    assert known_kernels(cpu) == ("varlen", "flex", "padded")
+    assert known_kernels(cpu) == ("cudnn", "varlen", "flex", "padded")
     assert known_kernels(cpu, "padded") == ("padded",)
     with pytest.raises(UserError, match=r"train\.attention='flex' does not work here: it needs a GPU"):
         known_kernels(cpu, "flex")
@@ -194,11 +196,39 @@ def test_the_fastest_kernel_that_works_is_taken_and_the_others_are_told_with_the
     assert missing_kernels(("varlen", "flex"), cpu) == {"varlen": "it needs a GPU", "flex": "it needs a GPU"}
 
 
+def test_long_documents_are_taken_alone_and_those_between_them_together():
+    assert list(cudnn._runs((3, 9, 9, 2, 1, 8), 8)) == [
+        (0, 1, False),
+        (1, 2, True),
+        (2, 3, True),
+        (3, 5, False),
+        (5, 6, True),
+    ]
+    assert list(cudnn._runs((3, 2), 8)) == [(0, 2, False)]
+
+
+@pytest.mark.parametrize("longest", [0, 7, 100])
+def test_documents_one_by_one_and_together_make_what_they_make_in_batches(monkeypatch, longest):
+    """With the kernels of a GPU replaced by ones that run here: how they are cut and put together."""
+    lengths = [3, 9, 9, 2, 1, 8]
+    q, k, v = (torch.randn(sum(lengths), heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    documents, scores = documents_of(lengths), Scores(0.3)
+
+    def some(q, k, v, ends, longest, scores):
+        assert longest == max(ends.diff().tolist())
+        return padded.attend(q, k, v, documents_of(ends.diff().tolist()), scores)
+
+    monkeypatch.setattr(cudnn, "attend_some", some)
+    monkeypatch.setattr(cudnn, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH))
+    found = cudnn.attend(q, k, v, documents, scores, long_tokens=longest)
+    torch.testing.assert_close(found, padded.attend(q, k, v, documents, scores))
+
+
 def test_kernels_slower_than_the_one_that_is_taken_are_never_tried(monkeypatch):
     """One that is compiled when it is tried costs half a minute."""
     tried = []
     monkeypatch.setattr(kernels, "why_not", lambda name, device: tried.append(name) or "")
-    monkeypatch.setattr(kernels, "_fits", lambda name, *_: True)
+    monkeypatch.setattr(kernels, "_fits", lambda name, *_: name != "cudnn")
     monkeypatch.setitem(kernels._ATTEND, "varlen", lambda q, *_: q)
     documents = documents_of([5, 3], context=Context(("varlen", "flex", "padded")))
     for _ in range(2):
