@@ -56,9 +56,10 @@ def test_turns_of_the_real_engine_and_the_real_trainer(tmp_path: Path, judge):
     run.play(deadline_s=400)
     judge(run, name="turns of the real engine, its trainer killed in one", fired=1)
     entries = [entry for entry in read_ledger(run.run) if entry.process == "engine-0"]
-    assert sum(entry.parts_s.get("asleep", 0) for entry in entries) > 0
+    asleep = [index for index, entry in enumerate(entries) if entry.parts_s.get("asleep", 0) > 0]
+    assert asleep, "the trainer had its turns"
     generating, training = ("generate", "forward_backward")
-    assert all(generating in entry.parts_s for entry in entries[2:4]), "the engine had its turns, too"
+    assert any(entry.parts_s.get(generating, 0) > 0 for entry in entries[asleep[0] + 1 :]), "the engine had its, too"
     rows = [row for row in read_metrics(run.run) if "turns/wake_s" in row]
     assert len(rows) >= config.train.steps // 2
     assert training in {cause for entry in read_ledger(run.run) for cause in entry.parts_s}

@@ -114,6 +114,6 @@ def test_the_compiled_head_is_the_plain_one(monkeypatch, logit_map, capsys):
         logp, entropy = token_logprobs(*inputs, target, temperature, logit_map, 16)
         found.append([logp, entropy, *torch.autograd.grad(logp.sin().sum(), inputs)])
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one, other, atol=5e-4, rtol=1e-3)  # a GPU's exp
     assert head._read_fused is head._read
     assert "cannot be compiled" not in capsys.readouterr().err

@@ -49,7 +49,8 @@ def test_recomputed_and_offloaded_layers_are_equal_and_smaller(tmp_path, family)
 
 
 def test_compiled_layers_compute_the_same(tmp_path):
+    """Norm by norm: fused, fewer results between are rounded to bfloat16."""
     path = tiny.build(tmp_path, num_hidden_layers=2)
     (plain, _), (compiled, _) = _run(path, PLAIN), _run(path, Activations(compile=True))
     for ours, theirs in zip(compiled, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=5e-2, rtol=5e-2)
+        assert torch.linalg.vector_norm((ours - theirs).float()) <= 0.03 * torch.linalg.vector_norm(theirs.float())

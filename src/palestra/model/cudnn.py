@@ -15,7 +15,7 @@ from palestra.model.context import Scores
 from palestra.model.documents import Documents
 from palestra.model.varlen import attend_some
 
-LONG_TOKENS = 4096  # from here on a document alone fills a GPU, and the faster kernel is worth its own call
+LONG_TOKENS = 8192  # from here on the faster kernel is worth a call of its own (docs/log.md)
 _MULTIPLE = 1024  # cuDNN makes a plan for each length: with padding, of which no token sees anything, they are few
 WIDEST = 128  # heads that its backward takes
 

@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -298,11 +299,9 @@ async def _serve_index(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 async def test_pip_in_a_sandbox_installs_from_an_index_that_is_allowed(host: Host):
     """An index of this machine: that of the world is not everywhere."""
-    import pip
-
     async with web(_serve_index) as index, await host.create(egress=[f"127.0.0.1:{index.port}"]) as box:
         packed = io.BytesIO()
-        source = Path(pip.__file__).parent
+        source = Path(str(distribution("pip").locate_file("pip")))  # imported, it quarrels with setuptools
         with zipfile.ZipFile(packed, "w") as archive:
             for file in sorted(source.rglob("*")):
                 if file.is_file() and file.suffix != ".pyc":
