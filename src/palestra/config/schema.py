@@ -264,6 +264,7 @@ class Train(Section):
     recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps
     offload_activations: bool = False  # what is kept for the backward waits in host memory
     compile: bool = False  # layers by torch.compile, while they train
+    float8: bool = False  # linear products of layers in float8 (torchao); compute capability 9.0 and later
     balance: Balance = Balance()
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon: Muon = Muon()
@@ -301,6 +302,14 @@ class Train(Section):
                 f"train.max_pack_tokens={self.max_pack_tokens} cannot be cut into {pieces} equal pieces for "
                 f"train.context_parallel={self.context_parallel} ({self.context_kind}); set it to "
                 f"{' or '.join(str(tokens) for tokens in (lower, lower + pieces) if tokens)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _multiplies_in_one_way(self) -> Self:
+        if self.float8 and self.tensor_parallel > 1:
+            raise ValueError(
+                f"train.float8=true is not there for train.tensor_parallel={self.tensor_parallel}; set one of them back"
             )
         return self
 

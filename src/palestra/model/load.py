@@ -16,6 +16,7 @@ from palestra.core.errors import UserError
 from palestra.model.experts import expert_modules, split_experts
 from palestra.model.files import model_directory
 from palestra.model.fill import empty_model, fill, in_one_line
+from palestra.model.float8 import require_float8, use_float8
 from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
@@ -37,6 +38,7 @@ def load_policy(
     lora: Lora | None = None,
     seed: int = 0,
     activations: Activations = PLAIN,
+    float8: bool = False,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
 
@@ -56,6 +58,9 @@ def load_policy(
     )
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
+    if float8:
+        require_float8(device)
+        use_float8(policy.decoder_layers, keep=policy.routers.modules)
     if lora is not None:
         policy.adapter = add_adapter(model, lora, dtype=dtype)
     keep_activations(policy.decoder_layers, activations, device)

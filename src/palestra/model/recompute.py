@@ -27,6 +27,7 @@ _KEPT = (
     _FETCHED
     | {f"aten::{name}" for name in PRODUCTS}
     | {
+        "aten::_scaled_mm",
         "transformers::grouped_mm_fallback",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",

@@ -36,6 +36,11 @@ class Routers:
     def __len__(self) -> int:
         return len(self._routers)
 
+    @property
+    def modules(self) -> set[nn.Module]:
+        """The routers, and what they consist of."""
+        return {inner for router in self._routers for inner in router.modules()}
+
     def forget(self, *, for_loss: bool = False) -> None:
         """Begin to count anew. With `for_loss` what the routers say is kept until the next forward."""
         self._for_loss = for_loss

@@ -57,6 +57,7 @@ class Trainer:
                     offload=config.train.offload_activations,
                     compile=config.train.compile,
                 ),
+                float8=config.train.float8,
             )
         if ranks.is_first:
             print(_told(self.policy, ranks.device), flush=True)
