@@ -11,6 +11,7 @@ def upgrade() -> None:
     _people()
     _environments()
     _versions()
+    _counts()
     _results()
     _search()
 
@@ -145,6 +146,9 @@ def _versions() -> None:
     op.create_index("ix_files_metadata_sha256", "files", ["metadata_sha256"], unique=False)
     op.create_index("ix_files_sha256", "files", ["sha256"], unique=False)
     op.create_index("ix_files_version_id", "files", ["version_id"], unique=False)
+
+
+def _counts() -> None:
     op.create_table(
         "dependencies",
         sa.Column("id", sa.Integer(), nullable=False),
