@@ -27,76 +27,7 @@ def put(connection: Connection, environment_id: int, readme: str, *, is_sqlite: 
         "readme": readme[:_MAX_README].replace("\0", " "),
     }
     drop(connection, environment_id, is_sqlite=is_sqlite)
-    connection.execute(text(_PUT_SQLITE if is_sqlite else _PUT_POSTGRESQL), values)
-
-
-def drop(connection: Connection, environment_id: int, *, is_sqlite: bool) -> None:
-    column = "rowid" if is_sqlite else "environment_id"
-    connection.execute(text(f"DELETE FROM search WHERE {column} = :id"), {"id": environment_id})
-
-
-def matching(query: Select[Any], words: str, *, is_sqlite: bool) -> Select[Any]:
-    """`query` over `environments`, only those that have all `words`, the best first."""
-    found = _WORD.findall(words)[:_MAX_WORDS]
-    if not found:
-        return query.where(text("1 = 0"))
-    if is_sqlite:
-        pattern = " ".join(f'"{word}"*' for word in found)
-        matched = text(
-            "SELECT rowid AS id, bm25(search, 10, 5, 5, 3, 1) AS place FROM search WHERE search MATCH :words"
-        )
-    else:
-        pattern = " & ".join(f"{word}:*" for word in found)
-        matched = text(
-            "SELECT environment_id AS id, -ts_rank(words, to_tsquery('english', :words)) AS place FROM search "
-            "WHERE words @@ to_tsquery('english', :words)"
-        )
-    place = _places(matched, pattern)
-    return query.join(place, place.c.id == environments.c.id).order_by(place.c.place, environments.c.id)
-
-
-def _places(matched: TextClause, pattern: str):
-    return matched.bindparams(words=pattern).columns(column("id", Integer), column("place", Float)).subquery("found")
-
-
-_PUT_SQLITE = (
-    "INSERT INTO search (rowid, name, owner, tags, summary, readme) "
-    "VALUES (:id, :name, :owner, :tags, :summary, :readme)"
-)
-_PUT_POSTGRESQL), values)
-
-
-def drop(connection: Connection, environment_id: int, *, is_sqlite: bool) -> None:
-    column = "rowid" if is_sqlite else "environment_id"
-    connection.execute(text(f"DELETE FROM search WHERE {column} = :id"), {"id": environment_id})
-
-
-def matching(query: Select[Any], words: str, *, is_sqlite: bool) -> Select[Any]:
-    """`query` over `environments`, only those that have all `words`, the best first."""
-    found = _WORD.findall(words)[:_MAX_WORDS]
-    if not found:
-        return query.where(text("1 = 0"))
-    if is_sqlite:
-        pattern = " ".join(f'"{word}"*' for word in found)
-        matched = text(
-            "SELECT rowid AS id, bm25(search, 10, 5, 5, 3, 1) AS place FROM search WHERE search MATCH :words"
-        )
-    else:
-        pattern = " & ".join(f"{word}:*" for word in found)
-        matched = text(
-            "SELECT environment_id AS id, -ts_rank(words, to_tsquery('english', :words)) AS place FROM search "
-            "WHERE words @@ to_tsquery('english', :words)"
-        )
-    place = _places(matched, pattern)
-    return query.join(place, place.c.id == environments.c.id).order_by(place.c.place, environments.c.id)
-
-
-def _places(matched: TextClause, pattern: str):
-    return matched.bindparams(words=pattern).columns(column("id", Integer), column("place", Float)).subquery("found")
-
-
-_PUT_SQLITE = "INSERT INTO search (rowid, name, owner, tags, summary, readme) VALUES (:id, :name, :owner, :tags, :summary, :readme)"
-_PUT_POSTGRESQL = (
+    connection.execute(text(_PUT_SQLITE if is_sqlite else _PUT_POSTGRESQL = (
     "INSERT INTO search (environment_id, words) VALUES (:id,"
     " setweight(to_tsvector('english', :name), 'A') || setweight(to_tsvector('english', :owner || ' ' || :tags), 'B')"
     " || setweight(to_tsvector('english', :summary), 'C') || setweight(to_tsvector('english', :readme), 'D'))"
