@@ -37,7 +37,7 @@ from palestra.launch.model_path import max_positions, require_model
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import make_plan, require_fit
 from palestra.launch.run import require_keys, require_pythons
-from palestra.orchestrate.scores import Estimate, difference
+from palestra.algo.scores import Estimate, difference
 from palestra.wire.results import read_results
 from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import read_summary

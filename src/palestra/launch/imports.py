@@ -12,7 +12,7 @@ from typing import Any
 from palestra.core.errors import UserError
 from palestra.core.files import write_atomically
 from palestra.core.records import Ending, RolloutRecord, Task
-from palestra.orchestrate.scores import scores
+from palestra.algo.scores import scores
 from palestra.wire.results import ResultsFile
 from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import RunLog

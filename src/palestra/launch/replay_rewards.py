@@ -16,7 +16,7 @@ from palestra.env.environment import Environment
 from palestra.env.rescore import rescore
 from palestra.env.sandbox import Sandboxes
 from palestra.env.worker import set_stages
-from palestra.orchestrate.scores import scores
+from palestra.algo.scores import scores
 from palestra.wire.results import read_results
 from palestra.wire.rundir import RunDir
 

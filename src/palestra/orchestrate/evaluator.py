@@ -22,7 +22,7 @@ from palestra.orchestrate.answers import Answers, EndpointAnswers, EngineAnswers
 from palestra.orchestrate.endpoints import SeatEndpoints
 from palestra.orchestrate.evaluate import EvalResult, Means, evaluate
 from palestra.orchestrate.quarantine import Quarantine
-from palestra.orchestrate.scores import scores
+from palestra.algo.scores import scores
 from palestra.orchestrate.state import TaskQuarantined
 from palestra.orchestrate.workers import Deadlines, PlayOrder, WorkerPool
 from palestra.wire.channel import Caller, Listener
