@@ -180,7 +180,7 @@ def _record(line: bytes, number: int, told: Evaluation) -> RolloutRecord:
 
 def _require_place(record: RolloutRecord, number: int, told: Evaluation, keys: dict[int, str]) -> None:
     """Rollout i is of task i // rollouts_per_task. Errors: UserError, where it is of another."""
-    if told.num_tasks is None or told.rollouts_per_task is None:
+    if told.imported or told.num_tasks is None or told.rollouts_per_task is None:
         return
     task = record.rollout_id // told.rollouts_per_task
     if task >= told.num_tasks:
