@@ -207,6 +207,8 @@ ENDS_ALL_THE_SAME = {
     ("hub.web._answer", "await asyncio.to_thread(...)"): _DISK,
     ("launch.child.start", "await asyncio.create_subprocess_exec(...)"): "the kernel starts it or refuses",
     ("launch.cli._fetch", "subprocess.run(...)"): "a download that a person watches and can interrupt",
+    ("launch.sinks.keeping._heed", "process.wait()"): "the process ends when its input does, or is killed then",
+    ("launch.sinks.keeping.tell", "subprocess.run(...)"): "a person watches it, and can interrupt it",
     ("launch.supervisor.Supervisor.run", "await self._lead_ended.wait()"): _WATCH,
     ("launch.supervisor.Supervisor.stop", "child.process.wait()"): "gathered and awaited with a deadline below",
     ("launch.supervisor.Supervisor.stop", "self._hurry.wait()"): "awaited with a deadline below",

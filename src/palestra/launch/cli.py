@@ -127,6 +127,9 @@ def _add_runs(commands) -> None:
     show = _add(inner, "show", _runs_show, "one run: status, last metrics, where the time went")
     show.add_argument("run", help="a run directory, or the name of one in outputs/")
     _add_json(show)
+    tell = _add(inner, "tell", _runs_tell, "tell a place of all metrics of a run: one that failed, or is new")
+    tell.add_argument("run", help="a run directory, or the name of one in outputs/")
+    tell.add_argument("place", choices=["tensorboard", "wandb", "trackio"])
 
 
 def _add_view(commands) -> None:
@@ -355,6 +358,13 @@ def _runs_show(arguments: argparse.Namespace) -> None:
     from palestra.launch import runs
 
     runs.show_one(runs.find(arguments.run), as_json=arguments.json)
+
+
+def _runs_tell(arguments: argparse.Namespace) -> int:
+    from palestra.launch import runs
+    from palestra.launch.sinks.keeping import tell
+
+    return tell(runs.find(arguments.run), arguments.place)
 
 
 def _view(arguments: argparse.Namespace) -> None:

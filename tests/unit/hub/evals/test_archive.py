@@ -125,7 +125,7 @@ def test_a_size_that_lies_is_not_believed(tmp_path: Path):
     ],
 )
 def test_other_files_are_refused(files, tmp_path: Path):
-    with pytest.raises(UserError, match="an archive holds evaluation.json and rollouts.jsonl"):
+    with pytest.raises(UserError, match=r"an archive holds evaluation\.json and rollouts\.jsonl"):
         check(spoiled(tmp_path / "a.zip", files=files))
 
 
