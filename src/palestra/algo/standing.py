@@ -99,9 +99,16 @@ class TaskPair(Struct, frozen=True, kw_only=True):
     def difference(self) -> float:
         return self.other - self.one
 
+    @property
+    def outcome(self) -> str:
+        """won or lost, by `other`; or alike: within 1e-9."""
+        if abs(self.difference) <= _ALIKE:
+            return "alike"
+        return "won" if self.difference > 0 else "lost"
+
 
 class Duel(Struct, frozen=True, kw_only=True):
-    """`difference` is that of `other` minus `one`, each task against itself; `won` by `other`. Alike: within 1e-9."""
+    """`difference` is that of `other` minus `one`, each task against itself; `won` by `other`."""
 
     difference: Interval
     won: int
@@ -123,9 +130,9 @@ def duel(one: dict[str, float], other: dict[str, float], *, seed: int = 0) -> Du
     pairs = [TaskPair(key=key, one=one[key], other=other[key]) for key in shared]
     return Duel(
         difference=over_tasks([pair.difference for pair in pairs], seed=seed),
-        won=sum(pair.difference > _ALIKE for pair in pairs),
-        lost=sum(pair.difference < -_ALIKE for pair in pairs),
-        alike=sum(abs(pair.difference) <= _ALIKE for pair in pairs),
+        won=sum(pair.outcome == "won" for pair in pairs),
+        lost=sum(pair.outcome == "lost" for pair in pairs),
+        alike=sum(pair.outcome == "alike" for pair in pairs),
         pairs=sorted(pairs, key=lambda pair: (-abs(pair.difference), pair.key)),
         only_one=len(one.keys() - other.keys()),
         only_other=len(other.keys() - one.keys()),

@@ -36,6 +36,9 @@ class Limits:
     rollouts: int = 200_000
 
 
+DEFAULT = Limits()
+
+
 @dataclass(frozen=True)
 class Checked:
     """An archive that was read to its end. `digest` is of its content: whoever pushes it twice pushes one."""
@@ -62,7 +65,7 @@ def _entry(name: str) -> zipfile.ZipInfo:
     return entry
 
 
-def check(path: Path, *, to: Path | None = None, limits: Limits = Limits()) -> Checked:
+def check(path: Path, *, to: Path | None = None, limits: Limits = DEFAULT) -> Checked:
     """Read an archive; its rollouts are written to the file `to`, unpacked, where that is given.
 
     Errors: UserError that says what of it cannot be, and where.
