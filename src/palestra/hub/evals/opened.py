@@ -13,7 +13,7 @@ from pathlib import Path
 
 from palestra.hub.evals.archive import check
 from palestra.hub.library import OpenRun
-from palestra.hub.registry.hub import Hub
+from palestra.hub.registry.blobs import Blobs
 from palestra.wire.rundir import RunDir
 
 _MOST_BYTES = 20 << 30  # unpacked; those that were looked at longest ago go first
@@ -32,8 +32,8 @@ class Opened:
 class Cache:
     """Thread-safe; several processes may share a directory."""
 
-    def __init__(self, hub: Hub, directory: Path, *, most_bytes: int = _MOST_BYTES):
-        self._hub, self._directory, self._most_bytes = hub, directory, most_bytes
+    def __init__(self, blobs: Blobs, directory: Path, *, most_bytes: int = _MOST_BYTES):
+        self._blobs, self._directory, self._most_bytes = blobs, directory, most_bytes
         self._lock = threading.Lock()
         self._open: OrderedDict[str, Opened] = OrderedDict()
 
@@ -58,7 +58,7 @@ class Cache:
         self._directory.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=self._directory))
         try:
-            with self._hub.blobs.open(blob_sha256) as blob, (beside / "archive").open("wb") as archive:
+            with self._blobs.open(blob_sha256) as blob, (beside / "archive").open("wb") as archive:
                 shutil.copyfileobj(blob, archive, _PIECE)
             found = check(beside / "archive", to=RunDir(beside).results)
             (beside / "archive").unlink()

@@ -21,7 +21,6 @@ from palestra.core.errors import PalestraError, UserError
 from palestra.core.records import RolloutRecord
 from palestra.env.again import ASKED, ROLLOUTS, VERDICT, Asked, Verdict
 from palestra.hub.evals import board
-from palestra.hub.evals.opened import Cache
 from palestra.hub.evals.told import Evaluation
 from palestra.hub.registry import audit
 from palestra.hub.registry.hub import Hub
@@ -42,12 +41,12 @@ def waiting(hub: Hub) -> list[str]:
         return list(connection.execute(found.order_by(evaluations.c.created)).scalars())
 
 
-async def verify(hub: Hub, cache: Cache, id: str, *, backend: str | None, say: Callable[[str], None]) -> str:
+async def verify(hub: Hub, id: str, *, backend: str | None, say: Callable[[str], None]) -> str:
     """Its status afterwards. Errors: UserError, for a sandbox that cannot be had here."""
     row = _row(hub, id)
     told = Evaluation.model_validate_json(row.settings)
     with tempfile.TemporaryDirectory(prefix="palestra-verify-") as place:
-        verdict = _prepared(hub, cache, row, told, Path(place)) or await _judged(Path(place), backend)
+        verdict = _prepared(hub, row, told, Path(place)) or await _judged(Path(place), backend)
     status, note = _status(verdict)
     _record(hub, row, status, note)
     say(f"{row.owner}/{row.environment} {id[:8]}: {status}{f': {note}' if note else ''}")
@@ -69,7 +68,7 @@ def _row(hub: Hub, id: str) -> Row[Any]:
 # --- what goes into the sandbox
 
 
-def _prepared(hub: Hub, cache: Cache, row: Row[Any], told: Evaluation, place: Path) -> Verdict | None:
+def _prepared(hub: Hub, row: Row[Any], told: Evaluation, place: Path) -> Verdict | None:
     """Files for the sandbox; or why there is nothing to run."""
     if told.num_tasks is None or told.rollouts_per_task is None or told.imported:
         return Verdict(problem="It was imported: how it was played is not known well enough.")
@@ -87,7 +86,7 @@ def _prepared(hub: Hub, cache: Cache, row: Row[Any], told: Evaluation, place: Pa
     )
     (place / _ASKED).mkdir()
     (place / _ASKED / ASKED).write_bytes(msgspec.json.encode(asked))
-    num_bytes = _write_light(cache.open(row.blob_sha256).run.run.results, place / _ASKED / ROLLOUTS)
+    num_bytes = _write_light(hub.unpacked.open(row.blob_sha256).run.run.results, place / _ASKED / ROLLOUTS)
     return Verdict(problem=f"Its rollouts have {num_bytes:,} bytes, which is too much.") if num_bytes else None
 
 
@@ -193,12 +192,12 @@ def _record(hub: Hub, row: Row[Any], status: str, note: str) -> None:
         audit.record(connection, _VERIFIER, "evaluation.verify", subject, id=row.id, status=status, note=note)
 
 
-async def verify_waiting(hub: Hub, cache: Cache, *, backend: str | None, say: Callable[[str], None]) -> int:
+async def verify_waiting(hub: Hub, *, backend: str | None, say: Callable[[str], None]) -> int:
     """All that wait; how many. One that fails for reasons of this machine is left waiting. Errors: as `verify`."""
     ids = waiting(hub)
     for id in ids:
         try:
-            await verify(hub, cache, id, backend=backend, say=say)
+            await verify(hub, id, backend=backend, say=say)
         except UserError:
             raise
         except PalestraError as error:

@@ -11,15 +11,15 @@ from palestra.hub import answers as of_runs
 from palestra.hub import queries as of_runs_queries
 from palestra.hub import search
 from palestra.hub.evals import answers, board, queries
-from palestra.hub.evals.opened import Cache, Opened
+from palestra.hub.evals.opened import Opened
 from palestra.hub.evals.told import Evaluation, reproduce
+from palestra.hub.pages import NotFoundError as NoRolloutError
 from palestra.hub.pages import rollout_of
 from palestra.hub.reading import record_at, row_of
 from palestra.hub.registry import rights
 from palestra.hub.registry.hub import Hub
-from palestra.hub.registry.rights import Who
+from palestra.hub.registry.rights import NotFoundError, Who
 
-_FILE = "results"
 _IDLE = ("name", "started_at", "ended_at", "missing", "format", "endpoint")  # differ between any two
 
 
@@ -58,11 +58,9 @@ def _notes(row: answers.EvaluationRow, told: Evaluation) -> list[str]:
     return found
 
 
-def rollouts(
-    hub: Hub, cache: Cache, who: Who, owner: str, name: str, id: str, query: queries.Rollouts
-) -> answers.EvaluationRollouts:
+def rollouts(hub: Hub, who: Who, owner: str, name: str, id: str, query: queries.Rollouts) -> answers.EvaluationRollouts:
     """Errors: NotFoundError."""
-    opened = _opened(hub, cache, who, owner, name, id)
+    opened = _opened(hub, who, owner, name, id)
     where = of_runs_queries.Rollouts.model_validate(query.model_dump(exclude_defaults=True) | {"sort": query.sort})
     parts = opened.run.index.parts
     page = search.rollouts(parts, where, 1, sort=where.sort, limit=where.limit, after=where.after, before=where.before)
@@ -81,16 +79,19 @@ def rollouts(
 
 
 def rollout(
-    hub: Hub, cache: Cache, who: Who, owner: str, name: str, id: str, line: str, query: of_runs_queries.Rollout
+    hub: Hub, who: Who, owner: str, name: str, id: str, file: str, line: str, query: of_runs_queries.Rollout
 ) -> of_runs.Rollout:
     """As the page of a run's rollout has it. Errors: NotFoundError."""
-    opened = _opened(hub, cache, who, owner, name, id)
-    return rollout_of(opened.run, _FILE, line, query)
+    opened = _opened(hub, who, owner, name, id)
+    try:
+        return rollout_of(opened.run, file, line, query)
+    except NoRolloutError:
+        raise NotFoundError(f"there is no rollout {line[:20]} in {file[:40]} of this evaluation") from None
 
 
-def _opened(hub: Hub, cache: Cache, who: Who, owner: str, name: str, id: str) -> Opened:
+def _opened(hub: Hub, who: Who, owner: str, name: str, id: str) -> Opened:
     row = _row(hub, who, owner, name, id)
-    opened = cache.open(row.blob_sha256)
+    opened = hub.unpacked.open(row.blob_sha256)
     opened.run.index.update()
     return opened
 
@@ -103,12 +104,10 @@ def _row(hub: Hub, who: Who, owner: str, name: str, id: str) -> Row[Any]:
 # --- two beside each other
 
 
-def comparison(
-    hub: Hub, cache: Cache, who: Who, owner: str, name: str, query: queries.Comparison
-) -> answers.EvaluationComparison:
+def comparison(hub: Hub, who: Who, owner: str, name: str, query: queries.Comparison) -> answers.EvaluationComparison:
     """Errors: NotFoundError; UserError, if they share no task."""
     rows = [_row(hub, who, owner, name, id) for id in (query.one, query.other)]
-    one, other = (cache.open(row.blob_sha256).task_means for row in rows)
+    one, other = (hub.unpacked.open(row.blob_sha256).task_means for row in rows)
     try:
         found = duel(one, other)
     except ValueError:

@@ -110,7 +110,6 @@ def test_who_may_not_write_pushes_nothing(hub: Hub, tmp_path: Path, person, chan
 
 def test_of_a_private_environment_nobody_hears_who_may_not(hub: Hub, tmp_path: Path):
     """Bob gets the same answer as of an environment that is not there."""
-    cache = Cache(hub, tmp_path / "cache")
     file = archive(tmp_path / "a.zip", environment="secret")
     with pytest.raises(UserError, match="is of 'reverse-text', and the evaluation of 'secret'"):
         push(hub, who(hub, "alice"), file, "secret")
@@ -124,9 +123,9 @@ def test_of_a_private_environment_nobody_hears_who_may_not(hub: Hub, tmp_path: P
     for ask in (
         lambda who: board.listed(hub, who, "alice", name, ALL),
         lambda who: views.evaluation(hub, who, "alice", name, pushed.id),
-        lambda who: views.rollouts(hub, cache, who, "alice", name, pushed.id, queries.Rollouts()),
-        lambda who: views.rollout(hub, cache, who, "alice", name, pushed.id, "0", line),
-        lambda who: views.comparison(hub, cache, who, "alice", name, compared),
+        lambda who: views.rollouts(hub, who, "alice", name, pushed.id, queries.Rollouts()),
+        lambda who: views.rollout(hub, who, "alice", name, pushed.id, "results", "0", line),
+        lambda who: views.comparison(hub, who, "alice", name, compared),
         lambda who: push(hub, who, tmp_path / "b.zip"),
         lambda who: board.remove(hub, who, "alice", name, pushed.id),
     ):
@@ -189,33 +188,32 @@ def test_an_evaluation_tells_its_settings_and_how_to_play_it_again(hub: Hub, tmp
 
 
 def test_its_rollouts_are_read_as_those_of_a_run(hub: Hub, tmp_path: Path):
-    cache = Cache(hub, tmp_path / "cache")
     pushed = push(hub, who(hub, "bob"), archive(tmp_path / "a.zip"))
-    found = views.rollouts(hub, cache, ANYBODY, "alice", "reverse-text", pushed.id, queries.Rollouts(min_reward=1))
+    found = views.rollouts(hub, ANYBODY, "alice", "reverse-text", pushed.id, queries.Rollouts(min_reward=1))
     assert [(row.rollout_id, row.reward) for row in found.rollouts] == [(0, 1.0), (1, 1.0), (3, 1.0)]
-    one = views.rollout(hub, cache, ANYBODY, "alice", "reverse-text", pushed.id, "3", of_runs.Rollout())
+    one = views.rollout(hub, ANYBODY, "alice", "reverse-text", pushed.id, "results", "3", of_runs.Rollout())
     assert one.messages[-1]["content"] == "1drow"
     assert [row.rollout_id for row in one.siblings] == [2, 3]
-    again = Cache(hub, tmp_path / "cache")  # of another process
-    assert views.rollout(hub, again, ANYBODY, "alice", "reverse-text", pushed.id, "3", of_runs.Rollout()) == one
+    other = Hub(hub.database, hub.blobs, hub.settings)  # of another process
+    assert views.rollout(other, ANYBODY, "alice", "reverse-text", pushed.id, "results", "3", of_runs.Rollout()) == one
 
 
 def test_the_cache_forgets_what_was_looked_at_longest_ago_and_makes_it_again(hub: Hub, tmp_path: Path):
-    cache = Cache(hub, tmp_path / "cache", most_bytes=1)
+    hub.unpacked = Cache(hub.blobs, tmp_path / "cache", most_bytes=1)
     ids = [push(hub, who(hub, "bob"), archive(tmp_path / f"{n}.zip", seed=n)).id for n in range(3)]
     for id in (*ids, *ids):
-        found = views.rollouts(hub, cache, ANYBODY, "alice", "reverse-text", id, queries.Rollouts())
+        found = views.rollouts(hub, ANYBODY, "alice", "reverse-text", id, queries.Rollouts())
         assert found.num_matching == 6
         assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_two_evaluations_are_compared_task_by_task(hub: Hub, tmp_path: Path):
     """Means of tasks: 1, 1/2, 0 and 1/2, 1, 0."""
-    cache, bob = Cache(hub, tmp_path / "cache"), who(hub, "bob")
+    bob = who(hub, "bob")
     one = push(hub, bob, archive(tmp_path / "a.zip", rewards="110100"))
     other = push(hub, bob, archive(tmp_path / "b.zip", rewards="011100", model="sideways", temperature=0.5))
     query = queries.Comparison(one=one.id, other=other.id)
-    found = views.comparison(hub, cache, ANYBODY, "alice", "reverse-text", query)
+    found = views.comparison(hub, ANYBODY, "alice", "reverse-text", query)
     assert found.difference.value == pytest.approx(0.0)
     assert (found.won, found.lost, found.alike) == (1, 1, 1)
     assert {pair.key: (pair.one, pair.other) for pair in found.pairs} == {
@@ -227,10 +225,10 @@ def test_two_evaluations_are_compared_task_by_task(hub: Hub, tmp_path: Path):
         ("model", "backwards", "sideways"),
         ("temperature", 1.0, 0.5),
     ]
-    lost = views.comparison(hub, cache, ANYBODY, "alice", "reverse-text", query.model_copy(update={"which": "lost"}))
+    lost = views.comparison(hub, ANYBODY, "alice", "reverse-text", query.model_copy(update={"which": "lost"}))
     assert [pair.key for pair in lost.pairs] == ["task 0"]
     with pytest.raises(NotFoundError):
-        views.comparison(hub, cache, ANYBODY, "alice", "reverse-text", queries.Comparison(one=one.id, other="0" * 32))
+        views.comparison(hub, ANYBODY, "alice", "reverse-text", queries.Comparison(one=one.id, other="0" * 32))
 
 
 def test_members_of_an_organisation_see_what_is_theirs(hub: Hub, tmp_path: Path):

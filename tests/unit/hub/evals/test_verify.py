@@ -16,7 +16,6 @@ from palestra.env.tasklist import TaskList
 from palestra.env.worker import source_seed
 from palestra.hub.evals import board, queries, verify, views
 from palestra.hub.evals.archive import pack
-from palestra.hub.evals.opened import Cache
 from palestra.hub.registry.blobs import received
 from palestra.hub.registry.database import sqlite_url
 from palestra.hub.registry.hub import Hub, Settings
@@ -151,8 +150,7 @@ async def test_a_row_is_verified_by_a_sandbox_and_a_forged_one_is_not(hub: Hub, 
     true = push(hub, records, tmp_path / "true.zip")
     forged = push(hub, changed(records, 3, reward=1.0), tmp_path / "forged.zip")
     elsewhere = push(hub, records, tmp_path / "elsewhere.zip", environment_version="9.9.9")
-    cache = Cache(hub, tmp_path / "cache")
-    assert await verify.verify_waiting(hub, cache, backend=None, say=said.append) == 3
+    assert await verify.verify_waiting(hub, backend=None, say=said.append) == 3
     rows = {row.id: row for row in board.listed(hub, ANYBODY, "alice", "reverse-text", queries.Board()).rows}
     assert (rows[true].status, rows[true].verified, rows[true].note) == ("verified", True, ""), said
     assert (rows[forged].status, rows[forged].verified) == ("differs", False), said
