@@ -146,6 +146,8 @@ def _add_eval(commands) -> None:
     text = "measure environments with an endpoint, or with a checkpoint served here"
     parser = _add(commands, "eval", _eval, text)
     _add_wish(parser, split="test", also="; or: compare A B; or: import DIR... --output DIR")
+    parser.add_argument("--push", action="store_true", help="to the leaderboards of the hub that one has logged in at")
+    parser.add_argument("--push-to", metavar="OWNER", help="the same, where the environments are somebody else's")
     generate = _add(commands, "generate", _generate, "play environments and keep good rollouts as supervised data")
     _add_wish(generate, split="train")
     generate.add_argument("--to", type=Path, required=True, metavar="FILE", help="JSON lines with `messages`")
@@ -396,8 +398,18 @@ def _eval(arguments: argparse.Namespace) -> None:
         evaluation.compare(one, other, as_json=arguments.json)
     elif arguments.words[:1] == ["import"]:
         _import(arguments)
+    elif arguments.push or arguments.push_to:
+        _measure_and_push(arguments)
     else:
         _measure(arguments)
+
+
+def _measure_and_push(arguments: argparse.Namespace) -> None:
+    from palestra.launch import hub_evals
+
+    at = hub_evals.require_account()
+    run = _measure(arguments)
+    hub_evals.push([run.path], hub=at.url, owner=arguments.push_to or "", as_json=False)
 
 
 def _import(arguments: argparse.Namespace) -> None:
