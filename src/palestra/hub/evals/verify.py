@@ -29,6 +29,7 @@ from palestra.hub.registry.schema import environments, evaluations, files, owner
 from palestra.sandbox import Host, Limits, Options, Sandbox
 
 _MOST_BYTES = 256 << 20  # of rollouts without their tokens
+_MOST_VERDICT = 1 << 20
 _DEADLINE_S = 900.0
 _VERIFIER = Who(name="verifier")
 _SITE, _ASKED, _OWN = "environment", "asked", "library"
@@ -139,7 +140,7 @@ async def _upload(sandbox: Sandbox, place: Path) -> None:
 
 async def _verdict(sandbox: Sandbox, result: Any) -> Verdict:
     try:
-        return msgspec.json.decode(await sandbox.read(f"{_ASKED}/{VERDICT}"), type=Verdict)
+        return msgspec.json.decode(await sandbox.read(f"{_ASKED}/{VERDICT}", 0, _MOST_VERDICT), type=Verdict)
     except (OSError, msgspec.MsgspecError):
         said = result.stderr.decode(errors="replace") if isinstance(result.stderr, bytes) else str(result.stderr)
         return Verdict(problem=f"Scoring it again ended with {result.status}: {said.strip()[-500:]}")
