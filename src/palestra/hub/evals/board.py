@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 from sqlalchemy import Connection, Row, delete, insert, select
 
 from palestra.algo.standing import Standing
@@ -16,7 +17,6 @@ from palestra.core.errors import InfrastructureError, UserError
 from palestra.hub.evals import answers
 from palestra.hub.evals.archive import DEFAULT, Checked, Limits, check
 from palestra.hub.evals.queries import PER_PAGE, Board
-from palestra.hub.evals.told import Evaluation
 from palestra.hub.registry import audit, names, rights
 from palestra.hub.registry.blobs import Received
 from palestra.hub.registry.hub import Hub
@@ -188,24 +188,44 @@ def _is_wanted(row: answers.EvaluationRow, query: Board) -> bool:
     )
 
 
+class _Settings(Struct):
+    """What a row shows of them; all were checked when they came."""
+
+    name: str
+    served: str
+    environment_version: str
+    split: str | None
+    temperature: float | None
+    rollouts_per_task: int | None
+    imported: str
+
+
+class _Numbers(Struct):
+    standing: Standing
+    note: str = ""
+
+
+_settings, _numbers = msgspec.json.Decoder(_Settings).decode, msgspec.json.Decoder(_Numbers).decode
+
+
 def row_of(row: Row[Any]) -> answers.EvaluationRow:
-    told, numbers = Evaluation.model_validate_json(row.settings), json.loads(row.numbers)
+    told, numbers = _settings(row.settings), _numbers(row.numbers)
     return answers.EvaluationRow(
         id=row.id,
         pushed_by=row.pushed_by,
         name=told.name,
-        model=told.model,
+        model=row.model,
         served=told.served,
         version=told.environment_version,
         is_known_version=row.version_id is not None,
-        library=told.palestra,
+        library=row.library,
         split=told.split or "",
         temperature=told.temperature,
         rollouts_per_task=told.rollouts_per_task,
         imported=told.imported,
-        standing=msgspec.convert(numbers["standing"], Standing),
+        standing=numbers.standing,
         verified=bool(row.verified),
         status=row.status,
-        note=str(numbers.get("note", "")),
+        note=numbers.note,
         created=row.created,
     )
