@@ -1,6 +1,7 @@
 """A directory of `palestra eval` as archives to push: one for each environment, with what it takes to play it again."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from palestra.config.load import flatten
 from palestra.config.schema import Engine, Env, EvalSet, SamplingConfig, SandboxConfig
 from palestra.core.errors import UserError
 from palestra.core.records import RolloutRecord
-from palestra.hub.evals.told import Evaluation, SeatTold, without_secrets
+from palestra.hub.evals.told import OVERRIDE, Evaluation, SeatTold, without_secrets
 from palestra.launch.evaluation import METADATA, context_of
 from palestra.wire.results import read_results
 from palestra.wire.rundir import RunDir
@@ -117,10 +118,11 @@ def _overrides(config: RunConfig, entry: EvalSet) -> tuple[list[str], list[str]]
     for key, value in flatten(config):
         if key in _OF_OPTIONS or plain.get(key, value) == value or (key.startswith("engine.") and not is_served_here):
             continue
-        if isinstance(value, dict) or value is None:
-            missing.append(f"The command leaves out {key}, which was {json.dumps(value, default=str)[:200]}.")
+        override = f"{key}={json.dumps(value, default=str)}"
+        if re.match(OVERRIDE, override):
+            found.append(override)
         else:
-            found.append(f"{key}={json.dumps(value, default=str)}")
+            missing.append(f"The command leaves out {override[:300]}.")
     if entry.top_p != 1.0:
         found.append(f"eval.sets.0.top_p={entry.top_p}")
     return found, missing

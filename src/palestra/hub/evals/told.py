@@ -13,7 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MOST_ARGS_CHARS = 20_000
 Short = Annotated[str, Field(max_length=200)]
 Long = Annotated[str, Field(max_length=1000)]
-Override = Annotated[str, Field(max_length=1000, pattern=r"^(engine|sampling|env|sandbox|eval)\.[A-Za-z0-9_.]+=")]
+# What a stranger's command may set on the machine of whoever copies it: sizes and times. No paths, no programs, no
+# flags of engines, no weaker sandbox.
+OVERRIDE = (
+    r"^(engine\.(max_model_len|tensor_parallel|join_max_tokens|call_s)|env\.(retries|stall_s)"
+    r"|sandbox\.(memory_mb|disk_mb|processes|cpus|timeout_s)|eval\.sets\.0\.top_p)=[0-9][0-9.e+-]{0,30}$"
+)
+Override = Annotated[str, Field(pattern=OVERRIDE)]
 Version = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9._+!-]*$")]
 
 
@@ -35,7 +41,9 @@ class Evaluation(Told):
 
     format: Literal[1] = 1
     name: Short = ""
-    environment: str = Field(min_length=1, max_length=200, description="as `palestra eval` was given it")
+    environment: str = Field(
+        min_length=1, max_length=200, pattern="^[^-]", description="as `palestra eval` was given it"
+    )
     environment_version: Version = ""
     palestra: Version = ""
     model: str = Field(min_length=1, max_length=500)
@@ -73,7 +81,8 @@ def without_secrets(url: str) -> str:
 
 
 def reproduce(told: Evaluation, *, index: str = "", project: str = "") -> list[str]:
-    """Commands, one a line, that play it again: nothing in them is more than a word of `palestra eval`.
+    """Commands, one a line, that play it again: nothing in them is more than a word of `palestra eval`. The sandbox is
+    that of whoever plays.
 
     `index` and `project`: where its environment is installed from. Empty, where settings are missing.
     """
@@ -99,13 +108,11 @@ def _eval_words(told: Evaluation) -> list[str]:
         "--max-tokens": told.max_tokens,
         "--split": told.split,
         "--seed": told.seed,
-        "--sandbox": told.sandbox,
         "--args": json.dumps(told.args) if told.args else None,
     }
     given = [word for name, value in options.items() if value is not None for word in (name, _plain(value))]
     seats = [word for name, seat in told.seats.items() for word in ("--seat", f"{name}={seat.url},{seat.model}")]
-    environment = told.environment if not told.environment.startswith("-") else f"./{told.environment}"
-    return ["palestra", "eval", environment, *model, *given, *seats, *told.overrides]
+    return ["palestra", "eval", told.environment, *model, *given, *seats, *told.overrides]
 
 
 def _plain(value: object) -> str:

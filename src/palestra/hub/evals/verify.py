@@ -25,7 +25,7 @@ from palestra.hub.evals.told import Evaluation
 from palestra.hub.registry import audit
 from palestra.hub.registry.hub import Hub
 from palestra.hub.registry.rights import Who
-from palestra.hub.registry.schema import environments, evaluations, files, owners
+from palestra.hub.registry.schema import dependencies, environments, evaluations, files, owners
 from palestra.sandbox import Host, Limits, Options, Sandbox
 
 _MOST_BYTES = 256 << 20  # of rollouts without their tokens
@@ -47,7 +47,8 @@ async def verify(hub: Hub, id: str, *, backend: str | None, say: Callable[[str],
     row = _row(hub, id)
     told = Evaluation.model_validate_json(row.settings)
     with tempfile.TemporaryDirectory(prefix="palestra-verify-") as place:
-        verdict = _prepared(hub, row, told, Path(place)) or await _judged(Path(place), backend)
+        verdict = _prepared(hub, row, told, Path(place))
+        verdict = verdict or await _judged(Path(place), backend, _packages(_needed(hub, row)))
     status, note = _status(verdict)
     _record(hub, row, status, note)
     say(f"{row.owner}/{row.environment} {id[:8]}: {status}{f': {note}' if note else ''}")
@@ -115,9 +116,9 @@ def _write_light(source: Path, to: Path) -> int:
 # --- the sandbox
 
 
-async def _judged(place: Path, backend: str | None) -> Verdict:
+async def _judged(place: Path, backend: str | None, packages: list[str]) -> Verdict:
     """Errors: UserError, IsolationError."""
-    options = Options(backend=backend, packages=tuple(_packages()))
+    options = Options(backend=backend, packages=tuple(packages))
     limits = Limits(memory_mb=2048, disk_mb=1024)
     async with Host(options, warm=0) as host:
         async with await host.create(limits=limits, timeout_s=_DEADLINE_S + 60) as sandbox:
@@ -146,10 +147,18 @@ async def _verdict(sandbox: Sandbox, result: Any) -> Verdict:
         return Verdict(problem=f"Scoring it again ended with {result.status}: {said.strip()[-500:]}")
 
 
-def _packages() -> list[str]:
-    """Distributions that palestra is built on, with all that they are built on, as far as they are here."""
+def _needed(hub: Hub, row: Row[Any]) -> list[str]:
+    """What the environment says that it needs."""
+    found = select(dependencies.c.name).where(dependencies.c.version_id == row.version_id)
+    with hub.database.read() as connection:
+        return list(connection.execute(found).scalars())
+
+
+def _packages(needed: list[str]) -> list[str]:
+    """Distributions that palestra is built on, and those `needed`, with all that they are built on, as far as they are
+    installed here: none is fetched."""
     found: dict[str, None] = {}
-    open = ["palestra"]
+    open = ["palestra", *needed]
     while open:
         name = open.pop()
         try:
