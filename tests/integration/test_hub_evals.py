@@ -1,8 +1,6 @@
 """From `palestra eval --push` to a verified row, with a real hub and endpoint; and the command that the page shows."""
 
 import json
-import os
-import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import pytest
 from palestra.hub.client import Client
 from palestra.wire.results import read_results
 from palestra.wire.rundir import RunDir
+from tests.hubs import Running, running
 from tests.integration.endpoint import Endpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -26,41 +25,24 @@ CLI = [sys.executable, "-m", "palestra.launch.cli"]
 class Served:
     """A hub, and how its administrator asks it."""
 
-    url: str
-    token: str
-    data: Path
-    env: dict[str, str]
+    running: Running
 
     def client(self) -> Client:
-        return Client(self.url, token=self.token)
+        return self.running.client()
 
     def palestra(self, *words: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([*CLI, *map(str, words)], capture_output=True, text=True, timeout=200, env=self.env)
+        done = self.running.palestra(*map(str, words))
         assert done.returncode == expect, done.stderr
         return done
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    place = tmp_path_factory.mktemp("hub")
-    command = [*CLI, "serve", "hub", "--data", str(place / "data"), "--port", "0", "--admin", "alice"]
-    log = (place / "log").open("w+")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().removeprefix("hub: ").strip()
-        log.seek(0)
-        found = re.search(r"not shown again: (\S+)", log.read())
-        assert found, url
-        known = {**os.environ, "XDG_CONFIG_HOME": str(place), "PALESTRA_HUB": url, "PALESTRA_HUB_TOKEN": found[1]}
-        served = Served(url.rstrip("/"), found[1], place / "data", known)
+    with running(tmp_path_factory.mktemp("hub") / "data", "--admin", "alice") as started:
+        started.environ |= {"PALESTRA_HUB": started.url, "PALESTRA_HUB_TOKEN": started.token}
+        served = Served(started)
         served.palestra("hub", "push", ROOT / "environments" / "reverse_text")
         yield served
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
-        log.close()
 
 
 def told(directory: Path) -> list[tuple]:
@@ -90,7 +72,7 @@ def test_an_evaluation_is_pushed_shown_verified_and_played_again_by_its_command(
         hub.palestra(*command[1:], "--output", tmp_path / "again")
         assert len(endpoint.asked) == 2 * asked == 24
     assert told(tmp_path / "again") == told(tmp_path / "out")
-    verified = hub.palestra("hub", "verify", "--data", hub.data)
+    verified = hub.palestra("hub", "verify", "--data", hub.running.data)
     assert f"alice/reverse-text {row.id[:8]}: verified" in verified.stdout
     with hub.client() as client:
         assert [one.verified for one in client.evaluations("alice", "reverse-text", verified="yes")] == [True]
@@ -128,7 +110,7 @@ def test_the_library_before_this_one_is_imported_and_marked(hub: Served, tmp_pat
 def test_what_cannot_be_pushed_is_said_before_anything_is_measured_or_sent(hub: Served, tmp_path: Path):
     with Endpoint() as endpoint:
         words = ("eval", "reverse-text", "--base-url", endpoint.url, "--model", "m", "-n", "2")
-        unknown = hub.env | {"PALESTRA_HUB_TOKEN": ""}
+        unknown = hub.running.environ | {"PALESTRA_HUB_TOKEN": ""}
         done = subprocess.run([*CLI, *words, "--push"], capture_output=True, text=True, timeout=60, env=unknown)
         assert (done.returncode, len(endpoint.asked)) == (2, 0)
         assert "nobody has logged in" in done.stderr
