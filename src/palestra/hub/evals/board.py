@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
-from sqlalchemy import Connection, Row, delete, insert, select
+from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from palestra.algo.standing import Standing
 from palestra.core.errors import InfrastructureError, UserError
@@ -81,7 +81,9 @@ def _insert(connection: Connection, who: Who, environment: Row[Any], id: str, fo
     """Whether it is new. Of two that push the same at once, the second finds the first one's."""
     connection.execute(select(environments.c.id).where(environments.c.id == environment.id).with_for_update())
     known = select(evaluations.c.id).where(evaluations.c.environment_id == environment.id)
+    version_id = _version_id(connection, environment.id, found.told.environment_version)
     if connection.execute(known.where(evaluations.c.id == id)).first() is not None:
+        _note_version(connection, id, version_id, is_imported=bool(found.told.imported))
         return False
     if len(connection.execute(known).all()) >= MOST_OF_ONE:
         raise UserError(f"{environment.name} has {MOST_OF_ONE} evaluations, which is the most; delete some")
@@ -90,7 +92,7 @@ def _insert(connection: Connection, who: Who, environment: Row[Any], id: str, fo
     values = {
         "id": id,
         "environment_id": environment.id,
-        "version_id": _version_id(connection, environment.id, told.environment_version),
+        "version_id": version_id,
         "owner_id": who.id,
         "model": told.model,
         "library": told.palestra,
@@ -104,6 +106,14 @@ def _insert(connection: Connection, who: Who, environment: Row[Any], id: str, fo
     subject = f"{environment.owner}/{environment.name}"
     audit.record(connection, who, "evaluation.push", subject, id=id, model=told.model, digest=found.digest)
     return True
+
+
+def _note_version(connection: Connection, id: str, version_id: int | None, *, is_imported: bool) -> None:
+    """Of an evaluation that was here before the version that it names: it can be scored again now."""
+    if version_id is None or is_imported:
+        return
+    where = (evaluations.c.id == id, evaluations.c.version_id.is_(None))
+    connection.execute(update(evaluations).where(*where).values(version_id=version_id, status=NEW, verified=False))
 
 
 def _version_id(connection: Connection, environment_id: int, version: str) -> int | None:

@@ -172,6 +172,23 @@ def test_the_leaderboard_is_sorted_and_filtered(hub: Hub, tmp_path: Path):
     assert known == {"0.1.0": True, "0.2.0": False}
 
 
+def test_pushed_again_it_finds_the_version_that_came_after_it(hub: Hub, tmp_path: Path):
+    file = archive(tmp_path / "a.zip", environment_version="0.2.0")
+    first = push(hub, who(hub, "bob"), file)
+    with hub.database.write() as connection:
+        connection.execute(update(evaluations).values(status="unverifiable"))
+        connection.execute(insert(versions).values(environment_id=1, version="0.2.0", created=1.0))
+    again = push(hub, who(hub, "bob"), file)
+    (row,) = board.listed(hub, ANYBODY, "alice", "reverse-text", ALL).rows
+    assert (again.id, again.is_new) == (first.id, False)
+    assert (row.is_known_version, row.status) == (True, "new")
+    with hub.database.write() as connection:
+        connection.execute(update(evaluations).values(status="verified", verified=True))
+    push(hub, who(hub, "bob"), file)
+    (row,) = board.listed(hub, ANYBODY, "alice", "reverse-text", ALL).rows
+    assert (row.verified, row.status) == (True, "verified")
+
+
 def test_an_evaluation_tells_its_settings_and_how_to_play_it_again(hub: Hub, tmp_path: Path):
     pushed = push(hub, who(hub, "bob"), archive(tmp_path / "a.zip"))
     page = views.evaluation(hub, ANYBODY, "alice", "reverse-text", pushed.id, url="http://hub:8004")
