@@ -204,6 +204,7 @@ ENDS_ALL_THE_SAME = {
     ("hub.registry.uploads.Uploads._taken", "await asyncio.to_thread(...)"): _DATABASE,
     ("hub.evals.verify._verdict", "await sandbox.read(...)"): "every request to an agent has a deadline",
     ("hub.evals.uploads.EvaluationUploads._taken", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.web._OnlyText.__call__", "await app(...)"): "as `Guard`",
     ("hub.registry.web._flushing.flush", "await asyncio.to_thread(...)"): _DATABASE,
     ("hub.registry.web._twin.answer", "await asyncio.to_thread(...)"): _DATABASE,
     ("hub.registry.web._page.answer", "await asyncio.to_thread(...)"): _DATABASE,
