@@ -46,7 +46,7 @@ class Evaluation(Told):
     )
     environment_version: Version = ""
     palestra: Version = ""
-    model: str = Field(min_length=1, max_length=500)
+    model: str = Field(min_length=1, max_length=500, pattern=r"^[^\x00]+$")  # of which PostgreSQL takes none
     served: Literal["endpoint", "checkpoint", "elsewhere"]
     endpoint: Long = ""
     split: Short | None = None

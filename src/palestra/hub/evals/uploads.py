@@ -27,7 +27,7 @@ from palestra.hub.registry.uploads import Refused
 _AT_ONCE = 8
 _SILENCE_S = 60.0
 _CHECK_S = 1800.0
-KIND = "application/zip"
+KINDS = ("application/zip", "application/octet-stream")
 
 
 class EvaluationUploads:
@@ -58,8 +58,8 @@ class EvaluationUploads:
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > DEFAULT.archive_bytes:
             raise TooLargeError(f"{announced} bytes; at most {DEFAULT.archive_bytes} are taken")
-        if request.headers.get("content-type", "").split(";")[0].strip() != KIND:
-            raise UserError(f"the body is an archive, of the type {KIND}")
+        if request.headers.get("content-type", "").split(";")[0].strip() not in KINDS:
+            raise UserError(f"the body is an archive, of the type {KINDS[0]}")
         with Incoming(hub.settings.incoming, DEFAULT.archive_bytes) as incoming:
             await _received(request, incoming, deadline_s=hub.settings.push_s)
             pushing = partial(board.push, hub, who, owner, name, incoming.received())

@@ -8,6 +8,7 @@ import msgspec
 from palestra import __version__
 from palestra.hub.evals.answers import EvaluationPushed
 from palestra.hub.evals.pages import HOME as EVALUATIONS
+from palestra.hub.evals.uploads import KINDS
 from palestra.hub.registry.actions import ACTIONS
 from palestra.hub.registry.ask import Action, Page
 from palestra.hub.registry.pages import PAGES
@@ -21,6 +22,7 @@ _TEXTS = {
     "409": "something else is there already",
     "413": "too large",
 }
+_BINARY = {"type": "string", "format": "binary"}
 _PROBLEM = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 
 
@@ -78,7 +80,7 @@ def _evaluation_push(schema: dict[str, Any]) -> dict[str, Any]:
         "operationId": "push_evaluation",
         "summary": title,
         "parameters": _of_path(EVALUATIONS),
-        "requestBody": {"required": True, "content": {"application/zip": {"schema": {}}}},
+        "requestBody": {"required": True, "content": {kind: {"schema": _BINARY} for kind in KINDS}},
         "responses": _responses(title, schema, (*_TEXTS, "408", "503")),
     }
 

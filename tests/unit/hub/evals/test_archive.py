@@ -78,6 +78,7 @@ def test_a_rollout_that_cannot_be_is_named(lines, said, tmp_path: Path):
         ({"overrides": ["engine.args={}; rm -rf /", "train.lr=1"]}, "overrides.1"),
         ({"environment_version": "1; rm"}, "environment_version"),
         ({"model": ""}, "model"),
+        ({"model": "a\0b"}, "model"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes, said, tmp_path: Path):
