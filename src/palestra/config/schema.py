@@ -10,6 +10,7 @@ Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip", "none"]
 BaselineKind = Literal["mean", "leave_one_out", "moving_average"]  # of a group; or of a seat, over the groups before
 AdvantageScale = Literal["none", "std"]
 Dtype = Literal["float32", "bfloat16"]
+Place = Literal["tensorboard", "wandb", "trackio"]
 VLLM_GPU_SHARE = 0.92  # gpu-memory-utilization, where nobody says otherwise
 
 
@@ -34,6 +35,8 @@ class Log(Section):
     keep_logprobs: bool = (
         True  # the trainer's, of every trained token, for `palestra view`: 4 bytes each, beside batches
     )
+    to: tuple[Place, ...] = ()  # where metrics are told besides metrics.jsonl: "tensorboard", "wandb", "trackio"
+    project: str = Field(default="palestra", min_length=1, max_length=100)  # there
     keep_weights: bool = False  # every staged version stays, for `palestra replay --from weights`: a model each
 
 

@@ -186,6 +186,7 @@ class RolloutRecord(Struct, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] = field(default_factory=list)  # that the first seat was told of, as JSON schemas
     num_turns: int = 0
     num_tokens: int = 0  # said in it, over all seats
+    num_prompt_tokens: int = 0  # of all its turns, each prompt in full; 0 where nobody counted them
     error: str = ""
     wall_s: float = 0.0
     engine_s: float = 0.0  # of it, waiting for replies; calls at the same time add up

@@ -46,6 +46,7 @@ class Spent:
 
     turns: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0  # of all its turns, each prompt in full
     last: tuple[int, Said] | None = None
 
 
@@ -271,6 +272,7 @@ class Agent:
         self.num_tokens += said.num_tokens
         self._own_tokens += said.num_tokens
         self._spent.tokens += said.num_tokens
+        self._spent.prompt_tokens += said.num_prompt_tokens
         self._last = self._spent.last = turn, said
         return said
 
@@ -340,6 +342,11 @@ class Agent:
     def num_said(self) -> int:
         """Tokens that this seat said, forks included."""
         return self._own_tokens + sum(fork.num_said for fork in self._forks)
+
+    @property
+    def num_heard(self) -> int:
+        """Tokens of the prompts of all its turns, forks included, each prompt in full."""
+        return self._spent.prompt_tokens
 
     @property
     def samples(self) -> tuple[Sample, ...]:

@@ -265,4 +265,5 @@ def _conversation(task: Task, agents: list[Agent], ending: Ending) -> RolloutRec
         tools=shown.schemas if shown else [],
         num_turns=shown.last_words[1] if shown else 0,
         num_tokens=sum(agent.num_said for agent in training),
+        num_prompt_tokens=sum(agent.num_heard for agent in training),
     )

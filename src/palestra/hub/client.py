@@ -10,10 +10,11 @@ from typing import Any
 
 from palestra.hub import answers
 from palestra.hub.asking import segment
+from palestra.hub.evals.client import EvaluationsClient
 from palestra.hub.registry.client import RegistryClient
 
 
-class Client(RegistryClient):
+class Client(RegistryClient, EvaluationsClient):
     """Errors of every method: UserError for what the server refuses, InfrastructureError where it does not answer."""
 
     def runs(self) -> list[answers.RunRow]:

@@ -182,8 +182,12 @@ def groups(library: Library, path: dict[str, str], query: queries.Groups) -> ans
 
 
 def rollout(library: Library, path: dict[str, str], query: queries.Rollout) -> answers.Rollout:
-    of = library.open(path["run"])
-    found, line = _line(of, path["file"], path["line"])
+    return rollout_of(library.open(path["run"]), path["file"], path["line"], query)
+
+
+def rollout_of(of: OpenRun, file: str, number: str, query: queries.Rollout) -> answers.Rollout:
+    """Line `number` of a file of rollouts. Errors: NotFoundError."""
+    found, line = _line(of, file, number)
     record = record_at(of.run, found, line)
     row = row_of(record, found, line, of.group_size)
     return answers.Rollout(

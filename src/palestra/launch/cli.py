@@ -129,6 +129,9 @@ def _add_runs(commands) -> None:
     show = _add(inner, "show", _runs_show, "one run: status, last metrics, where the time went")
     show.add_argument("run", help="a run directory, or the name of one in outputs/")
     _add_json(show)
+    tell = _add(inner, "tell", _runs_tell, "tell a place of all metrics of a run: one that failed, or is new")
+    tell.add_argument("run", help="a run directory, or the name of one in outputs/")
+    tell.add_argument("place", choices=["tensorboard", "wandb", "trackio"])
 
 
 def _add_view(commands) -> None:
@@ -143,6 +146,8 @@ def _add_eval(commands) -> None:
     text = "measure environments with an endpoint, or with a checkpoint served here"
     parser = _add(commands, "eval", _eval, text)
     _add_wish(parser, split="test", also="; or: compare A B; or: import DIR... --output DIR")
+    parser.add_argument("--push", action="store_true", help="to the leaderboards of the hub that one has logged in at")
+    parser.add_argument("--push-to", metavar="OWNER", help="the same, where the environments are somebody else's")
     generate = _add(commands, "generate", _generate, "play environments and keep good rollouts as supervised data")
     _add_wish(generate, split="train")
     generate.add_argument("--to", type=Path, required=True, metavar="FILE", help="JSON lines with `messages`")
@@ -361,6 +366,13 @@ def _runs_show(arguments: argparse.Namespace) -> None:
     runs.show_one(runs.find(arguments.run), as_json=arguments.json)
 
 
+def _runs_tell(arguments: argparse.Namespace) -> int:
+    from palestra.launch import runs
+    from palestra.launch.sinks.keeping import tell
+
+    return tell(runs.find(arguments.run), arguments.place)
+
+
 def _view(arguments: argparse.Namespace) -> None:
     from palestra.launch import view
 
@@ -387,8 +399,18 @@ def _eval(arguments: argparse.Namespace) -> None:
         evaluation.compare(one, other, as_json=arguments.json)
     elif arguments.words[:1] == ["import"]:
         _import(arguments)
+    elif arguments.push or arguments.push_to:
+        _measure_and_push(arguments)
     else:
         _measure(arguments)
+
+
+def _measure_and_push(arguments: argparse.Namespace) -> None:
+    from palestra.launch import hub_evals
+
+    at = hub_evals.require_account()
+    run = _measure(arguments)
+    hub_evals.push([run.path], hub=at.url, owner=arguments.push_to or "", as_json=False)
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from palestra import __version__
+from palestra.algo.scores import Estimate, difference
 from palestra.config import RunConfig, read_resolved
 from palestra.config.load import load_tree
 from palestra.config.schema import Engine
@@ -37,7 +38,6 @@ from palestra.launch.model_path import max_positions, require_model
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import make_plan, require_fit
 from palestra.launch.run import require_keys, require_pythons
-from palestra.orchestrate.scores import Estimate, difference
 from palestra.wire.results import read_results
 from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import read_summary
@@ -190,7 +190,7 @@ def config_of(wish: Wish) -> RunConfig:
         "model": {"path": wish.model if wish.checkpoint is None else _absolute(wish.checkpoint)},
         "sampling": {"max_tokens": wish.max_tokens},
         "train": {"seed": wish.seed},
-        "engine": {"max_in_flight": wish.concurrency, **_context(wish.checkpoint)},
+        "engine": {"max_in_flight": wish.concurrency, **context_of(wish.checkpoint)},
         "env": {"sandbox": wish.sandbox},
         "eval": {"sets": [{**_named(id), **common} for id in dict.fromkeys(wish.environments)]},
     }
@@ -200,7 +200,7 @@ def config_of(wish: Wish) -> RunConfig:
     return load_tree(tree, wish.overrides).config
 
 
-def _context(checkpoint: Path | None) -> dict[str, int]:
+def context_of(checkpoint: Path | None) -> dict[str, int]:
     """Of a model whose context is shorter than an engine's default."""
     positions = None if checkpoint is None else max_positions(checkpoint)
     return {} if positions is None else {"max_model_len": min(positions, Engine().max_model_len)}

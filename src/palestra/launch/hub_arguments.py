@@ -36,6 +36,7 @@ def add_hub(commands, add: Callable[..., argparse.ArgumentParser], add_json: Cal
     yank.add_argument("environment", metavar="OWNER/NAME==VERSION")
     yank.add_argument("--reason", default="", help="is shown to those who install it all the same")
     yank.add_argument("--undo", action="store_true", help="take a yank back")
+    _add_evaluations(inner, add, add_json)
     user = inner.add_parser("user", help="people of a hub", description="People of a hub.")
     people = user.add_subparsers(metavar="COMMAND", required=True)
     person = add(people, "add", _add_user, "add a person, whose token is said once")
@@ -45,6 +46,33 @@ def add_hub(commands, add: Callable[..., argparse.ArgumentParser], add_json: Cal
         add_json(parser)
     for parser in (push, pull, search, yank, person):
         parser.add_argument("--hub", default="", metavar="URL", help="default: the one logged in at last")
+
+
+def _add_evaluations(inner, add: Callable[..., argparse.ArgumentParser], add_json: Callable[..., None]) -> None:
+    pushed = add(inner, "push-eval", _push_eval, "bring evaluations to the leaderboards of their environments")
+    pushed.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="what `palestra eval` wrote")
+    pushed.add_argument("--owner", default="", metavar="NAME", help="of the environments (default: you)")
+    pushed.add_argument("--hub", default="", metavar="URL", help="default: the one logged in at last")
+    add_json(pushed)
+    verify = add(inner, "verify", _verify, "score evaluations of a hub again, in sandboxes, on its own machine")
+    verify.add_argument("evaluations", nargs="*", metavar="ID", help="default: all that nobody has scored again")
+    verify.add_argument("--data", type=Path, default=Path("hub"), metavar="DIR", help="of the hub (default: hub)")
+    verify.add_argument("--database", default="", metavar="URL", help="as the hub was served with")
+    verify.add_argument("--sandbox", metavar="NAME", help="default: the best that works here")
+
+
+def _push_eval(arguments: argparse.Namespace) -> None:
+    from palestra.launch import hub_evals
+
+    hub_evals.push(arguments.directories, hub=arguments.hub, owner=arguments.owner, as_json=arguments.json)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from palestra.launch import hub_evals
+
+    return hub_evals.verify(
+        arguments.evaluations, data=arguments.data, database=arguments.database, sandbox=arguments.sandbox
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> None:

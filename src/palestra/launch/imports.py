@@ -9,10 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from palestra.algo.scores import scores
 from palestra.core.errors import UserError
 from palestra.core.files import write_atomically
 from palestra.core.records import Ending, RolloutRecord, Task
-from palestra.orchestrate.scores import scores
 from palestra.wire.results import ResultsFile
 from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import RunLog
@@ -99,6 +99,7 @@ def _record(row: dict[str, Any], name: str, number: int) -> RolloutRecord:
         messages=[*prompt, *completion],
         num_turns=sum(message.get("role") == "assistant" for message in completion),
         num_tokens=int((row.get("token_usage") or {}).get("output_tokens", 0)),
+        num_prompt_tokens=int((row.get("token_usage") or {}).get("input_tokens", 0)),
         error=str(error)[:2000],
         wall_s=float(row.get("total_ms") or 0.0) / 1000,
     )

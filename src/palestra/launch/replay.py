@@ -76,7 +76,8 @@ def replay(run: RunDir) -> RunDir:
 def copy_of(run: RunDir) -> tuple[RunConfig, RunDir]:
     """Where a run is replayed: RUN-replay, beside it. Errors: UserError, if that exists."""
     before = read_resolved(run.config)
-    log = before.log.model_copy(update={"name": f"{run.name}-replay", "outputs": run.path.parent})
+    # Elsewhere nobody is told of a replay.
+    log = before.log.model_copy(update={"name": f"{run.name}-replay", "outputs": run.path.parent, "to": ()})
     # Its leader is not made to go on, and gives no turns: one process has the device to itself.
     launch = before.launch.model_copy(update={"max_restarts": 0, "turns": False})
     config = before.model_copy(update={"log": log, "launch": launch})

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from palestra.algo.scores import scores
 from palestra.config import read_resolved
 from palestra.config.schema import RunConfig
 from palestra.core.errors import UserError
@@ -16,7 +17,6 @@ from palestra.env.environment import Environment
 from palestra.env.rescore import rescore
 from palestra.env.sandbox import Sandboxes
 from palestra.env.worker import set_stages
-from palestra.orchestrate.scores import scores
 from palestra.wire.results import read_results
 from palestra.wire.rundir import RunDir
 

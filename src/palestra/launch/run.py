@@ -22,6 +22,7 @@ from palestra.launch.machine import this_machine
 from palestra.launch.model_path import require_model
 from palestra.launch.outcome import Interrupted
 from palestra.launch.plan import Plan, make_plan, require_fit
+from palestra.launch.sinks.keeping import require_places, telling
 from palestra.launch.start import Origin
 from palestra.launch.supervisor import View, supervise
 from palestra.wire.rundir import Attempt, RunDir
@@ -39,6 +40,7 @@ def plan_of(config: RunConfig) -> Plan:
     require_keys(config)
     require_backend(config.env.sandbox)
     require_data(config)
+    require_places(config.log.to)
     machine = this_machine()
     plan = make_plan(config, machine, is_model_built=(RunDir(config.run_dir).model / "config.json").exists())
     require_fit(plan, machine)
@@ -128,7 +130,7 @@ def _supervise(config: RunConfig, plan: Plan, attempt: Attempt, guard: Guard, le
     write_status(run, status)
     state, error = State.FAILED, "a bug of the supervisor"
     try:
-        with view_of(run.name, sys.stderr) as view:
+        with view_of(run.name, sys.stderr) as view, telling(run, config.log.to, guard, view.say):
             _say_start(view, run, attempt, plan)
             ledger.switch("work")
             with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(LedgerSelector(ledger))) as runner:

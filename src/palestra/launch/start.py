@@ -26,6 +26,8 @@ _HARMLESS = (
     "log.keep_rollouts",
     "log.keep_logprobs",
     "log.keep_weights",
+    "log.to",
+    "log.project",
     "algo.reference.max_in_flight",
     "algo.teacher.max_in_flight",
     "train.checkpoint_every",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from palestra.algo.scores import scores
 from palestra.config.schema import EvalSet, RunConfig
 from palestra.core.clock import unix_now
 from palestra.core.deadline import within
@@ -22,7 +23,6 @@ from palestra.orchestrate.answers import Answers, EndpointAnswers, EngineAnswers
 from palestra.orchestrate.endpoints import SeatEndpoints
 from palestra.orchestrate.evaluate import EvalResult, Means, evaluate
 from palestra.orchestrate.quarantine import Quarantine
-from palestra.orchestrate.scores import scores
 from palestra.orchestrate.state import TaskQuarantined
 from palestra.orchestrate.workers import Deadlines, PlayOrder, WorkerPool
 from palestra.wire.channel import Caller, Listener

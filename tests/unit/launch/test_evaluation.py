@@ -2,9 +2,9 @@
 
 import json
 
+from palestra.algo.scores import scores
 from palestra.core.records import Ending, RolloutRecord, Task
 from palestra.launch.evaluation import show
-from palestra.orchestrate.scores import scores
 from palestra.wire.rundir import RunDir
 
 

@@ -5,6 +5,7 @@ import time
 
 from sqlalchemy import Connection, delete, insert, select, update
 
+from palestra.hub.evals.pages import ACTIONS as OF_EVALUATIONS
 from palestra.hub.registry import answers, audit, names, publish, queries, rights
 from palestra.hub.registry.ask import Action, Ask
 from palestra.hub.registry.publish import TakenError
@@ -211,4 +212,5 @@ ACTIONS: list[Action] = [
     Action(f"{_ENVIRONMENT}/delete", "Delete an environment", queries.Nothing, answers.Done, delete_environment),
     Action(f"{_VERSION}/yank", "Yank a version", queries.Yank, answers.Done, yank),
     Action(f"{_VERSION}/unyank", "Take a yank back", queries.Nothing, answers.Done, unyank),
+    *OF_EVALUATIONS,
 ]

@@ -6,6 +6,9 @@ from typing import Any
 import msgspec
 
 from palestra import __version__
+from palestra.hub.evals.answers import EvaluationPushed
+from palestra.hub.evals.pages import HOME as EVALUATIONS
+from palestra.hub.evals.uploads import KINDS
 from palestra.hub.registry.actions import ACTIONS
 from palestra.hub.registry.ask import Action, Page
 from palestra.hub.registry.pages import PAGES
@@ -19,18 +22,20 @@ _TEXTS = {
     "409": "something else is there already",
     "413": "too large",
 }
+_BINARY = {"type": "string", "format": "binary"}
 _PROBLEM = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 
 
 def document() -> dict[str, Any]:
     """Of version 3.1."""
-    kinds = [one.answer for one in (*PAGES, *ACTIONS)]
+    kinds = [*(one.answer for one in (*PAGES, *ACTIONS)), EvaluationPushed]
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_REF)
     paths: dict[str, Any] = {}
     for page, schema in zip(PAGES, schemas, strict=False):
         paths[f"{page.path}.json"] = {"get": _page(page, schema)}
-    for action, schema in zip(ACTIONS, schemas[len(PAGES) :], strict=True):
+    for action, schema in zip(ACTIONS, schemas[len(PAGES) : -1], strict=True):
         paths[action.path] = {"post": _action(action, schema)}
+    paths[EVALUATIONS] = {"post": _evaluation_push(schemas[-1])}
     tokens = {"bearer": {"type": "http", "scheme": "bearer"}, "basic": {"type": "http", "scheme": "basic"}}
     return {
         "openapi": "3.1.0",
@@ -69,6 +74,17 @@ def _action(action: Action, schema: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _evaluation_push(schema: dict[str, Any]) -> dict[str, Any]:
+    title = "Push an evaluation"
+    return {
+        "operationId": "push_evaluation",
+        "summary": title,
+        "parameters": _of_path(EVALUATIONS),
+        "requestBody": {"required": True, "content": {kind: {"schema": _BINARY} for kind in KINDS}},
+        "responses": _responses(title, schema, (*_TEXTS, "408", "503")),
+    }
+
+
 def _of_path(path: str) -> list[dict[str, Any]]:
     names = re.findall(r"{(\w+)}", path)
     return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
@@ -77,4 +93,4 @@ def _of_path(path: str) -> list[dict[str, Any]]:
 def _responses(title: str, schema: dict[str, Any], problems: tuple[str, ...]) -> dict[str, Any]:
     problem = {"content": {"application/json": {"schema": {"$ref": _REF.format(name="Problem")}}}}
     found: dict[str, Any] = {"200": {"description": title, "content": {"application/json": {"schema": schema}}}}
-    return found | {status: {"description": _TEXTS[status], **problem} for status in problems}
+    return found | {status: {"description": _TEXTS.get(status, "try again"), **problem} for status in problems}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
+from palestra.hub.evals.opened import Cache
 from palestra.hub.registry import blobs as kept
 from palestra.hub.registry.artefact import Bounds
 from palestra.hub.registry.blobs import Blobs, Directory
@@ -38,6 +39,7 @@ class Hub:
     def __init__(self, database: Database, blobs: Blobs, settings: Settings):
         self.database, self.blobs, self.settings = database, blobs, settings
         self.counts = Counts(database)
+        self.unpacked = Cache(blobs, settings.data / "unpacked")
         settings.incoming.mkdir(parents=True, exist_ok=True)
 
     @classmethod

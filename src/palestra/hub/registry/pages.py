@@ -8,6 +8,7 @@ from typing import Any
 from packaging.version import Version
 from sqlalchemy import Connection, Row, Select, func, or_, select
 
+from palestra.hub.evals.pages import PAGES as OF_EVALUATIONS
 from palestra.hub.registry import answers, artefact, queries, readme, rights, wordindex
 from palestra.hub.registry.ask import Ask, Page
 from palestra.hub.registry.rights import NotAllowedError, NotFoundError, Role, Who, visible
@@ -354,4 +355,5 @@ PAGES: list[Page] = [
         source,
         "hub/source.html",
     ),
+    *OF_EVALUATIONS,
 ]

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.hub import words
+from palestra.hub.evals.uploads import EvaluationUploads
 from palestra.hub.guard import Guard
 from palestra.hub.registry import access, answers, audit, delivery, description, rights
 from palestra.hub.registry.actions import ACTIONS
@@ -70,6 +71,7 @@ def application(hub: Hub, names: frozenset[str] = frozenset({"localhost"})) -> S
     routes += [Route("/api/login", _login(hub), methods=["POST"]), Route("/api/logout", _logout(hub), methods=["POST"])]
     routes += [Route(one.path, _action(hub, one, templates), methods=["POST"]) for one in ACTIONS]
     routes += Uploads(hub, threads).routes()
+    routes += EvaluationUploads(hub, threads).routes()
     routes += delivery.routes(hub)
     routes += [Route(f"{page.path}.json", _twin(hub, page), middleware=shown) for page in PAGES]
     routes += [Route(page.path, _page(hub, page, templates), middleware=shown) for page in PAGES]

@@ -242,5 +242,5 @@
   Charts.update().catch(report);
   Charts.ledger().catch(report);
   Tokens.start().catch(report);
-  listen();
+  if (!("still" in document.body.dataset)) listen(); // what is finished does not change
 })();

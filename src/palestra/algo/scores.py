@@ -85,14 +85,15 @@ def scores(records: Sequence[RolloutRecord]) -> dict[str, Any]:
     return {
         "reward": _as_json(reward),
         "pass_at": {
-            str(k): sum(pass_at_k(len(t), _solved(t), k) for t in tasks.values()) / len(tasks) for k in _powers(fewest)
+            str(k): sum(pass_at_k(len(t), _solved(t), k) for t in tasks.values()) / len(tasks) for k in powers(fewest)
         },
         "rewards": _means([record.rewards for record in valid]),
         "metrics": _means([record.metrics for record in valid]),
         "tokens": sum(record.num_tokens for record in valid) / len(valid),
+        "prompt_tokens": sum(record.num_prompt_tokens for record in valid) / len(valid),
         "turns": sum(record.num_turns for record in valid) / len(valid),
         "endings": dict(Counter(str(record.ending) for record in records)),
-        "errors": dict(Counter(_cause(record) for record in records if record.ending == Ending.INVALID)),
+        "errors": dict(Counter(cause(record) for record in records if record.ending == Ending.INVALID)),
         "versions": sorted({version for record in records for version in record.versions}),
     }
 
@@ -102,14 +103,15 @@ def difference(one: Sequence[RolloutRecord], other: Sequence[RolloutRecord]) -> 
 
     Errors: ValueError, if they share no task.
     """
-    before, after = _task_means(one), _task_means(other)
+    before, after = task_means(one), task_means(other)
     shared = before.keys() & after.keys()
     if not shared:
         raise ValueError("no task is in both")
     return estimate({key: [after[key] - before[key]] for key in sorted(shared)})
 
 
-def _task_means(records: Sequence[RolloutRecord]) -> dict[str, float]:
+def task_means(records: Sequence[RolloutRecord]) -> dict[str, float]:
+    """By the key of the task."""
     return {key: sum(r.reward for r in of_task) / len(of_task) for key, of_task in by_task(records).items()}
 
 
@@ -117,7 +119,7 @@ def _solved(records: Sequence[RolloutRecord]) -> int:
     return sum(record.reward >= SOLVED_AT for record in records)
 
 
-def _powers(largest: int) -> list[int]:
+def powers(largest: int) -> list[int]:
     """1, 2, 4, ... up to `largest`, and itself."""
     return sorted({*(1 << power for power in range(largest.bit_length())), largest})
 
@@ -132,7 +134,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _cause(record: RolloutRecord) -> str:
+def cause(record: RolloutRecord) -> str:
+    """Why it is invalid: the first line of its error."""
     first = record.error.splitlines()[0] if record.error else "no reason given"
     return first[:_LONGEST_CAUSE]
 

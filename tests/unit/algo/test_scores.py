@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
+from palestra.algo.scores import difference, estimate, of_rewards, pass_at_k, scores
 from palestra.core.records import Ending, RolloutRecord, Task
-from palestra.orchestrate.scores import difference, estimate, of_rewards, pass_at_k, scores
 
 
 def record(key: str, reward: float, *, ending: Ending = Ending.OK, error: str = "", tokens: int = 10) -> RolloutRecord:
