@@ -62,9 +62,10 @@ check: form layers
 test: debian form layers types
 	@$(tests) tests
 
-# The pages of doc-search, runtimes of sandboxes, a browser for the viewer. Without one of them, its tests are skipped.
+# The pages of doc-search, runtimes of sandboxes, a browser for the viewer, the hub's other database. Without one of
+# them, its tests are skipped.
 debian:
-	@missing=; for package in python3-doc sqlite3-doc runc runsc chromium; do \
+	@missing=; for package in python3-doc sqlite3-doc runc runsc chromium postgresql; do \
 	  dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; \
 	done; \
 	[ -z "$$missing" ] || apt-get update -qq >/dev/null 2>&1; \
@@ -148,5 +149,5 @@ $(environments_stamp): $(palestra_stamp)
 
 $(dev_stamp): $(palestra_stamp)
 	@echo "Installing the tools for tests and checks."
-	@$(pip) --no-build-isolation $(pins) -e ".[dev]"
+	@$(pip) --no-build-isolation $(pins) -e ".[dev,hub]"
 	$(call stamp,dev)

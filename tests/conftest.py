@@ -1,5 +1,8 @@
 """Tests run in two processes at once (`-n 2`): what shares an engine or a run stays in one of them."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -22,3 +25,32 @@ class Together(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log) -> Together:
     return Together(config, log)
+
+
+# --- databases of the hub
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator:
+    """One cluster a session; `tests.databases.Cluster`."""
+    from tests.databases import binaries, cluster
+
+    programs = binaries()
+    if programs is None:
+        pytest.skip("Debian's postgresql is not installed; `make debian` installs it")
+    with cluster(programs) as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a database with the hub's schema and nothing else, for every kind of database."""
+    from palestra.hub.registry.database import Database, sqlite_url
+
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgresql").fresh()
+    url = sqlite_url(tmp_path / "hub.db")
+    database = Database(url)
+    database.migrate()
+    database.close()
+    return url.render_as_string()
