@@ -5,15 +5,15 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from palestra.core.errors import UserError
 
-_PIECE = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -37,8 +37,8 @@ class Blobs(Protocol):
 
     def exists(self, sha256: str) -> bool: ...
 
-    def delete(self, sha256: str) -> None:
-        """Nothing happens if there is none."""
+    def delete(self, sha256: str, *, before: float = inf) -> None:
+        """Nothing happens if there is none, or if it was stored at `before` or later."""
         ...
 
     def names(self) -> Iterator[tuple[str, float]]:
@@ -60,19 +60,17 @@ class TooLargeError(UserError):
 
 
 class Directory:
-    """`root/ab/abcd...`, and `root/incoming` for what is being written."""
+    """`root/ab/abcd...`. What is put must be on the same file system: it is moved there."""
 
     def __init__(self, root: Path):
-        self._root, self.incoming = root, root / "incoming"
-        self.incoming.mkdir(parents=True, exist_ok=True)
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
 
     def put(self, file: Path, sha256: str) -> None:
         place = self._place(sha256)
         if place.exists():
             os.utime(place)  # young again: no sweep takes it before it is named
             return
-        if file.stat().st_dev != self._root.stat().st_dev:
-            file = self._copied(file)
         if not place.parent.exists():
             place.parent.mkdir(exist_ok=True)
             _sync(self._root)
@@ -92,8 +90,13 @@ class Directory:
     def exists(self, sha256: str) -> bool:
         return self._place(sha256).exists()
 
-    def delete(self, sha256: str) -> None:
-        self._place(sha256).unlink(missing_ok=True)
+    def delete(self, sha256: str, *, before: float = inf) -> None:
+        place = self._place(sha256)
+        try:
+            if place.stat().st_mtime < before:
+                place.unlink()
+        except FileNotFoundError:
+            pass  # gone already
 
     def names(self) -> Iterator[tuple[str, float]]:
         for folder in sorted(self._root.glob("[0-9a-f][0-9a-f]")):
@@ -108,12 +111,6 @@ class Directory:
         if not _SHA256.match(sha256):
             raise ValueError(f"{sha256!r} is no SHA-256")
         return self._root / sha256[:2] / sha256
-
-    def _copied(self, file: Path) -> Path:
-        with file.open("rb") as source, tempfile.NamedTemporaryFile(dir=self.incoming, delete=False) as target:
-            while piece := source.read(_PIECE):
-                target.write(piece)
-        return Path(target.name)
 
 
 def _sync(directory: Path) -> None:
@@ -170,14 +167,18 @@ def put_bytes(blobs: Blobs, content: bytes, directory: Path) -> str:
         return one.sha256
 
 
-def sweep(blobs: Blobs, named: set[str], *, older_than_s: float) -> int:
-    """Delete what nobody names and is old enough that no push is about to name it; how many."""
-    limit, num = time.time() - older_than_s, 0
-    for sha256, stored in list(blobs.names()):
-        if sha256 not in named and stored < limit:
-            blobs.delete(sha256)
-            num += 1
-    return num
+def sweep(blobs: Blobs, named: Callable[[], set[str]], *, older_than_s: float) -> int:
+    """Delete what nobody names and is old enough that no push is about to name it; how many.
+
+    `named` is asked after the blobs were listed. Who puts a blob again makes it young, and looks for it once more when
+    it is named.
+    """
+    limit = time.time() - older_than_s
+    old = [sha256 for sha256, stored in blobs.names() if stored < limit]
+    orphans = set(old) - named() if old else set()
+    for sha256 in orphans:
+        blobs.delete(sha256, before=limit)
+    return len(orphans)
 
 
 def sweep_incoming(directory: Path, *, older_than_s: float) -> int:

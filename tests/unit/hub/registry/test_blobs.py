@@ -21,24 +21,31 @@ def blobs(tmp_path):
     return Directory(tmp_path / "blobs")
 
 
-def test_what_is_put_is_read_again_and_lies_under_its_hash(blobs, tmp_path):
-    sha256 = put_bytes(blobs, b"content", blobs.incoming)
+@pytest.fixture
+def incoming(tmp_path):
+    found = tmp_path / "incoming"
+    found.mkdir()
+    return found
+
+
+def test_what_is_put_is_read_again_and_lies_under_its_hash(blobs, incoming, tmp_path):
+    sha256 = put_bytes(blobs, b"content", incoming)
     assert sha256 == hashlib.sha256(b"content").hexdigest()
     assert blobs.exists(sha256)
     with blobs.open(sha256) as file:
         assert file.read() == b"content"
     assert [name for name, _ in blobs.names()] == [sha256]
-    assert list(blobs.incoming.iterdir()) == []
+    assert list(incoming.iterdir()) == []
     assert (tmp_path / "blobs" / sha256[:2] / sha256).is_file()
 
 
-def test_twice_the_same_is_kept_once(blobs):
-    assert put_bytes(blobs, b"a", blobs.incoming) == put_bytes(blobs, b"a", blobs.incoming)
+def test_twice_the_same_is_kept_once(blobs, incoming):
+    assert put_bytes(blobs, b"a", incoming) == put_bytes(blobs, b"a", incoming)
     assert len(list(blobs.names())) == 1
 
 
-def test_what_was_deleted_is_gone_and_may_be_deleted_again(blobs):
-    sha256 = put_bytes(blobs, b"a", blobs.incoming)
+def test_what_was_deleted_is_gone_and_may_be_deleted_again(blobs, incoming):
+    sha256 = put_bytes(blobs, b"a", incoming)
     for _ in range(2):
         blobs.delete(sha256)
     assert not blobs.exists(sha256)
@@ -52,7 +59,7 @@ def test_a_name_that_is_no_hash_leads_nowhere(blobs, name):
         blobs.open(name)
 
 
-def test_a_stream_stops_at_its_bound(blobs):
+def test_a_stream_stops_at_its_bound(blobs, incoming):
     taken = []
 
     def pieces():
@@ -60,22 +67,22 @@ def test_a_stream_stops_at_its_bound(blobs):
             taken.append(number)
             yield b"x" * 10
 
-    with pytest.raises(TooLargeError), received(pieces(), blobs.incoming, 35):
+    with pytest.raises(TooLargeError), received(pieces(), incoming, 35):
         pass
     assert len(taken) == 4
-    assert list(blobs.incoming.iterdir()) == []
-    with received([b"x" * 35], blobs.incoming, 35) as one:
+    assert list(incoming.iterdir()) == []
+    with received([b"x" * 35], incoming, 35) as one:
         assert one.size == 35
 
 
-def test_sweeping_takes_what_is_old_and_unnamed_alone(blobs, tmp_path):
-    named, old, young = (put_bytes(blobs, text, blobs.incoming) for text in (b"named", b"old", b"young"))
+def test_sweeping_takes_what_is_old_and_unnamed_alone(blobs, incoming, tmp_path):
+    named, old, young = (put_bytes(blobs, text, incoming) for text in (b"named", b"old", b"young"))
     for sha256 in (named, old):
         os.utime(tmp_path / "blobs" / sha256[:2] / sha256, (1, 1))
-    left = blobs.incoming / "upload-left"
+    left = incoming / "upload-left"
     left.write_bytes(b"half")
     os.utime(left, (1, 1))
-    assert sweep(blobs, {named}, older_than_s=60) == 1
-    assert sweep_incoming(blobs.incoming, older_than_s=60) == 1
+    assert sweep(blobs, lambda: {named}, older_than_s=60) == 1
+    assert sweep_incoming(incoming, older_than_s=60) == 1
     assert {name for name, _ in blobs.names()} == {named, young}
     assert not left.exists()
