@@ -174,7 +174,7 @@ ENDS_ALL_THE_SAME = {
     ("core.deadline.within", "await awaited"): "this is what has the deadline",
     ("env.aside.limited", "await asyncio.wrap_future(...)"): "the pool ends what takes longer than `timeout`",
     ("env.check._case", "await held"): "`palestra env check` gives the process a deadline",
-    ("env.check._run", "Check(id, variant, num_tasks=num_tasks).cases()"): "as above",
+    ("env.check._run", "Check(Here(id, variant, num_tasks=num_tasks)).cases()"): "as above",
     ("env.environment.Environment.run", "await agent(...)"): _ROLLOUT,
     ("env.scoring._called", "await given"): _ROLLOUT,
     ("env.tools.Tool.__call__", "await given"): "`ToolBox` gives every call a deadline",

@@ -43,7 +43,7 @@ class Database:
                 yield connection
 
     def migrate(self, revision: str = "head") -> None:
-        """To a newer schema, by default the newest, in one transaction. Of several processes one does it, others wait."""
+        """To a newer schema, by default the newest, in one transaction. Of several processes, one does it."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         with self.write() as connection:
