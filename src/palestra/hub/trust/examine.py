@@ -30,7 +30,7 @@ from palestra.sandbox.records import IsolationError, Result, SandboxError, Sandb
 MOST_LOG = 256 << 10
 _TOOLS = ("pip", "setuptools")
 _SITE = "site"
-_PIP = ("python3", "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-cache-dir")
+_PIP = ("python3", "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-cache-dir", "-q")
 _MISSING = "No matching distribution found"
 
 
