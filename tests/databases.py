@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from palestra.hub.registry.database import Database
+from palestra.hub.registry.schema import SEARCH_TABLE, metadata
 
 _numbers = itertools.count()
 
@@ -32,29 +33,29 @@ def _command(*words: str | Path) -> list[str]:
 
 
 class Cluster:
-    """`fresh()` is the URL of a database that has the hub's schema and nothing else."""
+    """`fresh()` is the URL of a database that has the hub's schema and nothing else; it is one, emptied each time."""
 
     def __init__(self, port: int, user: str):
         self._server = f"postgresql://{user}@127.0.0.1:{port}"
-        self._admin("CREATE DATABASE template_hub")
-        database = Database(f"{self._server}/template_hub")
+        self._url = self.empty()
+        database = Database(self._url)
         database.migrate()
         database.close()
 
     def fresh(self) -> str:
-        name = f"hub_{next(_numbers)}"
-        self._admin(f"CREATE DATABASE {name} TEMPLATE template_hub")
-        return f"{self._server}/{name}"
+        tables = ", ".join([*metadata.tables, SEARCH_TABLE])
+        self._execute(self._url, f"TRUNCATE {tables} RESTART IDENTITY CASCADE")
+        return self._url
 
     def empty(self) -> str:
         name = f"hub_{next(_numbers)}"
-        self._admin(f"CREATE DATABASE {name}")
+        self._execute(f"{self._server}/postgres", f"CREATE DATABASE {name}")
         return f"{self._server}/{name}"
 
-    def _admin(self, statement: str) -> None:
+    def _execute(self, url: str, statement: str) -> None:
         import psycopg
 
-        with psycopg.connect(f"{self._server}/postgres", autocommit=True) as connection:
+        with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(statement)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 

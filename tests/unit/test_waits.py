@@ -162,6 +162,7 @@ _WATCH = (
 _ASKED = "who asked the worker waits for at most env.stall_s"
 _LISTENS = "it listens for whatever comes; a peer that is silent is missed by whoever waits for its answer"
 _DISK = "the disk takes it or refuses it; a kernel that does neither holds every process of the machine"
+_DATABASE = "connections, locks and SQLite's turns have timeouts in `hub/registry/database.py`"
 
 ENDS_ALL_THE_SAME = {
     ("model.ring._Blocks.pass_on", "work.wait()"): "the process group ends a collective after its timeout",
@@ -195,16 +196,22 @@ ENDS_ALL_THE_SAME = {
         "await self._app(...)",
     ): "a page, whose waits are walked here; uvicorn ends the others",
     ("hub.guard.Guard.__call__", "await PlainTextResponse(text, status_code=421)(...)"): "it is a line of text",
-    (
-        "hub.guard.Guard.__call__",
-        "await PlainTextResponse('the viewer only reads\\n', status_code=405)(...)",
-    ): "as above",
     ("hub.operation.access.Access.__call__", "await self._app(...)"): "the application; its limits are those below",
     ("hub.operation.limits.Limits.__call__", "await self._app(...)"): "the application, whose body comes in time",
     ("hub.operation.limits.Limits.__call__", "await refusal(...)"): "it is a line of text",
     ("hub.operation.ready.routes.numbers", "await asyncio.to_thread(...)"): "it counts rows of a table",
-    ("hub.operation.serving._serve", "await server.serve(...)"): "a hub goes on until it is told to end",
-    ("hub.server._serve", "await server.serve(...)"): "a viewer goes on until it is told to end",
+    ("hub.guard.Guard.__call__", "await PlainTextResponse(text, status_code=405)(...)"): "as above",
+    ("hub.server.until_told", "await server.serve(...)"): "it goes on until it is told to end",
+    ("hub.registry.delivery.routes.answered.answer", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.delivery._pieces", "await asyncio.to_thread(...)"): _DISK,
+    ("hub.registry.receive._read", "await asyncio.to_thread(...)"): _DISK,
+    ("hub.registry.uploads.Uploads._taken", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.web._flushing.flush", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.web._twin.answer", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.web._page.answer", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.web._action.answer", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.web._login.answer", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.web._logout.answer", "await asyncio.to_thread(...)"): _DATABASE,
     ("hub.watch.Watch.run", "await asyncio.to_thread(...)"): _DISK,
     ("hub.watch.Watch._until_new", "watchfiles.awatch(...)"): "it listens to the kernel until it is told to end",
     ("hub.watch.Watch._until_new", "await asyncio.to_thread(...)"): _DISK,

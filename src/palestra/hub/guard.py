@@ -23,8 +23,14 @@ class Guard:
     """Refuses names that are not this server's: a page elsewhere whose name was made to mean this address (DNS
     rebinding) reads nothing. Addresses in numbers are nobody's name, so they may be asked for."""
 
-    def __init__(self, app: ASGIApp, names: frozenset[str]):
-        self._app, self._names = app, names
+    def __init__(
+        self,
+        app: ASGIApp,
+        names: frozenset[str],
+        methods: frozenset[str] = frozenset({"GET", "HEAD"}),
+        called: str = "viewer",
+    ):
+        self._app, self._names, self._methods, self._called = app, names, methods, called
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,10 +48,11 @@ class Guard:
 
         host = Headers(scope=scope).get("host", "")
         if not is_ours(host, self._names):
-            text = f"this viewer is not called {host[:100]!r}; start it with --allow-host NAME to let it be\n"
+            text = f"this {self._called} is not called {host[:100]!r}; start it with --allow-host NAME to let it be\n"
             await PlainTextResponse(text, status_code=421)(scope, receive, send_guarded)
-        elif scope["method"] not in ("GET", "HEAD"):
-            await PlainTextResponse("the viewer only reads\n", status_code=405)(scope, receive, send_guarded)
+        elif scope["method"] not in self._methods:
+            text = f"this {self._called} takes {', '.join(sorted(self._methods))}\n"
+            await PlainTextResponse(text, status_code=405)(scope, receive, send_guarded)
         else:
             await self._app(scope, receive, send_guarded)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from palestra import __version__
+from palestra.launch import hub_arguments
 from palestra.launch.outcome import MISTAKE, Interrupted, exit_code
 
 _OVERRIDE = "section.field=value"
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_env(commands)
     _add_serve(commands)
     _add_sandbox_commands(commands)
+    hub_arguments.add_hub(commands, _add, _add_json)
     replay = _add(commands, "replay", _replay, "run one room of a finished run again on what was recorded, and compare")
     replay.add_argument("run")
     replay.add_argument(
@@ -211,6 +213,7 @@ def _add_serve(commands) -> None:
     )
     proxy.add_argument("--idle-s", type=float, default=600, help="after which a session is written (default: 600)")
     _add_serve_sandbox(inner)
+    hub_arguments.add_serve(inner, _add)
 
 
 def _add_serve_sandbox(inner) -> None:

@@ -1,5 +1,7 @@
 """What pages and their JSON twins answer. Times are seconds since 1970."""
 
+from typing import Any
+
 from msgspec import Struct
 
 
@@ -138,7 +140,7 @@ class AuditRow(Struct):
     action: str
     subject: str
     address: str
-    details: dict[str, object]
+    details: dict[str, Any]
 
 
 class Audit(Struct):

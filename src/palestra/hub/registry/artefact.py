@@ -5,6 +5,7 @@ Errors of everything here: BadArtefactError, whose text says what is wrong and w
 
 import gzip
 import io
+import os
 import stat
 import tarfile
 import zipfile
@@ -200,7 +201,9 @@ class _ShortReads(io.FileIO):
     """A list of members that would fill the memory is not read."""
 
     def read(self, size: int | None = -1) -> bytes | None:
-        if size is None or size < 0 or size > _MAX_LIST_BYTES:
+        if size is None or size < 0:  # of what is at the end
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > _MAX_LIST_BYTES:
             raise BadArtefactError(f"its list of members is longer than {_MAX_LIST_BYTES} bytes")
         return super().read(size)
 

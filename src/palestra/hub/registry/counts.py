@@ -1,4 +1,4 @@
-"""Downloads, counted in memory and written now and then: a download writes nothing while it is waited for."""
+"""Downloads, and when tokens were used: noted in memory and written now and then: no reader waits."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from sqlalchemy import Table, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from palestra.hub.registry.database import Database
-from palestra.hub.registry.schema import downloads, environments, files
+from palestra.hub.registry.schema import downloads, environments, files, tokens
 
 
 class Counts:
@@ -18,6 +18,11 @@ class Counts:
     def __init__(self, database: Database):
         self._database, self._lock = database, threading.Lock()
         self._waiting: Counter[tuple[int, str]] = Counter()
+        self._used: dict[int, float] = {}
+
+    def used(self, token_id: int) -> None:
+        with self._lock:
+            self._used[token_id] = time.time()
 
     def add(self, file_id: int, at: float | None = None) -> None:
         day = datetime.fromtimestamp(at or time.time(), UTC).date().isoformat()
@@ -28,17 +33,21 @@ class Counts:
         """Write what has come; what cannot be written waits for the next time."""
         with self._lock:
             taken, self._waiting = self._waiting, Counter()
-        if not taken:
+            used, self._used = self._used, {}
+        if not taken and not used:
             return
         try:
-            self._write(taken)
+            self._write(taken, used)
         except BaseException:
             with self._lock:
                 self._waiting += taken
+                self._used = used | self._used
             raise
 
-    def _write(self, taken: Counter[tuple[int, str]]) -> None:
+    def _write(self, taken: Counter[tuple[int, str]], used: dict[int, float]) -> None:
         with self._database.write() as connection:
+            for id, at in sorted(used.items()):
+                connection.execute(update(tokens).where(tokens.c.id == id).values(last_used=at))
             of_file = {one for one, _ in taken}
             found = connection.execute(select(files.c.id, files.c.environment_id).where(files.c.id.in_(of_file)))
             environment = {row.id: row.environment_id for row in found}

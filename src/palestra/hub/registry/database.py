@@ -22,7 +22,7 @@ _MIGRATION_LOCK = 0x70616C65737472  # PostgreSQL's advisory lock
 class Database:
     """Errors of both transactions: those of SQLAlchemy; InfrastructureError, if the database does not answer."""
 
-    def __init__(self, url: str | URL, *, pool: int = 8):
+    def __init__(self, url: str | URL, *, pool: int = 16):
         """Connects when it is first used. Errors: UserError, for a URL that is none of a database known here."""
         self.url = _parsed(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"

@@ -195,13 +195,14 @@ def place(connection: Connection, who: Who, owner: str, name: str, *, visibility
 
 def _refuse_near(connection: Connection, owner_id: int, name: str) -> None:
     """Errors: BadNameError. A private name that is near is not told."""
-    where = environments.c.owner_id != owner_id
-    others = connection.execute(select(environments.c.name, environments.c.visibility).where(where).distinct()).all()
-    if any(other == name for other, _ in others):
+    columns = (environments.c.name, environments.c.visibility, environments.c.owner_id)
+    found = connection.execute(select(*columns)).all()
+    theirs = {row.name: row.visibility for row in found if row.owner_id != owner_id}
+    if name in theirs:
         return  # the same name under another owner is no slip: its address says whose it is
-    for other, visibility in others:
+    for other in theirs.keys() - {row.name for row in found if row.owner_id == owner_id}:
         if names.is_near(name, other):
-            which = repr(other) if visibility == "public" else "another one of this hub"
+            which = repr(other) if theirs[other] == "public" else "another one of this hub"
             raise names.BadNameError(
                 f"environment {name!r} is easily taken for {which}, which somebody else has; take another name, or ask "
                 "an administrator of the hub"

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, Connection, Row, insert, or_, select, true
 
 from palestra.core.errors import UserError
 from palestra.hub.registry.schema import environments, members, owners, sessions, tokens
 
 _MARK = "palestra_"
 _PREFIX_LENGTH = 12
-_NOTED_S = 60.0  # how exact `last_used` is
 SESSION_S = 7 * 24 * 3600.0
 
 
@@ -111,16 +110,6 @@ def who_has(connection: Connection, token: str) -> Who:
     if row is None or not hmac.compare_digest(row.hash, _hash(token)):
         raise UnknownTokenError("this token is not known; `palestra hub login` takes a new one")
     return _who(row)
-
-
-def is_due(connection: Connection, who: Who) -> bool:
-    """Whether `note_used` would tell something new."""
-    last = connection.execute(select(tokens.c.last_used).where(tokens.c.id == who.token_id)).scalar()
-    return last is None or last < time.time() - _NOTED_S
-
-
-def note_used(connection: Connection, who: Who) -> None:
-    connection.execute(update(tokens).where(tokens.c.id == who.token_id).values(last_used=time.time()))
 
 
 def _token_rows():

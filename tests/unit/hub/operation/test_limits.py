@@ -18,7 +18,8 @@ from starlette.routing import Route
 
 from palestra.hub.operation.limits import Bounds, Limits
 from palestra.hub.operation.rates import Buckets, Rate, place_of
-from palestra.hub.operation.serving import Serving, config, listening
+from palestra.hub.operation.serving import Serving
+from palestra.hub.server import listening
 
 FREE = Rate(per_s=1e6, burst=1e6)
 WAIT_S = 10.0
@@ -139,7 +140,7 @@ async def test_uploads_have_their_own_most():
 @contextlib.asynccontextmanager
 async def served(bounds: Bounds, serving: Serving) -> AsyncIterator[int]:
     with listening("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(config(application(bounds), serving))
+        server = uvicorn.Server(uvicorn.Config(application(bounds), **serving.settings))
         server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

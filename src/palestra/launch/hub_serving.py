@@ -1,0 +1,47 @@
+"""`palestra serve hub`: the hub of a team, until it is told to end."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from palestra.core.errors import UserError
+from palestra.launch.ports import require_free
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """`database` is a URL; empty is SQLite in `data`."""
+
+    data: Path
+    database: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8004
+    url: str = ""
+    names: tuple[str, ...] = ()
+    max_upload_mb: int = 100
+    admin: str = "hub-admin"
+
+
+def serve(wish: Wish) -> None:
+    """Errors: UserError, for what cannot be served; InfrastructureError, for a database that does not answer."""
+    try:
+        from palestra.hub.registry import server
+        from palestra.hub.registry.hub import Hub, Settings
+    except ModuleNotFoundError as error:
+        raise UserError(f"the hub needs {error.name}: pip install 'palestra[hub]'") from None
+    if wish.max_upload_mb < 1:
+        raise UserError(f"--max-upload-mb={wish.max_upload_mb} must be at least 1")
+    if wish.port:
+        require_free(wish.host, wish.port, field="--port")
+    settings = Settings(data=wish.data, url=wish.url, max_upload_bytes=wish.max_upload_mb << 20)
+    hub = Hub.open(settings, wish.database)
+    if (token := server.first_token(hub, wish.admin)) is not None:
+        print(f"{wish.admin} administrates this hub by this token, which is not shown again: {token}", file=sys.stderr)
+    if not server.is_loopback(wish.host) and not wish.url.startswith("https:"):
+        print(
+            "tokens go over the network as they are: put a proxy with TLS before it, and name it by --url",
+            file=sys.stderr,
+        )
+    server.serve(
+        hub, host=wish.host, port=wish.port, names=wish.names, say=lambda url: print(f"hub: {url}", flush=True)
+    )
