@@ -13,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple, TextIO
 
 import msgspec
-from msgspec import Struct
 
 from palestra.core.errors import UserError
 from palestra.core.records import Ending, Task
+from palestra.env.case import Case
 from palestra.env.environment import Environment, seats, tools_of
 from palestra.env.load import code_of, find_environment, make_environment
 from palestra.env.play import score
@@ -31,14 +31,6 @@ from palestra.env.voice import Script
 MAX_TURNS = 30  # of a script that repeats itself
 HUGE = 200_000  # characters: more than a policy says in a reply
 _EXACT = 1e-9
-
-
-class Case(Struct, frozen=True, kw_only=True):
-    """One thing that must hold. `detail` says what was found where it does not, or why it was left out."""
-
-    name: str
-    ending: Literal["passed", "failed", "skipped"]
-    detail: str = ""
 
 
 class Skip(Exception):

@@ -6,8 +6,7 @@ A request is refused with what is wrong and when to come again. Of a token its h
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -27,14 +26,9 @@ class Bounds:
     of_address: Rate = OF_ADDRESS
     of_token: Rate = OF_TOKEN
     of_refused: Rate = OF_REFUSED  # answers 401 to one address: who guesses tokens
-    body_bytes: int = 1 << 20
-    upload_bytes: int = (100 << 20) + (1 << 20)  # a distribution, and the form around it
+    body_bytes: int = 1 << 20  # of any request; an application may take less
     patience_s: float = 20.0
     bytes_per_s: float = 4096.0
-    is_upload: Callable[[Scope], bool] = field(default=lambda _: False)
-
-    def most_bytes(self, scope: Scope) -> int:
-        return self.upload_bytes if self.is_upload(scope) else self.body_bytes
 
 
 class Limits:
@@ -49,7 +43,7 @@ class Limits:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        address, most = place_of((scope.get("client") or ("",))[0]), self._bounds.most_bytes(scope)
+        address, most = place_of((scope.get("client") or ("",))[0]), self._bounds.body_bytes
         if refusal := self._refusal(Headers(scope=scope), address, most):
             await refusal(scope, receive, send)
             return

@@ -11,6 +11,7 @@ from palestra.hub.registry.rights import NotAllowedError, NotFoundError, Role, W
 from palestra.hub.registry.schema import environments, members, owners, tokens
 
 # --- owners
+from palestra.hub.trust import pages as trust
 
 
 def new_owner(ask: Ask) -> answers.Done:
@@ -210,4 +211,5 @@ ACTIONS: list[Action] = [
     Action(f"{_ENVIRONMENT}/delete", "Delete an environment", queries.Nothing, answers.Done, delete_environment),
     Action(f"{_VERSION}/yank", "Yank a version", queries.Yank, answers.Done, yank),
     Action(f"{_VERSION}/unyank", "Take a yank back", queries.Nothing, answers.Done, unyank),
+    *trust.ACTIONS,
 ]

@@ -11,42 +11,26 @@ import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from msgspec import Struct
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from palestra.core.errors import UserError
-from palestra.env.check import Case, Check
+from palestra.env.case import Case
+from palestra.env.check import Check
 from palestra.env.load import GROUP
 from palestra.env.subject import Boxed, Failure
+from palestra.hub.trust.verdict import MOST_LOG, Status, Verdict
 from palestra.sandbox.box import Sandbox
 from palestra.sandbox.records import IsolationError, Result, SandboxError, SandboxStartError, UnsupportedError
 
-MOST_LOG = 256 << 10
 _TOOLS = ("pip", "setuptools")
 _SITE = "site"
 _PIP = ("python3", "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-cache-dir", "-q")
 _MISSING = "No matching distribution found"
-
-
-class Status(StrEnum):
-    """WAITING and RUNNING are of the queue. NOT_RUN says nothing of the environment: there was no way to look."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    PASSED = "passed"
-    FAILED = "failed"
-    NOT_RUN = "not run"
-    ERROR = "error"  # the hub's own failure: it is tried again
-
-    @property
-    def is_final(self) -> bool:
-        return self in (Status.PASSED, Status.FAILED, Status.NOT_RUN)
 
 
 @dataclass(frozen=True)
@@ -63,19 +47,6 @@ class Means:
     install_s: float = 180.0
     answer_s: float = 60.0
     longest_s: float = 600.0
-
-
-class Verdict(Struct, frozen=True, kw_only=True):
-    """`cases` by environment of the package. `why` where there are none: in a sentence."""
-
-    status: Status
-    why: str = ""
-    seconds: float = 0.0
-    cases: dict[str, list[Case]] = {}
-    log: str = ""
-
-    def count(self, ending: str) -> int:
-        return sum(case.ending == ending for cases in self.cases.values() for case in cases)
 
 
 class NotRunError(Exception):

@@ -127,13 +127,6 @@ async def test_a_body_has_a_most():
         assert (said.status_code, said.headers["connection"]) == (413, "close")
 
 
-async def test_uploads_have_their_own_most():
-    bounds = free(body_bytes=10, upload_bytes=1000, is_upload=lambda scope: scope["path"] == "/echo")
-    async with client(bounds) as asking:
-        assert (await asking.post("/echo", content=bytes(1000))).text == "1000"
-        assert (await asking.post("/echo", content=bytes(1001))).status_code == 413
-
-
 # --- clients that are slow, on real connections
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from palestra.hub.trust.examine import MOST_LOG, Means, Status, Verdict, examine
+from palestra.hub.trust.examine import Means, examine
+from palestra.hub.trust.verdict import MOST_LOG, Status, Verdict
 from palestra.sandbox.host import close_hosts
 from tests.unit.hub.trust.pushed import SOUND, sdist, wheel
 
