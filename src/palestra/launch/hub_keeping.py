@@ -52,7 +52,7 @@ def check(environment: str, *, hub: str, deadline_s: float, again: bool, as_json
         if again:
             client.check(owner, name, version)
         ends = time.monotonic() + deadline_s
-        while (row := client.checked(owner, name, version)) is None or row.ended is None or row.status == "waiting":
+        while (row := client.checked(owner, name, version)) is None or row.status in ("waiting", "running"):
             if time.monotonic() > ends:
                 raise UserError(f"{owner}/{name}=={version} is not checked after {deadline_s:g} s; look again later")
             time.sleep(_LOOK_S)

@@ -33,7 +33,8 @@ class Job:
 
 def enqueue(connection: Connection, version_id: int, library: str) -> None:
     """Anew, if it was there: what the version has may have changed."""
-    fresh = {"status": Status.WAITING.value, "attempts": 0, "worker": "", "claimed_until": None, "created": time.time()}
+    nothing = {"attempts": 0, "worker": "", "claimed_until": None, "ended": None, "result": "{}", "log_sha256": ""}
+    fresh = {"status": Status.WAITING.value, "created": time.time(), **nothing}
     row = _insert(connection).values(version_id=version_id, library=library, **fresh)
     connection.execute(row.on_conflict_do_update(index_elements=[checks.c.version_id, checks.c.library], set_=fresh))
 
