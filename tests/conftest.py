@@ -1,5 +1,6 @@
 """Tests run in two processes at once (`-n 2`): what shares an engine or a run stays in one of them."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,15 +43,21 @@ def postgresql() -> Iterator:
         yield running
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of a database with the hub's schema and nothing else, for every kind of database."""
+@pytest.fixture(scope="session")
+def sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with the hub's schema, to be copied."""
     from palestra.hub.registry.database import Database, sqlite_url
 
-    if request.param == "postgresql":
-        return request.getfixturevalue("postgresql").fresh()
-    url = sqlite_url(tmp_path / "hub.db")
-    database = Database(url)
+    file = tmp_path_factory.mktemp("hub") / "hub.db"
+    database = Database(sqlite_url(file))
     database.migrate()
     database.close()
-    return url.render_as_string()
+    return file
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path, sqlite_file: Path) -> str:
+    """Of a database with the hub's schema and nothing else, for every kind of database."""
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgresql").fresh()
+    return f"sqlite:///{shutil.copy(sqlite_file, tmp_path / 'hub.db')}"
