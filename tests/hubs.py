@@ -53,6 +53,7 @@ def running(data: Path, *words: str, token: str = "", is_checking: bool = False)
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
+        late.cancel()
         assert said.startswith("hub: "), log.read_text()
         if not token:
             token = re.search(r"palestra_\S+", log.read_text())[0]  # pyright: ignore[reportOptionalSubscript]
