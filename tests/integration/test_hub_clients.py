@@ -209,6 +209,33 @@ def test_log_in_push_find_and_pull(hub, alice, tmp_path, python):
     assert (refused.returncode, "no light" in refused.stderr) == (2, True)
 
 
+def test_pull_says_what_it_changes_and_then_changes_it(hub, alice, tmp_path, python):
+    """In an environment of its own, which borrows the packages of this one."""
+    (place,) = python.parent.parent.glob("lib/python*/site-packages")
+    (place / "borrowed.pth").write_text("\n".join(path for path in sys.path if path and Path(path).is_dir()))
+    environ = {**hub.environ, "PALESTRA_HUB": hub.url, "PALESTRA_HUB_TOKEN": alice, "PIP_NO_INDEX": "1"}
+
+    def pull(what: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(python), "-m", "palestra.launch.cli", "hub", "pull", what, *words]
+        return subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL
+        )
+
+    push(hub, alice, tmp_path, wheel("palestra-pulled", "1.0"), is_private=True)
+    first = pull("alice/pulled", "--yes")
+    assert first.returncode == 0, first.stderr
+    assert "+ palestra-pulled 1.0 (new)" in first.stderr
+    assert Pip(python).version("palestra_pulled") == "1.0"
+    assert "installed already" in pull("alice/pulled", "--yes").stderr
+    push(hub, alice, tmp_path, wheel("palestra-pulled", "1.1"))
+    asked = pull("alice/pulled")
+    assert asked.returncode == 2
+    assert "! palestra-pulled 1.0 -> 1.1" in asked.stderr
+    assert Pip(python).version("palestra_pulled") == "1.0"
+    assert pull("alice/pulled==1.1", "--yes").returncode == 0
+    assert Pip(python).version("palestra_pulled") == "1.1"
+
+
 # --- many at once, too much at once, and too slow
 
 

@@ -215,6 +215,7 @@ ENDS_ALL_THE_SAME = {
     ("hub.registry.delivery._pieces", "await asyncio.to_thread(...)"): _DISK,
     ("hub.registry.receive._read", "await asyncio.to_thread(...)"): _DISK,
     ("hub.registry.uploads.Uploads._taken", "await asyncio.to_thread(...)"): _DATABASE,
+    ("hub.registry.web._OnlyText.__call__", "await app(...)"): "as `Guard`",
     ("hub.registry.web._flushing.flush", "await asyncio.to_thread(...)"): _DATABASE,
     ("hub.registry.web._twin.answer", "await asyncio.to_thread(...)"): _DATABASE,
     ("hub.registry.web._page.answer", "await asyncio.to_thread(...)"): _DATABASE,

@@ -1,8 +1,8 @@
 """What pages may be asked, and what actions are told."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Scope = Literal["read", "write", "admin"]
 Visibility = Literal["public", "private"]
@@ -11,6 +11,13 @@ Words = Annotated[str, Field(max_length=200)]
 
 class Query(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a zero byte is no text")
+        return value
 
 
 class Nothing(Query):
@@ -38,7 +45,7 @@ class Source(Query):
 
 class Audit(Query):
     subject: str = Field(default="", max_length=200, description="only what begins so")
-    before: int = Field(default=0, ge=0, lt=2**62, description="only older rows; an answer names the next")
+    before: int = Field(default=0, ge=0, lt=2**31, description="only older rows; an answer names the next")
     limit: int = Field(default=100, ge=1, le=500)
 
 

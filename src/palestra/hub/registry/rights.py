@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, insert, or_, select, true
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, insert, or_, select, true
 
 from palestra.core.errors import UserError
 from palestra.hub.registry.schema import environments, members, owners, sessions, tokens
@@ -106,7 +106,8 @@ def make_token(
 
 def who_has(connection: Connection, token: str) -> Who:
     """Errors: UnknownTokenError."""
-    row = connection.execute(_token_rows().where(tokens.c.prefix == _prefix(token))).first()
+    prefix = _prefix(token)
+    row = connection.execute(_token_rows().where(tokens.c.prefix == prefix)).first() if prefix.isalnum() else None
     if row is None or not hmac.compare_digest(row.hash, _hash(token)):
         raise UnknownTokenError("this token is not known; `palestra hub login` takes a new one")
     return _who(row)
@@ -211,14 +212,19 @@ def visible(who: Who) -> ColumnElement[bool]:
     return or_(public, within & ((environments.c.owner_id == who.id) | environments.c.owner_id.in_(theirs)))
 
 
+_ENVIRONMENT = (  # built once: every request of the index asks it
+    select(environments, owners.c.name.label("owner"))
+    .join(owners, owners.c.id == environments.c.owner_id)
+    .where(owners.c.name == bindparam("of_owner"), environments.c.name == bindparam("called"))
+)
+
+
 def environment(connection: Connection, who: Who, owner: str, name: str, needed: Role = Role.READ) -> Row[Any]:
     """Its row, with `owner`, for one who has `needed` there; a public one is read by anybody.
 
     Errors: NotFoundError, also for a private one that `who` may not see; NotAllowedError, for one that they see.
     """
-    columns = (environments, owners.c.name.label("owner"))
-    found = select(*columns).join(owners, owners.c.id == environments.c.owner_id)
-    row = connection.execute(found.where(owners.c.name == owner, environments.c.name == name)).first()
+    row = connection.execute(_ENVIRONMENT, {"of_owner": owner, "called": name}).first()
     has = role(connection, who, row.owner_id, row.id) if row is not None and who.is_known else Role.NONE
     if row is None or (row.visibility == "private" and has < Role.READ):
         raise NotFoundError(f"there is no environment {owner}/{name}")

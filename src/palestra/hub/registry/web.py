@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.hub import words
@@ -82,9 +83,22 @@ def application(
     return Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Guard, names=names, methods=_METHODS, called="hub")],
+        middleware=[Middleware(Guard, names=names, methods=_METHODS, called="hub"), Middleware(_OnlyText)],
         exception_handlers=dict.fromkeys((HTTPException, UserError, InfrastructureError, Exception), problem),
     )
+
+
+class _OnlyText:
+    """Refuses addresses with a zero byte: no name has one, and PostgreSQL takes none."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and "\0" in scope["path"]:
+            app = Response(_encode({"error": "a zero byte is no text"}), 400, media_type="application/json")
+        await app(scope, receive, send)
 
 
 @asynccontextmanager
