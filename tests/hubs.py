@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ class Running:
     token: str
     process: subprocess.Popen[str]
     data: Path
+    log: Path
     environ: dict[str, str] = field(default_factory=dict)
 
     def client(self, token: str | None = None) -> Client:
@@ -39,21 +41,24 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(data: Path, *words: str, token: str = "") -> Iterator[Running]:
-    """`token`: of a hub that was started before, which does not say it again."""
+def running(data: Path, *words: str, token: str = "", is_checking: bool = False) -> Iterator[Running]:
+    """`token`: of a hub that was started before, which does not say it again. Its log is a file beside `data`."""
     command = [sys.executable, "-m", "palestra.launch.cli", "serve", "hub", "--data", str(data), "--port", "0", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += [] if is_checking else ["--no-checks"]
+    log = data.parent / f"{data.name}-{time.monotonic_ns()}.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     late = Timer(_START_S, process.kill)
     late.start()
     try:
         assert process.stdout is not None
-        assert process.stderr is not None
         said = process.stdout.readline()
-        assert said.startswith("hub: "), process.stderr.read()
+        late.cancel()
+        assert said.startswith("hub: "), log.read_text()
         if not token:
-            token = re.search(r"palestra_\S+", process.stderr.readline())[0]  # pyright: ignore[reportOptionalSubscript]
+            token = re.search(r"palestra_\S+", log.read_text())[0]  # pyright: ignore[reportOptionalSubscript]
         environ = {**os.environ, "XDG_CONFIG_HOME": str(data / "config")}
-        yield Running(said.removeprefix("hub: ").strip().rstrip("/"), token, process, data, environ)
+        yield Running(said.removeprefix("hub: ").strip().rstrip("/"), token, process, data, log, environ)
     finally:
         late.cancel()
         process.send_signal(signal.SIGTERM)

@@ -6,6 +6,7 @@ Needs Debian's chromium, and axe-core for one of them (`npm ci` in tests/integra
 import json
 import random
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from benchmarks.viewer import NAME, make
 
 from palestra.core.records import Task
+from tests.fault.whole_run import FaultyRun, config_of, save_table
 from tests.integration.test_view import viewer
 from tests.unit.hub.test_web import ATTACK
 from tests.unit.hub.written import record, write
@@ -21,6 +23,8 @@ from tests.unit.hub.written import record, write
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make install, then make test")
 CHROMIUM = shutil.which("chromium")
 AXE = Path(__file__).parent / "browser/node_modules/axe-core/axe.min.js"
+
+POINTS = "#chart-reward .numbers tbody tr"
 
 pytestmark = [
     pytest.mark.slow,
@@ -167,6 +171,47 @@ def test_it_is_live(page, url: str, outputs: Path):
     with (outputs / NAME / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 77, "time": 1780000900.0, "reward/trained": 0.777}\n')
     page.wait_for_function("() => document.querySelector('#head').innerText.includes('0.777')", timeout=20_000)
+
+
+def test_the_curve_of_a_run_grows_while_it_trains(page, browser, tmp_path: Path):
+    """A whole run by the real supervisor, orchestrator and workers; its model is a table, for the sake of time.
+
+    The control is a second page, which hears of no events.
+    """
+    steps, outputs = 12, tmp_path / "outputs"
+    outputs.mkdir()
+    config = config_of(outputs, save_table(tmp_path / "model"), train={"steps": steps, "batch_deadline_s": 30})
+    run = FaultyRun(config, [], tmp_path, step_s=0.5)
+    with viewer(outputs) as (url, _), run.start(output=subprocess.DEVNULL) as training:
+        try:
+            page.goto(url)
+            page.click("a.main:text-is('run')", timeout=20_000)
+            drawn(page)
+            page.locator("#chart-reward summary").click()
+            deaf = _deaf(browser, page.url)
+            seen = {}
+            while (num := page.locator(POINTS).count()) < steps:
+                seen[num] = page.request.get(f"{url}runs/run.json").json()["row"]["state"]
+                page.wait_for_function(f"() => document.querySelectorAll('{POINTS}').length > {num}", timeout=20_000)
+            page.wait_for_function("() => document.querySelector('#head').innerText.includes('finished')")
+            assert training.wait(timeout=20) == 0
+            assert deaf.locator(POINTS).count() < steps
+        finally:
+            page.goto("about:blank")  # its stream of events would break off
+            if training.poll() is None:
+                training.terminate()
+                training.wait(timeout=20)
+    run.require_gone()
+    assert len(seen) >= 3
+    assert set(seen.values()) == {"running"}
+
+
+def _deaf(browser, url: str):
+    page = browser.new_context().new_page()
+    page.route("**/events?**", lambda route: route.abort())
+    page.goto(url)
+    drawn(page)
+    return page
 
 
 def test_keys_are_told(page, url: str):

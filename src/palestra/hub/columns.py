@@ -34,25 +34,26 @@ COLUMNS: dict[str, str] = {
     "error": "<u2",
     "ending": "|u1",
 }
+_ENDING_CODES = {text: code for code, text in enumerate(ENDINGS)}
 _MOST_ERRORS = 4000  # different ones of one part; what is beyond shares the last
 _ERROR_CHARS = 120
 _EDGE_BYTES = 4096
 _CHUNK_BYTES = 8 << 20
 
 
-class _Task(Struct):
+class _Task(Struct, gc=False):
     key: str = ""
 
 
-class _Sample(Struct):
+class _Sample(Struct, gc=False):
     spans: tuple[Span, ...] = ()
 
 
-class _Seat(Struct):
+class _Seat(Struct, gc=False):
     samples: tuple[_Sample, ...] = ()
 
 
-class _Row(Struct):
+class _Row(Struct, gc=False):
     """The fields of a RolloutRecord that are columns; the others are skipped, not parsed."""
 
     rollout_id: int
@@ -67,7 +68,7 @@ class _Row(Struct):
     wall_s: float = 0.0
 
 
-_decode = msgspec.json.Decoder(_Row).decode
+_decoder = msgspec.json.Decoder(_Row)
 
 
 class Source(Struct, frozen=True, kw_only=True):
@@ -163,8 +164,8 @@ def read_part(path: Path, known: Part | None = None) -> Part:
     """Of the lines that are whole now. Those that `known` has are not read again. Errors: OSError."""
     stat = path.stat()
     rows = _Rows(known if goes_on(path, known, stat.st_size) else None)
-    for line in _lines(path, rows.end):
-        rows.add(line)
+    for block in _blocks(path, rows.end):
+        rows.add(block)
     source = Source(
         name=path.name.removesuffix(".jsonl"),
         size=stat.st_size,
@@ -175,69 +176,97 @@ def read_part(path: Path, known: Part | None = None) -> Part:
     return rows.part(source)
 
 
-def _lines(path: Path, begin: int) -> Iterator[bytes]:
-    """Whole ones, with their ends."""
+def _blocks(path: Path, begin: int) -> Iterator[bytes]:
+    """Whole lines with their ends, as many at once as a chunk has."""
     with path.open("rb") as file:
         file.seek(begin)
-        rest = b""
+        pieces: list[bytes] = []  # of a line whose end was not read yet
         while chunk := file.read(_CHUNK_BYTES):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                yield line + b"\n"
+            end = chunk.rfind(b"\n") + 1
+            if end:
+                yield b"".join([*pieces, chunk[:end]])
+                pieces = []
+            pieces.append(chunk[end:])
+
+
+def _decode(block: bytes, begins: np.ndarray, ends: np.ndarray) -> list[_Row | None]:
+    """One row a line, None for a line that is no rollout. All at once where that tells the same, else line by line."""
+    if _has_a_rollout_a_line(block, begins, ends):
+        try:
+            rows = _decoder.decode_lines(block)
+            if len(rows) == len(ends):
+                return list(rows)
+        except msgspec.DecodeError:
+            pass  # a line is no rollout
+    return [_decode_line(block[begin:end]) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+
+
+def _has_a_rollout_a_line(block: bytes, begins: np.ndarray, ends: np.ndarray) -> bool:
+    """Where all of it is rollouts, and as many as lines. Each line begins and ends with a brace: a rollout over two
+    lines would have a brace, the end of the line and a brace inside, which is no JSON."""
+    data = np.frombuffer(block, np.uint8)
+    return bool((data[begins] == ord("{")).all() and (data[ends - 2] == ord("}")).all())
+
+
+def _decode_line(line: bytes) -> _Row | None:
+    try:
+        return _decoder.decode(line)
+    except msgspec.DecodeError:
+        return None
 
 
 class _Rows:
-    """Gathers rows behind those of a part."""
+    """Gathers rows behind those of a part, a block of lines after the other."""
 
     def __init__(self, known: Part | None):
         self._known = known
         self.end = known.header.source.num_bytes if known else 0
-        self._environments = list(known.header.environments) if known else []
-        self._errors = list(known.header.errors) if known else [""]
+        self._environments = _Names(known.header.environments if known else ())
+        self._errors = _Names(known.header.errors if known else ("",))
         self._num_unreadable = known.header.num_unreadable if known else 0
-        self._rows: list[tuple] = []
+        self._columns: list[dict[str, np.ndarray]] = [known.columns] if known else []
         self._codes: dict[str, int] = {}
 
-    def add(self, line: bytes) -> None:
-        begin, self.end = self.end, self.end + len(line)
-        try:
-            row = _decode(line)
-        except msgspec.DecodeError:
-            self._num_unreadable += bool(line.strip())
-            return
-        versions = [span.version for seat in row.seats for sample in seat.samples for span in sample.spans]
-        key = row.task.key
+    def add(self, block: bytes) -> None:
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+        begins = np.concatenate([[0], ends[:-1]])
+        found = _decode(block, begins, ends)
+        is_row = np.array([row is not None for row in found])
+        if not is_row.all():
+            bad = [block[begins[i] : ends[i]] for i in np.flatnonzero(~is_row)]
+            self._num_unreadable += sum(bool(line.strip()) for line in bad)
+        values = self._values([row for row in found if row is not None])
+        values |= {"offset": self.end + begins[is_row], "size": (ends - begins)[is_row]}
+        self._columns.append({name: np.array(values[name], np.dtype(dtype)) for name, dtype in COLUMNS.items()})
+        self.end += len(block)
+
+    def _values(self, rows: list[_Row]) -> dict[str, Any]:
+        """What the rollouts themselves say."""
+        return {
+            "rollout_id": [row.rollout_id for row in rows],
+            "task": [self._code(row.task.key) for row in rows],
+            "reward": [row.reward for row in rows],
+            "wall_s": [row.wall_s for row in rows],
+            "tokens": [row.num_tokens for row in rows],
+            "version": [_oldest(row.seats) for row in rows],
+            "turns": [row.num_turns for row in rows],
+            "environment": [self._environments.number(row.environment) for row in rows],
+            "error": [self._error(row.error) if row.error else 0 for row in rows],
+            "ending": [_ENDING_CODES.get(row.ending, len(ENDINGS)) for row in rows],
+        }
+
+    def _code(self, key: str) -> int:
         if (code := self._codes.get(key)) is None:
             code = self._codes[key] = task_code(key)
-        self._rows.append(
-            (
-                begin,
-                len(line),
-                row.rollout_id,
-                code,
-                row.reward,
-                row.wall_s,
-                row.num_tokens,
-                min(versions, default=-1),
-                row.num_turns,
-                _number(self._environments, row.environment),
-                self._error(row.error) if row.error else 0,
-                ENDINGS.index(row.ending) if row.ending in ENDINGS else len(ENDINGS),
-            )
-        )
+        return code
 
     def _error(self, text: str) -> int:
         short = first_line(text)
-        return _number(self._errors, short if len(self._errors) < _MOST_ERRORS or short in self._errors else "others")
+        return self._errors.number(short if len(self._errors) < _MOST_ERRORS or short in self._errors else "others")
 
     def part(self, source: Source) -> Part:
-        listed = list(zip(*self._rows, strict=True)) or [()] * len(COLUMNS)
-        columns = {
-            name: np.array(values, np.dtype(dtype))
-            for (name, dtype), values in zip(COLUMNS.items(), listed, strict=True)
-        }
-        if self._known:
-            columns = {name: np.concatenate([self._known.columns[name], column]) for name, column in columns.items()}
+        empty = {name: np.zeros(0, np.dtype(dtype)) for name, dtype in COLUMNS.items()}
+        columns = {name: np.concatenate([empty[name], *(one[name] for one in self._columns)]) for name in COLUMNS}
         header = Header(
             source=source,
             num_rows=len(columns["offset"]),
@@ -248,12 +277,20 @@ class _Rows:
         return Part(header, columns)
 
 
+class _Names(dict[str, int]):
+    """Texts by the number that stands for them in a column."""
+
+    def __init__(self, known: tuple[str, ...]):
+        super().__init__((text, number) for number, text in enumerate(known))
+
+    def number(self, text: str) -> int:
+        return self.setdefault(text, len(self))
+
+
+def _oldest(seats: tuple[_Seat, ...]) -> int:
+    return min([span.version for seat in seats for sample in seat.samples for span in sample.spans], default=-1)
+
+
 def first_line(error: str) -> str:
     """What an error is called in lists: its first line, not too long; never empty."""
     return (error.strip().splitlines() or ["?"])[0][:_ERROR_CHARS]
-
-
-def _number(known: list[str], text: str) -> int:
-    if text not in known:
-        known.append(text)
-    return known.index(text)

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import PalestraError
 from palestra.core.ledger import LedgerEntry
 from palestra.hub import curves
@@ -75,12 +74,8 @@ class OpenRun:
         return read_json(self.run.config) or {}
 
     @property
-    def typed_config(self) -> RunConfig | None:
-        """None for one that this version cannot read."""
-        try:
-            return read_resolved(self.run.config)
-        except PalestraError:
-            return None
+    def kind(self) -> str:
+        return _kind(self.config, self.run)
 
     @property
     def summary(self) -> dict[str, Any] | None:

@@ -123,8 +123,8 @@ def marks(library: Library, path: dict[str, str], _query: queries.Nothing) -> an
 
 def ledger(library: Library, path: dict[str, str], _query: queries.Nothing) -> answers.Ledger:
     of = library.open(path["run"])
-    entries, config = of.ledger, of.typed_config
-    words = bottleneck(entries, config) if config is not None else ""
+    entries, kind = of.ledger, of.kind
+    words = bottleneck(entries, is_rl=kind == "rl") if kind in ("rl", "sft") else ""
     return answers.Ledger(run=of.id, bands=curves.bands(entries), bottleneck=words)
 
 

@@ -7,6 +7,7 @@ Legend: R rows of one part, M of them that match, G groups.
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -271,6 +272,15 @@ def groups(parts: Sequence[Part], query: Groups, group_size: int) -> Page:
     return _group_page(found, training, keys, query)
 
 
+def prepare_groups(parts: Sequence[Part], group_size: int, should_stop: threading.Event) -> None:
+    """Sum what the first list of groups will ask for; a large run's take a while."""
+    for part in parts:
+        if should_stop.is_set():
+            return
+        if part.is_training and part.num_rows:
+            _of_part(part, 0, group_size)
+
+
 @lru_cache(maxsize=2)
 def _all_groups(parts: tuple[Part, ...], group_size: int) -> tuple[list[Part], "_GroupColumns"]:
     """Of all training, and its files. Pages of one list ask for the same again and again."""
@@ -319,15 +329,28 @@ def _of_part(part: Part, number: int, group_size: int) -> _GroupColumns:
 
 
 def _summed(part: Part, group_size: int) -> tuple[np.ndarray, ...]:
-    numbers = part.columns["rollout_id"] // group_size
+    numbers, reward = part.columns["rollout_id"] // group_size, part.columns["reward"]
+    if (numbers[1:] >= numbers[:-1]).all():  # as a run writes them: groups lie beside each other
+        starts = _starts(numbers)
+        return _sums(numbers, reward, starts, starts)
     order = np.argsort(numbers, kind="stable")
-    ordered, reward = numbers[order], part.columns["reward"][order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
-    line = np.minimum.reduceat(order, starts)
-    count = np.diff(starts, append=len(ordered))
-    add, low, high = (f.reduceat(reward, starts) for f in (np.add, np.minimum, np.maximum))
+    ordered, reward = numbers[order], reward[order]
+    starts = _starts(ordered)
+    line = order[starts]  # the order is stable: the first of each has the lowest line
     by_line = np.argsort(line, kind="stable")
-    return tuple(column[by_line] for column in (ordered[starts], line, count, add, low, high))
+    return tuple(column[by_line] for column in _sums(ordered, reward, starts, line))
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Where each new value begins; there is at least one."""
+    return np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
+
+
+def _sums(numbers: np.ndarray, reward: np.ndarray, starts: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, ...]:
+    """[G] number, line, count, total, low and high of each."""
+    count = np.concatenate([starts[1:], [len(numbers)]]) - starts
+    total, low, high = (f.reduceat(reward, starts) for f in (np.add, np.minimum, np.maximum))
+    return numbers[starts], line, count, total, low, high
 
 
 def _merged(pieces: list[_GroupColumns]) -> _GroupColumns:
@@ -335,9 +358,11 @@ def _merged(pieces: list[_GroupColumns]) -> _GroupColumns:
     if not pieces:
         return _GroupColumns(*(np.zeros(0, np.int64) for _ in range(7)))
     joined = _GroupColumns(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in vars(pieces[0])))
+    if (joined.number[1:] > joined.number[:-1]).all():
+        return joined
     order = np.argsort(joined.number, kind="stable")
     ordered = joined.number[order]
-    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
+    starts = _starts(ordered)
     if len(starts) == len(order):
         return joined
     firsts = order[starts]

@@ -67,26 +67,28 @@ async def until_told(
     *,
     ending: Callable[[], None] = lambda: None,
     grace_s: int = _GRACE_S,
+    drain_s: float = 0.0,
     **settings: Any,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; requests that are under way then have `grace_s`. `settings` are uvicorn's."""
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=grace_s,
-        proxy_headers=False,
-        **settings,
-    )
-    server = _Server(config)
+    """Serve until SIGINT or SIGTERM: `ending` is called, `drain_s` later it listens no more, and requests that are
+    under way then have `grace_s`. A second signal waits for nothing. `settings` are uvicorn's."""
+    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    kept: dict[str, Any] = {"lifespan": "on", "timeout_graceful_shutdown": grace_s, "proxy_headers": False}
+    server, loop = _Server(uvicorn.Config(app, **(quiet | kept | settings))), asyncio.get_running_loop()
+    num_told = 0
+
+    def end() -> None:
+        server.should_exit = True
 
     def told_to_end() -> None:
-        server.should_exit = True
+        nonlocal num_told
+        num_told += 1
+        if num_told > 1:
+            server.should_exit = server.force_exit = True
+            return
         ending()
+        loop.call_later(drain_s, end)
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, told_to_end)
     shown, port = listener.getsockname()[:2]

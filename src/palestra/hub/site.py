@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from palestra.hub.library import Library, OpenRun
+from palestra.hub.search import prepare_groups
 from palestra.hub.watch import Changed, Watch
 
 PATIENCE_S = 1.0  # that a page waits for the index; then it shows what there is, and how much that is
@@ -47,8 +48,14 @@ class Site:
         """One at a time for each run."""
         known = self._updates.get(run.id)
         if known is None or known.done():
-            known = self._updates[run.id] = self._threads.submit(run.index.update, should_stop=self._stop)
+            known = self._updates[run.id] = self._threads.submit(self._bring_up, run)
         return known
+
+    def _bring_up(self, run: OpenRun) -> bool:
+        is_changed = run.index.update(should_stop=self._stop)
+        if is_changed and not self._stop.is_set():
+            self._threads.submit(prepare_groups, run.index.parts, run.group_size, self._stop)
+        return is_changed
 
     def _changed(self, changed: Changed) -> None:
         """Runs that somebody looks at are kept ready; the others are read when they are asked for."""

@@ -61,6 +61,7 @@ def _templates() -> Environment:
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
+        auto_reload=False,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -108,11 +109,9 @@ def _twin(site: Site, page: Page) -> Callable[[Request], Any]:
 
 
 def _page(site: Site, page: Page, templates: Environment) -> Callable[[Request], Any]:
-    template = templates.get_template(page.template)
-
     async def answer(request: Request) -> Response:
         query, found = await _answer(site, page, request)
-        text = template.render(
+        text = templates.get_template(page.template).render(
             page=found,
             query=query,
             title=page.title,

@@ -14,6 +14,14 @@ def add_serve(services, add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--url", default="", help="what it is called from outside, where a proxy stands before it")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="what it may be called")
     parser.add_argument("--max-upload-mb", type=int, default=100, help="of a wheel or an sdist (default: 100)")
+    parser.add_argument("--no-checks", action="store_true", help="examine nothing in this process; others may")
+    parser.add_argument("--sandbox", metavar="BACKEND", help="where it examines (default: the best that works here)")
+    text = "where what an environment depends on may come from, when it is examined (default: what is here)"
+    parser.add_argument("--check-index", default="", metavar="URL", help=text)
+    text = "a proxy whose X-Forwarded-For is believed"
+    parser.add_argument("--proxy", action="append", default=[], metavar="ADDRESS", help=text)
+    text = "told to end, it answers on for so long while /ready says no (default: 0)"
+    parser.add_argument("--drain-s", type=float, default=0.0, metavar="S", help=text)
     text = "name of the first administrator, whose token is said once (default: hub-admin)"
     parser.add_argument("--admin", default="hub-admin", metavar="NAME", help=text)
 
@@ -42,9 +50,21 @@ def add_hub(commands, add: Callable[..., argparse.ArgumentParser], add_json: Cal
     person = add(people, "add", _add_user, "add a person, whose token is said once")
     person.add_argument("name")
     person.add_argument("--days", type=float, default=90, help="until the token expires (default: 90)")
-    for parser in (push, pull, search):
+    check = add(inner, "check", _check, "what the hub's examination of an environment says; it is waited for")
+    check.add_argument("environment", metavar="OWNER/NAME[==VERSION]")
+    check.add_argument("--again", action="store_true", help="have it examined anew, with the hub's library")
+    check.add_argument("--deadline-s", type=float, default=900, metavar="S", help="how long to wait (default: 900)")
+    for name, run, text in (
+        ("backup", _backup, "copy a hub into a directory, also while it runs"),
+        ("restore", _restore, "make an empty hub from a copy"),
+    ):
+        keeping = add(inner, name, run, text)
+        keeping.add_argument("directory", type=Path, metavar="DIR")
+        keeping.add_argument("--data", type=Path, default=Path("hub"), metavar="DIR", help="the hub's (default: hub)")
+        keeping.add_argument("--database", default="", metavar="URL", help="postgresql://... (default: SQLite in it)")
+    for parser in (push, pull, search, check):
         add_json(parser)
-    for parser in (push, pull, search, yank, person):
+    for parser in (push, pull, search, yank, person, check):
         parser.add_argument("--hub", default="", metavar="URL", help="default: the one logged in at last")
 
 
@@ -88,6 +108,11 @@ def _serve(arguments: argparse.Namespace) -> None:
             names=tuple(arguments.allow_host),
             max_upload_mb=arguments.max_upload_mb,
             admin=arguments.admin,
+            checks=not arguments.no_checks,
+            sandbox=arguments.sandbox,
+            index=arguments.check_index,
+            proxies=tuple(arguments.proxy),
+            drain_s=arguments.drain_s,
         )
     )
 
@@ -132,3 +157,27 @@ def _add_user(arguments: argparse.Namespace) -> None:
     from palestra.launch import hub
 
     hub.add_user(arguments.name, hub=arguments.hub, days=arguments.days)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from palestra.launch import hub_keeping
+
+    return hub_keeping.check(
+        arguments.environment,
+        hub=arguments.hub,
+        deadline_s=arguments.deadline_s,
+        again=arguments.again,
+        as_json=arguments.json,
+    )
+
+
+def _backup(arguments: argparse.Namespace) -> None:
+    from palestra.launch import hub_keeping
+
+    hub_keeping.backup(arguments.directory, data=arguments.data, database=arguments.database)
+
+
+def _restore(arguments: argparse.Namespace) -> None:
+    from palestra.launch import hub_keeping
+
+    hub_keeping.restore(arguments.directory, data=arguments.data, database=arguments.database)

@@ -20,6 +20,11 @@ class Wish:
     names: tuple[str, ...] = ()
     max_upload_mb: int = 100
     admin: str = "hub-admin"
+    checks: bool = True
+    sandbox: str | None = None
+    index: str = ""
+    proxies: tuple[str, ...] = ()
+    drain_s: float = 0.0
 
 
 def serve(wish: Wish) -> None:
@@ -42,6 +47,11 @@ def serve(wish: Wish) -> None:
             "tokens go over the network as they are: put a proxy with TLS before it, and name it by --url",
             file=sys.stderr,
         )
-    server.serve(
-        hub, host=wish.host, port=wish.port, names=wish.names, say=lambda url: print(f"hub: {url}", flush=True)
+    plan = server.Plan(
+        host=wish.host,
+        port=wish.port,
+        names=wish.names,
+        serving=server.Serving(drain_s=wish.drain_s, proxies=wish.proxies),
+        means=server.Means(backend=wish.sandbox, index=wish.index) if wish.checks else None,
     )
+    server.serve(hub, plan, say=lambda url: print(f"hub: {url}", flush=True))

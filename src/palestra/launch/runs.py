@@ -98,7 +98,7 @@ def last_metrics(run: RunDir) -> dict[str, Any]:
 def show_one(run: RunDir, *, as_json: bool) -> None:
     config, status, metrics = read_resolved(run.config), read_status(run), last_metrics(run)
     entries = read_ledger(run)
-    account, words = accounts.account(entries), accounts.bottleneck(entries, config)
+    account, words = accounts.account(entries), accounts.bottleneck(entries, is_rl=config.is_rl)
     if as_json:
         _print_json(
             {

@@ -270,6 +270,11 @@ class Process:
         self._at = {"stdout": 0, "stderr": 0}
         self._end: Result | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """As far as `read` has heard."""
+        return self._end is not None
+
     async def send(self, data: str | bytes, *, eof: bool = False) -> None:
         """To its input. Errors: BrokenPipeError, if it reads no more."""
         await self._connection.call({"do": "input", "process": self.number, "eof": eof}, encoded(data))

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from palestra.config import RunConfig
 from palestra.core.ledger import LedgerEntry, total
 
 _OUTSIDE_THE_LOOP = frozenset({"start", "load", "warmup", "export", "wait_for_weights", "restart"})
@@ -29,14 +28,14 @@ def as_dict(process: LedgerEntry) -> dict[str, Any]:
     }
 
 
-def bottleneck(entries: Iterable[LedgerEntry], config: RunConfig) -> str:
+def bottleneck(entries: Iterable[LedgerEntry], *, is_rl: bool) -> str:
     """What held the run up, and what to change. Entries with a start, warm-up, export or restart do not count."""
     loop = [entry for entry in entries if not _OUTSIDE_THE_LOOP & entry.parts_s.keys()]
     trainer = [entry for entry in loop if entry.process.startswith("trainer")]
     if not trainer:
         return "no step has been accounted for yet"
     waited = _part(trainer, _WAIT)
-    if not config.is_rl:
+    if not is_rl:
         return _supervised_bottleneck(trainer)
     engines = [entry for entry in loop if entry.process.startswith("engine")]
     return f"{_loop_bottleneck(waited, _part(engines, 'idle'))}{_publish_note(engines)}"

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from palestra.env.check import Case, Check
+from palestra.env.check import Case, Check, Here
 from palestra.launch.env import examine
 
 FAULTY = Path(__file__).with_name("faulty.py")
 
 
 async def cases(name: str, **args) -> dict[str, Case]:
-    return {case.name: case async for case in Check(f"{FAULTY}:{name}", args, num_tasks=8).cases()}
+    return {case.name: case async for case in Check(Here(f"{FAULTY}:{name}", args, num_tasks=8)).cases()}
 
 
 async def test_a_sound_environment_passes_everything():
@@ -26,8 +26,8 @@ async def test_mutants_are_played_where_an_environment_has_some():
 
 
 def test_an_environment_says_how_many_tasks_are_looked_at():
-    assert [Check(f"{FAULTY}:{name}", {}).num_tasks for name in ("Sound", "Mutated")] == [20, 7]
-    assert Check(f"{FAULTY}:Mutated", {}, num_tasks=3).num_tasks == 3
+    assert [Here(f"{FAULTY}:{name}", {}).num_tasks for name in ("Sound", "Mutated")] == [20, 7]
+    assert Here(f"{FAULTY}:Mutated", {}, num_tasks=3).num_tasks == 3
 
 
 @pytest.mark.parametrize(

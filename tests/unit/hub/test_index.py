@@ -2,11 +2,14 @@
 
 import fcntl
 import random
+from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from palestra.core.records import RolloutRecord
 from palestra.hub.columns import COLUMNS, read_part
 from palestra.hub.index import NAME, RunIndex
 from palestra.wire.rundir import RunDir
@@ -124,6 +127,59 @@ def test_what_is_no_rollout_is_counted_and_left_out(run: RunDir):
     part = read_part(path)
     assert part.header.num_unreadable == 2
     assert part.num_rows == before.count(b"\n")
+
+
+ODD = [
+    b"",
+    b"   ",
+    b"null",
+    b"[1]",
+    b"{}",
+    b'{"rollout_id": "x"}',
+    b'{"a": "x',
+    b'x"}',
+    b'{"a": [{}',
+    b"{}]}",
+    b"}{",
+]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lines_decoded_at_once_are_those_decoded_one_by_one(tmp_path: Path, seed: int):
+    """Also where lines hold two rollouts, or a piece of one."""
+    chance = random.Random(seed)
+    lines = [lines_of([record(i, chance)]).rstrip() for i in range(chance.randrange(1, 12))]
+    for _ in range(seed % 4):
+        at = chance.randrange(len(lines))
+        cut = chance.randrange(len(lines[at]))
+        odd = [
+            [*ODD][chance.randrange(len(ODD))],
+            lines[at] * 2,
+            lines[at][:cut] + b"\n" + lines[at][cut:],
+            lines[at] + b"\r",
+        ]
+        lines.insert(at, chance.choice(odd))
+    data = b"\n".join(lines) + b"\n"
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(data)
+    expected = []
+    for line in data.split(b"\n")[:-1]:
+        with suppress(msgspec.DecodeError):
+            expected.append((msgspec.json.decode(line, type=RolloutRecord).rollout_id, len(line) + 1))
+    columns = read_part(path).columns
+    assert list(zip(columns["rollout_id"].tolist(), columns["size"].tolist(), strict=True)) == expected
+    for begin, size, rollout_id in zip(columns["offset"], columns["size"], columns["rollout_id"], strict=True):
+        assert msgspec.json.decode(data[begin : begin + size], type=RolloutRecord).rollout_id == rollout_id
+
+
+def test_as_many_rollouts_as_lines_do_not_prove_a_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The control: without the look at braces, a rollout behind another one is taken for the next line."""
+    one, two = (lines_of([record(i, random.Random(i))]).rstrip() for i in range(2))
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(one + two[:-1] + b"\n" + two[-1:] + b"\n")
+    assert read_part(path).num_rows == 0
+    monkeypatch.setattr("palestra.hub.columns._has_a_rollout_a_line", lambda *_: True)
+    assert read_part(path).num_rows == 2
 
 
 def test_the_second_viewer_reads_no_rollouts(run: RunDir, monkeypatch: pytest.MonkeyPatch):

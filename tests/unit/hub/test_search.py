@@ -170,8 +170,14 @@ def all_groups(index: RunIndex, query: Groups) -> list[search.GroupRow]:
         page = search.groups(index.parts, query.model_copy(update={"after": page.after}), GROUP_SIZE)
 
 
+@pytest.mark.parametrize("is_shuffled", [False, True])
 @pytest.mark.parametrize("sort", ["newest", "oldest", "reward", "-reward", "-spread"])
-def test_groups_are_whole_wherever_their_members_trained(run: RunDir, sort: str):
+def test_groups_are_whole_wherever_their_members_trained(run: RunDir, sort: str, is_shuffled: bool):
+    if is_shuffled:
+        for seed, path in enumerate(sorted(run.rollouts.glob("step-*.jsonl"))):
+            mixed = path.read_bytes().splitlines(keepends=True)
+            random.Random(seed).shuffle(mixed)
+            path.write_bytes(b"".join(mixed))
     by_scan = groups_by_scan(scan(run))
     found = all_groups(index_of(run), Groups(sort=sort, limit=3))
     assert sorted(row.number for row in found) == sorted(by_scan)

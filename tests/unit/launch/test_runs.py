@@ -74,12 +74,12 @@ def test_unaccounted_time_shows():
 
 
 def words(tmp_path: Path, trainer: dict[str, float], engine: dict[str, float]) -> str:
-    return accounts.bottleneck([entry("trainer", **trainer), entry("engine-0", **engine)], config(tmp_path))
+    return accounts.bottleneck([entry("trainer", **trainer), entry("engine-0", **engine)], is_rl=True)
 
 
 def test_the_bottleneck_in_words(tmp_path: Path):
     busy = {"generate": 99.0, "idle": 1.0}
-    assert accounts.bottleneck(LOOP, config(tmp_path)).startswith(
+    assert accounts.bottleneck(LOOP, is_rl=True).startswith(
         "the trainer waited 20% for batches: generation is the bottleneck; add engines"
     )
     told = words(tmp_path, {"wait_for_batch": 1.0, "forward_backward": 99.0}, {"generate": 60.0, "idle": 40.0})
@@ -95,9 +95,9 @@ def test_the_bottleneck_in_words(tmp_path: Path):
 def test_the_bottleneck_of_a_supervised_run(tmp_path: Path):
     slow = [entry("trainer", read_batch=30.0, forward_backward=70.0)]
     fast = [entry("trainer", read_batch=1.0, forward_backward=99.0)]
-    assert "reading data" in accounts.bottleneck(slow, config(tmp_path, is_rl=False))
-    assert "99% into forward_backward" in accounts.bottleneck(fast, config(tmp_path, is_rl=False))
-    assert accounts.bottleneck([], config(tmp_path)) == "no step has been accounted for yet"
+    assert "reading data" in accounts.bottleneck(slow, is_rl=False)
+    assert "99% into forward_backward" in accounts.bottleneck(fast, is_rl=False)
+    assert accounts.bottleneck([], is_rl=True) == "no step has been accounted for yet"
 
 
 def test_show_one_run(run: RunDir, capsys: pytest.CaptureFixture):

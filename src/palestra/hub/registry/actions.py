@@ -13,6 +13,7 @@ from palestra.hub.registry.rights import NotAllowedError, NotFoundError, Role, W
 from palestra.hub.registry.schema import environments, members, owners, tokens
 
 # --- owners
+from palestra.hub.trust import pages as trust
 
 
 def new_owner(ask: Ask) -> answers.Done:
@@ -213,4 +214,5 @@ ACTIONS: list[Action] = [
     Action(f"{_VERSION}/yank", "Yank a version", queries.Yank, answers.Done, yank),
     Action(f"{_VERSION}/unyank", "Take a yank back", queries.Nothing, answers.Done, unyank),
     *OF_EVALUATIONS,
+    *trust.ACTIONS,
 ]

@@ -69,7 +69,8 @@ class Dependency(Struct):
 
 
 class Environment(Struct):
-    """`version` is the one that is shown: what was asked for, or the newest. `role` is that of who asks."""
+    """`version` is the one that is shown: what was asked for, or the newest. `role` is that of who asks. `badges`:
+    what examinations said, by version."""
 
     row: EnvironmentRow
     created: float
@@ -84,6 +85,7 @@ class Environment(Struct):
     dependencies: list[Dependency]
     dependants: list[EnvironmentRow]
     downloads: list[tuple[str, int]]
+    badges: dict[str, str]
     index_url: str
     role: str
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.hub.asking import Asking, segment
 from palestra.hub.registry import answers
+
+if TYPE_CHECKING:  # they need the server's libraries
+    from palestra.hub.trust.pages import Checked, CheckRow, Checks
 
 _PUSH_S = 1800.0
 _PIECE = 1 << 20
@@ -36,6 +39,28 @@ class RegistryClient(Asking):
 
     def environment(self, owner: str, environment: str, *, version: str = "") -> answers.Environment:
         return self._ask(f"/{segment(owner)}/{segment(environment)}.json", answers.Environment, {"version": version})
+
+    def check(self, owner: str, environment: str, version: str) -> None:
+        """Have a version examined again, with the hub's library."""
+        place = f"/api/environments/{segment(owner)}/{segment(environment)}/versions/{segment(version)}/check"
+        self._answered("POST", place, answers.Done, json={})
+
+    def checks(self, owner: str, environment: str) -> "Checks":
+        """Of all versions, with all versions of the library that it was examined with."""
+        from palestra.hub.trust.pages import Checks
+
+        return self._ask(f"/{segment(owner)}/{segment(environment)}/checks.json", Checks)
+
+    def checked(self, owner: str, environment: str, version: str) -> "CheckRow | None":
+        """The newest of a version."""
+        rows = [row for row in self.checks(owner, environment).rows if row.version == version]
+        return max(rows, key=lambda row: row.id, default=None)
+
+    def check_of(self, owner: str, environment: str, id: int) -> "Checked":
+        """One examination, with its log."""
+        from palestra.hub.trust.pages import Checked
+
+        return self._ask(f"/{segment(owner)}/{segment(environment)}/checks/{id}.json", Checked)
 
     def source(self, owner: str, environment: str, *, file: str = "", path: str = "") -> answers.Source:
         address = f"/{segment(owner)}/{segment(environment)}/source.json"

@@ -51,15 +51,15 @@ class Database:
             with connection.begin():
                 yield connection
 
-    def migrate(self) -> None:
-        """To the newest schema, in one transaction. Of several processes one does it, and the others wait for it."""
+    def migrate(self, revision: str = "head") -> None:
+        """To a newer schema, by default the newest, in one transaction. Of several processes, one does it."""
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
         with self.write() as connection:
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
 
     def close(self) -> None:
         self.engine.dispose()

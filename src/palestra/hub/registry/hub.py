@@ -1,6 +1,7 @@
 """What every request of the hub shares: the database, the blobs, the settings, the counts that wait to be written."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Hub:
         self.database, self.blobs, self.settings = database, blobs, settings
         self.counts = Counts(database)
         self.unpacked = Cache(blobs, settings.data / "unpacked")
+        self.on_pushed: Callable[[], None] = lambda: None  # from any thread, after files were added to a version
         settings.incoming.mkdir(parents=True, exist_ok=True)
 
     @classmethod

@@ -25,7 +25,21 @@ _PATHS = (  # of the hub itself
         "evaluations",
         "events",
     ),
-    *("files", "healthz", "help", "legacy", "live", "livez", "login", "logout", "metrics", "new", "openapi", "ready"),
+    *(
+        "files",
+        "health",
+        "healthz",
+        "help",
+        "legacy",
+        "live",
+        "livez",
+        "login",
+        "logout",
+        "metrics",
+        "new",
+        "openapi",
+        "ready",
+    ),
     *("readyz", "runs", "search", "settings", "simple", "static", "tokens", "users"),
 )
 RESERVED_OWNERS = frozenset(_PATHS)

@@ -23,6 +23,7 @@ from palestra.hub.registry.schema import (
     tokens,
     versions,
 )
+from palestra.hub.trust import pages as trust
 
 _MOST_SHOWN = 100
 _MOST_VERSIONS = 1000
@@ -112,6 +113,7 @@ def environment(ask: Ask) -> answers.Environment:
         needs = _dependencies(connection, ask.who, shown.id) if shown is not None else []
         needed_by = _dependants(connection, ask.who, row)
         by_day = _downloads(connection, row.id)
+        badges = trust.badges(connection, row.id)
     core = json.loads(shown.metadata) if shown is not None else {}
     text, kind = (shown.readme, shown.readme_type) if shown is not None else ("", "")
     return answers.Environment(
@@ -128,6 +130,7 @@ def environment(ask: Ask) -> answers.Environment:
         dependencies=needs,
         dependants=needed_by,
         downloads=by_day,
+        badges=badges,
         index_url=f"{ask.url}/{row.owner}/{row.name}/simple/",
         role=role.name.lower(),
     )
@@ -356,4 +359,5 @@ PAGES: list[Page] = [
         "hub/source.html",
     ),
     *OF_EVALUATIONS,
+    *trust.PAGES,
 ]

@@ -12,6 +12,7 @@ from typing import Any
 from packaging.version import Version
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from palestra import __version__
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.hub.registry import artefact, audit, names, rights, wordindex
 from palestra.hub.registry.artefact import Artefact, BadArtefactError
@@ -19,6 +20,7 @@ from palestra.hub.registry.blobs import Received, put_bytes
 from palestra.hub.registry.hub import Hub
 from palestra.hub.registry.rights import NotAllowedError, NotFoundError, Role, Who
 from palestra.hub.registry.schema import dependencies, environments, files, owners, versions
+from palestra.hub.trust import queue
 
 
 class TakenError(UserError):
@@ -66,6 +68,7 @@ def push(hub: Hub, who: Who, wish: Wish, received: Received) -> Pushed:
         is_new = _commit(hub, connection, who, wish, environment, found, received, metadata_sha256)
         if not (hub.blobs.exists(received.sha256) and hub.blobs.exists(metadata_sha256)):
             raise InfrastructureError(f"{wish.filename} was swept away while it was pushed; push it again")
+    hub.on_pushed()
     return Pushed(wish.owner, environment, found.version, found.filename, received.sha256, is_new)
 
 
@@ -167,6 +170,7 @@ def _commit(
     )
     connection.execute(update(environments).where(environments.c.id == row.id).values(project=found.project))
     refresh(connection, row.id, is_sqlite=hub.database.is_sqlite)
+    queue.enqueue(connection, version_id, __version__)
     subject = f"{wish.owner}/{environment}=={found.version}"
     audit.record(connection, who, "version.push", subject, file=found.filename, sha256=received.sha256)
     return True

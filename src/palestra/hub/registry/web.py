@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -61,12 +61,14 @@ _encode = msgspec.json.Encoder().encode
 Answering = Callable[[Request], Awaitable[Response]]
 
 
-def application(hub: Hub, names: frozenset[str] = frozenset({"localhost"})) -> Starlette:
-    """`names`: what this server may be called besides by its address."""
+def application(
+    hub: Hub, names: frozenset[str] = frozenset({"localhost"}), *, first: Sequence[BaseRoute] = ()
+) -> Starlette:
+    """`names`: what this server may be called besides by its address. `first`: routes before all others."""
     threads = ThreadPoolExecutor(4, thread_name_prefix="push")
     templates = _templates()
     shown = [Middleware(GZipMiddleware, minimum_size=2000, compresslevel=4)]
-    routes: list[BaseRoute] = [Route("/", _home), Route("/openapi.json", _openapi)]
+    routes: list[BaseRoute] = [*first, Route("/", _home), Route("/openapi.json", _openapi)]
     routes.append(Mount("/static", StaticFiles(directory=_HERE / "static")))
     routes += [Route("/api/login", _login(hub), methods=["POST"]), Route("/api/logout", _logout(hub), methods=["POST"])]
     routes += [Route(one.path, _action(hub, one, templates), methods=["POST"]) for one in ACTIONS]

@@ -162,6 +162,7 @@
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       for (const place of places) {
         const other = fresh.getElementById(place.id);
+        if (!other && place.id === "no-runs") { location.reload(); return; } // now there are some
         if (other && other.innerHTML !== place.innerHTML && !place.contains(document.activeElement)) place.replaceChildren(...other.childNodes);
       }
       fillMeters();

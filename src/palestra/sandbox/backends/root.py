@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,8 @@ def _is_inside(place: str, top: str) -> bool:
 
 
 def _parts(package: str) -> list[Path]:
-    """The top-level directories and modules of an installed distribution, and the libraries that came with it."""
+    """The top-level directories and modules of an installed distribution, its metadata, and the libraries that came
+    with it; of one that was installed editable, what is imported from its source."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -174,4 +176,20 @@ def _parts(package: str) -> list[Path]:
     tops = {Path(str(file.locate())).resolve() for file in files if ".." not in file.parts}
     site = {Path(str(importlib.metadata.distribution(package).locate_file("")))}.pop().resolve()
     names = {place.relative_to(site).parts[0] for place in tops if _is_inside(str(place), str(site))}
-    return [site / name for name in sorted(names) if not name.endswith(".dist-info") and name != "__pycache__"]
+    shown = [site / name for name in sorted(names) if name != "__pycache__" and not name.endswith(".pth")]
+    return [*shown, *_editable(package)]
+
+
+def _editable(package: str) -> list[Path]:
+    """Where the modules of one that was installed editable are imported from."""
+    distribution = importlib.metadata.distribution(package)
+    if not json.loads(distribution.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable"):
+        return []
+    found = []
+    for name in (distribution.read_text("top_level.txt") or "").split():
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            found += [Path(place) for place in spec.submodule_search_locations]
+        elif spec is not None and spec.origin:
+            found.append(Path(spec.origin))
+    return found

@@ -1,0 +1,1 @@
+"""What keeps a hub running among many: health, metrics, logs, limits, an orderly end, copies."""

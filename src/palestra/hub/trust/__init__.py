@@ -1,0 +1,1 @@
+"""Whether an environment does what it says: what was pushed is built, loaded and played in a sandbox, and judged."""
