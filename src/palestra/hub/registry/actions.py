@@ -11,9 +11,9 @@ from palestra.hub.registry.ask import Action, Ask
 from palestra.hub.registry.publish import TakenError
 from palestra.hub.registry.rights import NotAllowedError, NotFoundError, Role, Who
 from palestra.hub.registry.schema import environments, members, owners, tokens
+from palestra.hub.trust import pages as trust
 
 # --- owners
-from palestra.hub.trust import pages as trust
 
 
 def new_owner(ask: Ask) -> answers.Done:
