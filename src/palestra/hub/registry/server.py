@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import func, select
-from sqlalchemy.exc import IntegrityError
 
 from palestra.hub.registry import actions, rights
+from palestra.hub.registry.database import ClashError
 from palestra.hub.registry.hub import Hub
 from palestra.hub.registry.rights import ANYBODY
 from palestra.hub.registry.schema import owners
@@ -45,7 +45,7 @@ def first_token(hub: Hub, name: str) -> str | None:
                 return None
             id = actions.add_owner(connection, ANYBODY, name, "person", is_admin=True)
             return rights.make_token(connection, id, scope="admin", name="first").token
-    except IntegrityError:
+    except ClashError:
         return None  # another process was first
 
 
