@@ -46,6 +46,7 @@ def push(
         raise UserError(f"this is an evaluation of {found.told.environment!r}, and {owner}/{name} is another one")
     hub.blobs.put(received.file, received.sha256)
     with hub.database.write() as connection:
+        rights.require_valid(connection, who)
         environment = _require_push(connection, who, owner, name)
         id = _id(environment.id, found.digest)
         is_new = _insert(connection, who, environment, id, found, received.sha256)

@@ -11,10 +11,11 @@ from palestra.core.errors import UserError
 from palestra.hub import queries as of_runs
 from palestra.hub.evals import board, queries, views
 from palestra.hub.evals.opened import Cache
+from palestra.hub.registry import rights
 from palestra.hub.registry.blobs import received
 from palestra.hub.registry.hub import Hub, Settings
-from palestra.hub.registry.rights import ANYBODY, NotAllowedError, NotFoundError, Role, Who
-from palestra.hub.registry.schema import environments, evaluations, members, owners, versions
+from palestra.hub.registry.rights import ANYBODY, NotAllowedError, NotFoundError, Role, UnknownTokenError, Who
+from palestra.hub.registry.schema import environments, evaluations, members, owners, tokens, versions
 from tests.unit.hub.evals.made import archive, spoiled
 
 ALL = queries.Board()
@@ -187,6 +188,17 @@ def test_pushed_again_it_finds_the_version_that_came_after_it(hub: Hub, tmp_path
     push(hub, who(hub, "bob"), file)
     (row,) = board.listed(hub, ANYBODY, "alice", "reverse-text", ALL).rows
     assert (row.verified, row.status) == (True, "verified")
+
+
+def test_a_token_that_is_revoked_while_an_archive_comes_pushes_nothing(hub: Hub, tmp_path: Path):
+    bob = who(hub, "bob")
+    with hub.database.write() as connection:
+        made = rights.make_token(connection, bob.id or 0)
+        asking = rights.who_has(connection, made.token)
+        connection.execute(update(tokens).values(revoked=1.0))
+    with pytest.raises(UnknownTokenError):
+        push(hub, asking, archive(tmp_path / "a.zip"))
+    assert board.listed(hub, ANYBODY, "alice", "reverse-text", ALL).rows == []
 
 
 def test_an_evaluation_tells_its_settings_and_how_to_play_it_again(hub: Hub, tmp_path: Path):
