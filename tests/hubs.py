@@ -52,6 +52,7 @@ def running(data: Path, *words: str, token: str = "") -> Iterator[Running]:
         assert said.startswith("hub: "), process.stderr.read()
         if not token:
             token = re.search(r"palestra_\S+", process.stderr.readline())[0]  # pyright: ignore[reportOptionalSubscript]
+        late.cancel()
         environ = {**os.environ, "XDG_CONFIG_HOME": str(data / "config")}
         yield Running(said.removeprefix("hub: ").strip().rstrip("/"), token, process, data, environ)
     finally:
