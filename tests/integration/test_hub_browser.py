@@ -1,5 +1,6 @@
 """The hub in a real browser: log in, find an environment, yank a version by its form; hostile text stays text."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ from tests.unit.hub.test_web import ATTACK
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make install, then make test")
 
-IMAGES = Path(__file__).resolve().parents[2] / "docs/images"
 README = Path(__file__).resolve().parents[2] / "environments/wordle/README.md"
 
 pytestmark = [
@@ -81,7 +81,8 @@ def log_in(page, hub: Running) -> None:
     page.wait_for_url("**/account")
 
 
-def test_an_environment_is_found_opened_and_yanked_by_its_form(page, hub):
+def test_an_environment_is_found_opened_and_yanked_by_its_form(page, hub, tmp_path):
+    """PALESTRA_IMAGES=docs/images takes the picture of the manual anew."""
     log_in(page, hub)
     page.click("a.brand")
     page.keyboard.press("/")
@@ -99,7 +100,7 @@ def test_an_environment_is_found_opened_and_yanked_by_its_form(page, hub):
     version.locator("button").click()
     version.locator(".tag", has_text="yanked").wait_for()
     assert "a word was missing" in version.inner_text()
-    page.screenshot(path=IMAGES / "hub-environment.png")
+    page.screenshot(path=Path(os.environ.get("PALESTRA_IMAGES", tmp_path)) / "hub-environment.png")
     version.locator("a", has_text="source").first.click()
     page.locator("a.main", has_text=re.compile("__init__.py")).click()
     page.locator("pre.source", has_text="VERSION").wait_for()
