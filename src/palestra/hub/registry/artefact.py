@@ -6,7 +6,9 @@ Errors of everything here: BadArtefactError, whose text says what is wrong and w
 import gzip
 import io
 import os
+import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -30,6 +32,11 @@ from packaging.version import InvalidVersion, Version
 from palestra.core.errors import UserError
 
 _PIECE = 1 << 18
+_BROKEN = (  # what the libraries raise at files that are not what they should be
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, tarfile.TarError, zlib.error, struct.error),
+    *(EOFError, OSError, ValueError, RuntimeError, OverflowError),
+)
+_FILENAME = re.compile(r"[A-Za-z0-9._+!-]{1,255}\Z")
 _MAX_METADATA_BYTES = 2 << 20
 _MAX_HEADERS_BYTES = 1 << 20  # of one member of a tar file
 _MAX_LIST_BYTES = 4 << 20  # of all members of a zip file
@@ -81,8 +88,8 @@ def read(file: Path, filename: str, bounds: Bounds) -> Artefact:
 
 def parse_filename(filename: str) -> tuple[str, str, str]:
     """Normalised project and version, and `wheel` or `sdist`."""
-    if len(filename) > 255 or "/" in filename or "\\" in filename or not filename.isprintable():
-        raise BadArtefactError(f"{filename[:100]!r} is no name of a file")
+    if not _FILENAME.match(filename):
+        raise BadArtefactError(f"{filename[:100]!r} is no name of an artefact: letters, digits and . _ + ! -")
     try:
         if filename.endswith(".whl"):
             name, version, _, _ = parse_wheel_filename(filename)
@@ -224,7 +231,7 @@ def _wheel_metadata(file: Path, project: str, version: str, bounds: Bounds) -> b
             for member in members:
                 content = _read_member(archive, member, seen, keep=member.filename == f"{directory}/METADATA")
                 found = found or content
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, OSError, zlib.error) as error:
+    except _BROKEN as error:
         raise BadArtefactError(f"this is no whole zip archive: {error}") from None
     return found
 
@@ -308,7 +315,7 @@ def _sdist_metadata(file: Path, filename: str, bounds: Bounds) -> bytes:
                     counted.allow(member.size)
                     if member.name == f"{root}/PKG-INFO" and (content := archive.extractfile(member)):
                         found = _bounded(content.read(_MAX_METADATA_BYTES + 1), member.name)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except _BROKEN as error:
         raise BadArtefactError(f"this is no whole .tar.gz archive: {error}") from None
     if not found:
         raise BadArtefactError(f"{root}/PKG-INFO is missing: this is no source distribution")

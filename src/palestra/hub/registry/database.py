@@ -10,7 +10,8 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from palestra.core.errors import InfrastructureError, UserError
 
@@ -19,8 +20,16 @@ _BUSY_S = 20.0  # that a writer waits for its turn
 _MIGRATION_LOCK = 0x70616C65737472  # PostgreSQL's advisory lock
 
 
+class DatabaseError(InfrastructureError):
+    """A database that does not answer, or not in time."""
+
+
+class ClashError(UserError):
+    """Two changes at once of which only one can be."""
+
+
 class Database:
-    """Errors of both transactions: those of SQLAlchemy; InfrastructureError, if the database does not answer."""
+    """Errors of both transactions: DatabaseError, if the database does not answer; ClashError; those of SQLAlchemy."""
 
     def __init__(self, url: str | URL, *, pool: int = 16):
         """Connects when it is first used. Errors: UserError, for a URL that is none of a database known here."""
@@ -77,9 +86,11 @@ def _parsed(url: str | URL) -> URL:
 def _answering(url: URL) -> Iterator[None]:
     try:
         yield
-    except OperationalError as error:
+    except (OperationalError, PoolTimeoutError) as error:
         shown = url.render_as_string(hide_password=True)
-        raise InfrastructureError(f"the database {shown} does not answer: {error.orig}") from error
+        raise DatabaseError(f"the database {shown} does not answer: {getattr(error, 'orig', error)}") from error
+    except IntegrityError as error:
+        raise ClashError("somebody else has changed the same at this moment; try again") from error
 
 
 # --- engines

@@ -65,6 +65,7 @@ def push(hub: Hub, who: Who, wish: Wish, received: Received) -> Pushed:
     metadata_sha256 = put_bytes(hub.blobs, found.metadata, hub.settings.incoming)
     hub.blobs.put(received.file, received.sha256)
     with hub.database.write() as connection:
+        rights.require_valid(connection, who)
         is_new = _commit(hub, connection, who, wish, environment, found, received, metadata_sha256)
         if not (hub.blobs.exists(received.sha256) and hub.blobs.exists(metadata_sha256)):
             raise InfrastructureError(f"{wish.filename} was swept away while it was pushed; push it again")

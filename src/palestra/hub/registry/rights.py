@@ -113,6 +113,12 @@ def who_has(connection: Connection, token: str) -> Who:
     return _who(row)
 
 
+def require_valid(connection: Connection, who: Who) -> None:
+    """That the token still holds after what took long. Errors: UnknownTokenError."""
+    if who.token_id is not None:
+        _who(connection.execute(_token_rows().where(tokens.c.id == who.token_id)).one())
+
+
 def _token_rows():
     columns = (tokens, owners.c.name.label("owner"), owners.c.is_admin)
     return select(*columns).join(owners, owners.c.id == tokens.c.owner_id)

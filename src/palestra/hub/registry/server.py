@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sqlalchemy import func, select
-from sqlalchemy.exc import IntegrityError
 
 from palestra import __version__
 from palestra.hub.operation.limits import Bounds
 from palestra.hub.operation.operation import Operation
 from palestra.hub.operation.serving import Serving
 from palestra.hub.registry import actions, rights
+from palestra.hub.registry.database import ClashError
 from palestra.hub.registry.hub import Hub
 from palestra.hub.registry.receive import FORM_BYTES
 from palestra.hub.registry.rights import ANYBODY
@@ -89,7 +89,7 @@ def first_token(hub: Hub, name: str) -> str | None:
                 return None
             id = actions.add_owner(connection, ANYBODY, name, "person", is_admin=True)
             return rights.make_token(connection, id, scope="admin", name="first").token
-    except IntegrityError:
+    except ClashError:
         return None  # another process was first
 
 

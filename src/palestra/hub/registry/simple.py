@@ -23,7 +23,7 @@ JSON, HTML, LEGACY_HTML = (
     "text/html",
 )
 _API_VERSION = "1.1"
-_MOST_KEPT = 512
+_MOST_KEPT = 4096
 
 
 def wanted(accept: str) -> str | None:

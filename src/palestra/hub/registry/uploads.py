@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from palestra.core.errors import InfrastructureError, UserError
+from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.hub.registry import access, publish, receive
 from palestra.hub.registry.blobs import Incoming, TooLargeError
 from palestra.hub.registry.hub import Hub
@@ -66,7 +66,10 @@ class Uploads:
             assert form.received is not None
             pushing = partial(publish.push, hub, who, wish, form.received)
             work = asyncio.get_running_loop().run_in_executor(self._threads, pushing)
-            return await asyncio.wait_for(asyncio.shield(work), timeout=_PUBLISH_S)
+            try:
+                return await asyncio.wait_for(asyncio.shield(work), timeout=_PUBLISH_S)
+            except TimeoutError:
+                raise DeadlineError("the upload to be looked through", _PUBLISH_S) from None
 
     def _allowed(self, request: Request, wish: Wish) -> Who:
         who = access.identify(self._hub, request)

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.hub import words
 from palestra.hub.guard import Guard
-from palestra.hub.registry import access, answers, delivery, description, rights
+from palestra.hub.registry import access, answers, audit, delivery, description, rights
 from palestra.hub.registry.actions import ACTIONS
 from palestra.hub.registry.ask import Action, Ask, Page
 from palestra.hub.registry.blobs import MissingBlobError, TooLargeError
+from palestra.hub.registry.database import ClashError, DatabaseError
 from palestra.hub.registry.hub import Hub
 from palestra.hub.registry.pages import PAGES
 from palestra.hub.registry.publish import TakenError
@@ -49,6 +51,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (MissingBlobError, 404),
     (SlowError, 408),
     (TakenError, 409),
+    (ClashError, 409),
     (TooLargeError, 413),
     (UserError, 400),
     (InfrastructureError, 503),
@@ -257,6 +260,8 @@ def _login(hub: Hub) -> Answering:
         with hub.database.write() as connection:
             who = rights.who_has(connection, str(given.get("token", "")).strip())
             cookie = rights.begin_session(connection, who)
+            address = request.client.host if request.client else ""
+            audit.record(connection, replace(who, address=address), "session.begin", who.name)
         response = RedirectResponse(_inside(str(given.get("next", ""))), status_code=303)
         is_secure = address_of(hub, request).startswith("https:")
         response.set_cookie(
@@ -312,9 +317,11 @@ def _problem(templates: Environment) -> Callable[[Request, Exception], Response]
 
 
 def status_of(error: Exception) -> tuple[int, str]:
-    """An error that was not raised on purpose is not told to those who ask."""
+    """An error that was not raised on purpose is not told to those who ask, nor where the database is."""
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail)
+    if isinstance(error, DatabaseError):
+        return 503, "the hub's database does not answer; come again"
     for kind, status in _STATUS:
         if isinstance(error, kind):
             return status, str(error)

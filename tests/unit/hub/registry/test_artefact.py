@@ -1,6 +1,8 @@
 """What is refused as an artefact, each beside one that differs in nothing else and is taken."""
 
+import gzip
 import io
+import random
 import stat
 import struct
 import tarfile
@@ -51,10 +53,22 @@ def test_nothing_of_it_is_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "filename", ["words.exe", "words-1.0.zip", "words.whl", "a/words-1.0.tar.gz", "words-x.y.tar.gz", "w\n-1.0.tar.gz"]
+    "filename",
+    [
+        "words.exe",
+        "words-1.0.zip",
+        "words.whl",
+        "a/words-1.0.tar.gz",
+        "words-x.y.tar.gz",
+        "w\n-1.0.tar.gz",
+        'words-1.0-py3-none-a";b.whl',
+        "words-1.0-py3-none-a#b.whl",
+    ],
 )
 def test_a_file_that_is_called_otherwise_is_refused(tmp_path, filename):
-    refused(tmp_path, (filename, wheel()[1]), "neither a wheel|no name of a file|wheel filename|sdist filename|version")
+    refused(
+        tmp_path, (filename, wheel()[1]), "neither a wheel|no name of an artefact|wheel filename|sdist filename|version"
+    )
 
 
 @pytest.mark.parametrize("make", [wheel, sdist])
@@ -201,6 +215,29 @@ def test_a_flipped_byte_is_refused(tmp_path):
     flipped = bytearray(content)
     flipped[60] ^= 0xFF  # within the first member
     refused(tmp_path, (name, bytes(flipped)), "no whole zip archive|no path within|two members|one .dist-info|said")
+
+
+@pytest.mark.parametrize("make", [wheel, sdist])
+def test_whatever_is_broken_is_refused_and_nothing_else_is_raised(tmp_path, make):
+    draw = random.Random(0)
+    name, content = make(requires=["palestra"], python=">=3.11")
+    taken = 0
+    for _ in range(300):
+        broken = bytearray(gzip.decompress(content) if make is sdist else content)
+        for _ in range(draw.randrange(1, 6)):
+            broken[draw.randrange(min(len(broken), 3000))] = draw.randrange(256)
+        packed = gzip.compress(bytes(broken), 1) if make is sdist else bytes(broken)
+        try:
+            read(tmp_path, (name, packed))
+            taken += 1  # the bytes that were changed say nothing
+        except BadArtefactError:
+            pass
+    assert taken < 250
+
+
+def test_a_name_in_a_wheel_that_is_no_text_is_refused(tmp_path):
+    name, content = wheel(files={"ä": b""})
+    refused(tmp_path, (name, content.replace("ä".encode(), b"\xff\xff")), "no whole zip archive")
 
 
 def test_something_before_the_archive_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import insert, select, text
 
 from palestra.core.errors import InfrastructureError, UserError
-from palestra.hub.registry.database import Database, sqlite_url
+from palestra.hub.registry.database import ClashError, Database, sqlite_url
 from palestra.hub.registry.schema import metadata, owners
 
 
@@ -92,3 +92,13 @@ def test_a_database_that_is_away_is_named_without_its_password():
     with pytest.raises(InfrastructureError, match=r"127\.0\.0\.1:1") as caught, database.read():
         pass
     assert "secret" not in str(caught.value)
+
+
+def test_two_rows_where_one_can_be_is_a_clash(database):
+    def add() -> None:
+        with database.write() as connection:
+            connection.execute(insert(owners).values(name="alice", kind="person", created=0.0))
+
+    add()
+    with pytest.raises(ClashError):
+        add()

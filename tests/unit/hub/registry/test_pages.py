@@ -9,6 +9,7 @@ import pytest
 
 from palestra.hub.registry import readme
 from palestra.hub.registry.actions import ACTIONS
+from palestra.hub.registry.database import Database
 from palestra.hub.registry.pages import PAGES
 from tests.unit.hub.registry.packages import sdist, wheel
 
@@ -232,6 +233,16 @@ def test_a_browser_session_uploads_nothing(served):
     log_in(served, "alice")
     answer = served.http.post("/alice/legacy/", data={":action": "file_upload"}, files={"content": wheel()})
     assert answer.status_code == 401
+
+
+def test_a_database_that_is_away_is_not_described_to_who_asks(served, monkeypatch):
+    away = Database("postgresql://user:secret@127.0.0.1:1/hub")
+    monkeypatch.setattr(served.hub, "database", away)
+    for path in ("/environments", "/environments.json", "/alice/words/simple/palestra-words/"):
+        answer = served.get(path)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "127.0.0.1" not in answer.text
+        assert "secret" not in answer.text
 
 
 # --- rights of actions

@@ -223,6 +223,20 @@ def test_nothing_is_seen_of_a_push_that_fails_in_the_middle(served, monkeypatch)
     assert served.versions(WORDS) == ["1.0"]
 
 
+def test_a_token_that_is_revoked_during_an_upload_pushes_nothing(served, monkeypatch):
+    made = served.tell("/api/tokens", "alice").json()
+    served.tokens["brief"] = made["token"]
+    looked_through = publish.artefact.read
+
+    def revoked_meanwhile(*given):
+        served.tell(f"/api/tokens/{made['id']}/revoke", "alice")
+        return looked_through(*given)
+
+    monkeypatch.setattr(publish.artefact, "read", revoked_meanwhile)
+    assert "revoked" in refusal(served.push(wheel(), "brief", to="alice"), 401)
+    assert served.get(f"{WORDS}.json").status_code == 404
+
+
 def test_pushes_at_once_of_one_version_leave_one(served):
     """Two contents under one name: one wins, the other is refused, and what is served is whole."""
     made = [wheel(files={"x.py": f"{number}".encode()}) for number in range(6)]
