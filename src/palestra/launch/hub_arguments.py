@@ -9,6 +9,7 @@ def add_serve(services, add: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add(services, "hub", _serve, "a hub of environments, for a team")
     parser.add_argument("--data", type=Path, default=Path("hub"), metavar="DIR", help="what it keeps (default: hub)")
     parser.add_argument("--database", default="", metavar="URL", help="postgresql://... (default: SQLite in DIR)")
+    parser.add_argument("--storage", default="", metavar="URL", help="s3://bucket/prefix (default: DIR/blobs)")
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=8004, help="0: a free one, which is said (default: 8004)")
     parser.add_argument("--url", default="", help="what it is called from outside, where a proxy stands before it")
@@ -62,6 +63,7 @@ def add_hub(commands, add: Callable[..., argparse.ArgumentParser], add_json: Cal
         keeping.add_argument("directory", type=Path, metavar="DIR")
         keeping.add_argument("--data", type=Path, default=Path("hub"), metavar="DIR", help="the hub's (default: hub)")
         keeping.add_argument("--database", default="", metavar="URL", help="postgresql://... (default: SQLite in it)")
+        keeping.add_argument("--storage", default="", metavar="URL", help="s3://bucket/prefix (default: blobs/ in it)")
     for parser in (push, pull, search, check):
         add_json(parser)
     for parser in (push, pull, search, yank, person, check):
@@ -102,6 +104,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         hub_serving.Wish(
             data=arguments.data,
             database=arguments.database,
+            storage=arguments.storage,
             host=arguments.host,
             port=arguments.port,
             url=arguments.url,
@@ -174,10 +177,12 @@ def _check(arguments: argparse.Namespace) -> int:
 def _backup(arguments: argparse.Namespace) -> None:
     from palestra.launch import hub_keeping
 
-    hub_keeping.backup(arguments.directory, data=arguments.data, database=arguments.database)
+    hub_keeping.backup(arguments.directory, data=arguments.data, database=arguments.database, storage=arguments.storage)
 
 
 def _restore(arguments: argparse.Namespace) -> None:
     from palestra.launch import hub_keeping
 
-    hub_keeping.restore(arguments.directory, data=arguments.data, database=arguments.database)
+    hub_keeping.restore(
+        arguments.directory, data=arguments.data, database=arguments.database, storage=arguments.storage
+    )

@@ -8,11 +8,12 @@ from pathlib import Path
 from palestra.core.errors import UserError
 from palestra.launch.hub import parts
 from palestra.launch.hub_account import account
+from palestra.launch.hub_serving import bucket
 
 _LOOK_S = 1.0
 
 
-def backup(directory: Path, *, data: Path, database: str) -> None:
+def backup(directory: Path, *, data: Path, database: str, storage: str) -> None:
     """Beside a running hub. Errors: UserError, InfrastructureError."""
     from palestra.hub.operation import backup as copies
     from palestra.hub.registry.blobs import Directory
@@ -20,20 +21,20 @@ def backup(directory: Path, *, data: Path, database: str) -> None:
     if not database and not (data / "hub.db").is_file():
         raise UserError(f"{data} has no hub.db; name the hub's directory by --data, or its --database")
     opened = _database(data, database)
-    made = copies.backup(opened, Directory(data / "blobs"), directory)
+    made = copies.backup(opened, bucket(storage) or Directory(data / "blobs"), directory)
     opened.close()
     rows = sum(table.rows for table in made.tables.values())
     print(f"{directory}: {rows} rows, {len(made.blobs)} contents, schema {made.revision}", file=sys.stderr)
 
 
-def restore(directory: Path, *, data: Path, database: str) -> None:
+def restore(directory: Path, *, data: Path, database: str, storage: str) -> None:
     """Into an empty hub. Errors: UserError, InfrastructureError."""
     from palestra.hub.operation import backup as copies
     from palestra.hub.registry.blobs import Directory
 
     data.mkdir(parents=True, exist_ok=True)
     opened = _database(data, database)
-    made = copies.restore(directory, opened, Directory(data / "blobs"))
+    made = copies.restore(directory, opened, bucket(storage) or Directory(data / "blobs"))
     opened.close()
     print(f"{data}: the hub of {time.strftime('%F %T', time.localtime(made.made_at))} is there", file=sys.stderr)
 

@@ -3,9 +3,13 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from palestra.core.errors import UserError
 from palestra.launch.ports import require_free
+
+if TYPE_CHECKING:
+    from palestra.hub.registry.blobs import Blobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +18,7 @@ class Wish:
 
     data: Path
     database: str = ""
+    storage: str = ""
     host: str = "127.0.0.1"
     port: int = 8004
     url: str = ""
@@ -39,7 +44,7 @@ def serve(wish: Wish) -> None:
     if wish.port:
         require_free(wish.host, wish.port, field="--port")
     settings = Settings(data=wish.data, url=wish.url, max_upload_bytes=wish.max_upload_mb << 20)
-    hub = Hub.open(settings, wish.database)
+    hub = Hub.open(settings, wish.database, bucket(wish.storage))
     if (token := server.first_token(hub, wish.admin)) is not None:
         print(f"{wish.admin} administrates this hub by this token, which is not shown again: {token}", file=sys.stderr)
     if not server.is_loopback(wish.host) and not wish.url.startswith("https:"):
@@ -55,3 +60,12 @@ def serve(wish: Wish) -> None:
         means=server.Means(backend=wish.sandbox, index=wish.index) if wish.checks else None,
     )
     server.serve(hub, plan, say=lambda url: print(f"hub: {url}", flush=True))
+
+
+def bucket(url: str) -> "Blobs | None":
+    """Where contents are, if not in the hub's directory. Errors: UserError."""
+    if not url:
+        return None
+    from palestra.hub.registry.s3 import Bucket
+
+    return Bucket(url)

@@ -24,6 +24,8 @@ PATHS = {
     "/{owner}": "/alice",
     "/{owner}/{environment}": "/alice/words",
     "/{owner}/{environment}/source": "/alice/words/source",
+    "/{owner}/{environment}/checks": "/alice/words/checks",
+    "/{owner}/{environment}/checks/{check}": "/alice/words/checks/1",
 }
 
 
