@@ -3,8 +3,8 @@ is told again."""
 
 from typing import Any
 
-import trackio
-from trackio.sqlite_storage import SQLiteStorage
+import trackio  # pyright: ignore[reportMissingImports]  # its Pillow is not that of the CPU build
+from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
 from palestra.launch.sinks.following import Once, Row
 
