@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from palestra.core.guard import Guard
 from palestra.hub.registry.database import Database
 from palestra.hub.registry.schema import SEARCH_TABLE, metadata
 
@@ -62,7 +63,8 @@ class Cluster:
 @contextlib.contextmanager
 def cluster(programs: Path) -> Iterator[Cluster]:
     directory = Path(tempfile.mkdtemp(prefix="palestra-pg-"))
-    user, port = "tester", _free_port()
+    user, port, guard = "tester", _free_port(), Guard()
+    guard.remove(directory)
     try:
         if os.geteuid() == 0:
             shutil.chown(directory, "postgres")
@@ -74,9 +76,12 @@ def cluster(programs: Path) -> Iterator[Cluster]:
         log = directory / "log"
         start = [*pg_ctl, "-o", options, "-l", str(log), "start"]
         subprocess.run(start, check=True, capture_output=True, cwd=directory, timeout=90)
+        group = int((data / "postmaster.pid").read_text().split()[0])
+        guard.watch(group)  # tests that are killed leave no server
         try:
             yield Cluster(port, user)
         finally:
             subprocess.run([*pg_ctl, "-m", "immediate", "stop"], capture_output=True, cwd=directory, timeout=90)
+            guard.ended(group)
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        guard.close()
