@@ -93,7 +93,7 @@ def planned_bytes(anatomy: Anatomy, tokens: int, **settings) -> int:
 def test_planned_bytes_are_those_of_a_trainer_here(monkeypatch):
     """Of 42 M parameters, over two packs and two steps: by then everything is there that ever is."""
     tokens = 128
-    monkeypatch.setattr(bench, "build", lambda fields, directory, config: build(fields, directory))
+    monkeypatch.setattr(bench, "build", lambda fields, directory, threads: build(fields, directory))
     wish = bench.Wish(model="small", tokens=tokens, documents=2, packs=2, steps=1, overrides=["model.dtype=float32"])
     measured = bench.measure(wish)["peak_bytes"]
     anatomy = dissect(AutoConfig.for_model(**SHAPES["small"]), torch.float32)
