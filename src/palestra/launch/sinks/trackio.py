@@ -3,22 +3,25 @@ is told again."""
 
 from typing import Any
 
-import trackio  # pyright: ignore[reportMissingImports]  # its Pillow is not that of the CPU build
-from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
-
 from palestra.launch.sinks.following import Once, Row
 
 
 class Trackio:
+    """Imports trackio, which is not installed with the tools of tests: its Pillow is not that of the CPU build."""
+
     def __init__(self, *, project: str, name: str, config: dict[str, Any]):
+        import trackio  # pyright: ignore[reportMissingImports]
+        from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
+
+        self._library, self._storage = trackio, SQLiteStorage
         self._project, self._name, self._config = project, name, config
         self._once = Once()
         self._run: Any = None
 
     def begin(self, rows: list[Row]) -> None:
         self.close()
-        known = SQLiteStorage.get_max_step_for_run(self._project, self._name)
-        self._run = trackio.init(
+        known = self._storage.get_max_step_for_run(self._project, self._name)
+        self._run = self._library.init(
             project=self._project,
             name=self._name,
             config=self._config,
