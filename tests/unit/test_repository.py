@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,14 @@ def test_a_long_function_is_found():
 
 def test_modules_have_names_that_say_something():
     assert [_name(path) for path in SOURCES if path.stem in VAGUE_NAMES or re.search(r"_v\d+$", path.stem)] == []
+
+
+def test_make_test_finds_every_directory_of_tests(request):
+    """Control: pytest's own list leaves out what is called `dist`."""
+    left_out = request.config.getini("norecursedirs")
+    directories = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    assert {"dist", "unit", "fault", "integration"} <= directories
+    assert [name for name in directories if any(fnmatch(name, pattern) for pattern in left_out)] == []
 
 
 # --- the light rooms
