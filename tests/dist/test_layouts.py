@@ -19,7 +19,7 @@ from tests.one_rank import ranks_of_one
 TOLERANCE = {"float64": 1e-8, "float32": 1e-4}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1300)]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def models(tmp_path_factory) -> Path:
 def found(models, tmp_path_factory) -> Path:
     """What the first of four ranks found, a file for each family, layout and precision."""
     out = tmp_path_factory.mktemp("layouts")
-    run("layouts_worker.py", models, out, timeout_s=560, num_ranks=4)
+    run("layouts_worker.py", models, out, timeout_s=1200, num_ranks=4)
     return out
 
 
