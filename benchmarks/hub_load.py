@@ -116,7 +116,19 @@ async def measure(url: str, kind: Kind, seconds: float) -> dict[str, float | str
 
 
 async def serve_and_measure(data: Path, words: list[str], num: int, seconds: float) -> None:
-    command = [sys.executable, "-m", "palestra.launch.cli", "serve", "hub", "--no-checks", "--data", str(data), "--port", "0", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "palestra.launch.cli",
+        "serve",
+        "hub",
+        "--no-checks",
+        "--data",
+        str(data),
+        "--port",
+        "0",
+        *words,
+    ]
     hub = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
         assert hub.stdout is not None

@@ -34,7 +34,7 @@ _encode = msgspec.json.Encoder().encode
 
 def application(site: Site, names: frozenset[str] = frozenset({"localhost"})) -> Starlette:
     """`names`: what this server may be called besides by its address."""
-    templates = _templates()
+    templates = make_templates()
     routes: list[BaseRoute] = [Route("/", lambda _: RedirectResponse("/runs")), Route("/openapi.json", _openapi)]
     routes.append(Route("/events", _events(site)))
     for page in PAGES:
@@ -56,7 +56,8 @@ def application(site: Site, names: frozenset[str] = frozenset({"localhost"})) ->
     )
 
 
-def _templates() -> Environment:
+def make_templates() -> Environment:
+    """Of all pages: everything is escaped, and a name that is missing is an error."""
     environment = Environment(
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,

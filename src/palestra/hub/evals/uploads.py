@@ -8,12 +8,10 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import msgspec
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
 from starlette.routing import Route
 
-from palestra.core.errors import InfrastructureError, UserError
+from palestra.core.errors import UserError
 from palestra.hub.evals import answers, board
 from palestra.hub.evals.archive import DEFAULT
 from palestra.hub.evals.pages import HOME
@@ -22,7 +20,7 @@ from palestra.hub.registry.blobs import Incoming, TooLargeError
 from palestra.hub.registry.hub import Hub
 from palestra.hub.registry.receive import SlowError
 from palestra.hub.registry.rights import UnknownTokenError, Who
-from palestra.hub.registry.uploads import Refused
+from palestra.hub.registry.uploads import Taking
 
 _AT_ONCE = 8
 _SILENCE_S = 60.0
@@ -30,26 +28,12 @@ _CHECK_S = 1800.0
 KINDS = ("application/zip", "application/octet-stream")
 
 
-class EvaluationUploads:
+class EvaluationUploads(Taking):
     def __init__(self, hub: Hub, threads: ThreadPoolExecutor):
-        self._hub, self._threads, self._num = hub, threads, 0
+        super().__init__(hub, threads, most=_AT_ONCE, what="evaluations are on their way")
 
     def routes(self) -> list[Route]:
         return [Route(HOME, self._answer, methods=["POST"])]
-
-    async def _answer(self, request: Request) -> Response:
-        if self._num >= _AT_ONCE:
-            return Refused(503, f"{self._num} evaluations are on their way; come again in a few seconds", request)
-        self._num += 1
-        try:
-            pushed = await self._taken(request)
-        except (UserError, InfrastructureError) as error:
-            from palestra.hub.registry.web import status_of
-
-            return Refused(*status_of(error), request)
-        finally:
-            self._num -= 1
-        return Response(msgspec.json.encode(pushed), media_type="application/json")
 
     async def _taken(self, request: Request) -> answers.EvaluationPushed:
         """Errors: UserError of some kind, InfrastructureError."""

@@ -6,6 +6,7 @@ Consumes: requests. Produces: versions. Waits for: a place among `max_pushes`, n
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -24,22 +25,15 @@ _LINGER_S = 10.0  # that the rest of a refused upload is read and thrown away, s
 _PUBLISH_S = 600.0
 
 
-class Uploads:
-    def __init__(self, hub: Hub, threads: ThreadPoolExecutor):
-        self._hub, self._threads, self._num = hub, threads, 0
+class Taking:
+    """`most` uploads at once; the next is told to come again. `what` says of a number of them that they are here."""
 
-    def routes(self) -> list[Route]:
-        paths = (
-            "/{owner}/legacy",
-            "/{owner}/legacy/",
-            "/{owner}/{environment}/legacy",
-            "/{owner}/{environment}/legacy/",
-        )
-        return [Route(path, self._answer, methods=["POST"]) for path in paths]
+    def __init__(self, hub: Hub, threads: ThreadPoolExecutor, *, most: int, what: str):
+        self._hub, self._threads, self._most, self._what, self._num = hub, threads, most, what, 0
 
     async def _answer(self, request: Request) -> Response:
-        if self._num >= self._hub.settings.max_pushes:
-            return Refused(503, f"{self._num} uploads are under way; come again in a few seconds", request)
+        if self._num >= self._most:
+            return Refused(503, f"{self._num} {self._what}; come again in a few seconds", request)
         self._num += 1
         try:
             pushed = await self._taken(request)
@@ -50,6 +44,24 @@ class Uploads:
         finally:
             self._num -= 1
         return Response(msgspec.json.encode(pushed), media_type="application/json")
+
+    async def _taken(self, request: Request) -> Any:
+        """What is answered. Errors: UserError of some kind, InfrastructureError."""
+        raise NotImplementedError
+
+
+class Uploads(Taking):
+    def __init__(self, hub: Hub, threads: ThreadPoolExecutor):
+        super().__init__(hub, threads, most=hub.settings.max_pushes, what="uploads are under way")
+
+    def routes(self) -> list[Route]:
+        paths = (
+            "/{owner}/legacy",
+            "/{owner}/legacy/",
+            "/{owner}/{environment}/legacy",
+            "/{owner}/{environment}/legacy/",
+        )
+        return [Route(path, self._answer, methods=["POST"]) for path in paths]
 
     async def _taken(self, request: Request) -> Pushed:
         """Errors: UserError of some kind, InfrastructureError."""

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,7 +25,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from palestra.core.errors import InfrastructureError, UserError
-from palestra.hub import words
 from palestra.hub.evals.uploads import EvaluationUploads
 from palestra.hub.guard import Guard
 from palestra.hub.registry import access, answers, audit, delivery, description, rights
@@ -39,6 +38,7 @@ from palestra.hub.registry.publish import TakenError
 from palestra.hub.registry.receive import SlowError
 from palestra.hub.registry.rights import ANYBODY, NotAllowedError, NotFoundError, UnknownTokenError, Who
 from palestra.hub.registry.uploads import Uploads
+from palestra.hub.web import make_templates
 
 _HERE = Path(__file__).parent.parent
 _MAX_BODY = 64 << 10
@@ -126,18 +126,7 @@ async def _flushing(hub: Hub) -> AsyncIterator[None]:
         await asyncio.wait({task}, timeout=10)
 
 
-@lru_cache(maxsize=1)
-def _templates() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= words.FILTERS
-    environment.globals |= words.GLOBALS
-    return environment
+_templates = lru_cache(maxsize=1)(make_templates)
 
 
 async def _home(_: Request) -> Response:
