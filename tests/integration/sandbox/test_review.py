@@ -111,9 +111,9 @@ async def main():
 asyncio.run(main())
 """
 FORGETFUL = """
-import os, threading
-line = "echo became another; sleep 30; : MARK"
-threading.Thread(target=lambda: os.execv("/bin/sh", ["sh", "-c", line])).start()
+import os, sys, threading
+line = "import time; print('became another', flush=True); time.sleep(30)"
+threading.Thread(target=lambda: os.execv(sys.executable, ["another", "-c", line, "MARK"])).start()
 threading.Event().wait()
 """
 
@@ -122,7 +122,7 @@ def _pids_of(mark: str) -> set[int]:
     found = set()
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if place.read_bytes().startswith(b"sh\0") and mark.encode() in place.read_bytes():
+            if place.read_bytes().startswith(b"another\0") and mark.encode() in place.read_bytes():
                 found.add(int(place.parent.name))
         except OSError:
             pass
