@@ -80,42 +80,51 @@ def make_meshes(
             f"{len(members)} ranks cannot be {replicate} x {shard} x {context} x {tensor} with {experts} in ep"
         )
     parts_DCT = members.view(replicate * shard, context, tensor)
-    contexts = _group_of(parts_DCT.transpose(1, 2).reshape(-1, context))
 
-    def mesh_of(names: tuple[str, ...], *sizes: int) -> DeviceMesh:
-        return DeviceMesh(device_type, members.view(replicate, *sizes), mesh_dim_names=("replicate", *names))
+    def mesh_of(**sizes: int) -> DeviceMesh:
+        ranks = members.view(replicate, *sizes.values())
+        names = ("replicate", *sizes)
+        groups = [
+            _group_of(ranks.movedim(index, -1).flatten(0, -2), name if name in BESIDE_SHARDS else "shards")
+            for index, name in enumerate(names)
+        ]
+        return DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
 
+    contexts = _group_of(parts_DCT.transpose(1, 2).reshape(-1, context), "context")
     return Meshes(
-        ranks=mesh_of(("fsdp", "tensor"), shard * context, tensor),
-        root=mesh_of(("fsdp",), sharing),
-        experts=mesh_of(("efsdp", "ep"), sharing // experts, experts),
+        ranks=mesh_of(fsdp=shard * context, tensor=tensor),
+        root=mesh_of(fsdp=sharing),
+        experts=mesh_of(efsdp=sharing // experts, ep=experts),
         tokens=_group_of(parts_DCT.view(-1, tensor).T),
         everyone=_group_of(members.view(1, -1)),
-        beside=_group_of(members.view(1, -1), backend="gloo"),
+        beside=_group_of(members.view(1, -1), "beside", backend="gloo"),
         data=_group_of(parts_DCT.flatten(1).T),
         context=Context(kernels) if context == 1 else CONTEXTS[context_kind](contexts, kernels),
-        tensor=ALONE if tensor == 1 else TensorRanks(_group_of(parts_DCT.view(-1, tensor))),
+        tensor=ALONE if tensor == 1 else TensorRanks(_group_of(parts_DCT.view(-1, tensor), "tensor")),
     )
 
 
-def _group_of(rows: torch.Tensor, backend: str | None = None) -> dist.ProcessGroup:
-    """That of this rank's row; of the last row on a rank that is in none. Every rank makes all of them."""
-    found: list[tuple[list[int], Any]] = [(row.tolist(), dist.new_group(row.tolist(), backend=backend)) for row in rows]
-    mine = [(group, row) for row, group in found if dist.get_rank() in row]
-    if mine and backend is None:
-        _MADE[dist.group.WORLD, tuple(mine[0][1])] = mine[0][0]
-    return mine[0][0] if mine else found[-1][1]
+BESIDE_SHARDS = ("ep", "tensor")  # axes whose collectives go on while weights are gathered: in groups of their own
+_MADE: dict[tuple[Any, ...], Any] = {}  # by the world that they are of, what they are for, and their ranks
 
 
-_MADE: dict[tuple[Any, tuple[int, ...]], dist.ProcessGroup] = {}  # by the world that they are of, and their ranks
+def _group_of(rows: torch.Tensor, purpose: str = "shards", backend: str | None = None) -> dist.ProcessGroup:
+    """That of this rank's row; of all ranks on one that is in none. Every rank makes all of them, once: gloo's have
+    threads that wake a hundred times a second."""
+    mine: Any = dist.group.WORLD
+    for row in rows.tolist():
+        key = dist.group.WORLD, purpose, tuple(row)
+        if key not in _MADE:
+            _MADE[key] = dist.new_group(row, backend=backend)
+        if dist.get_rank() in row:
+            mine = _MADE[key]
+    return mine
 
 
 def group_among(ranks: Sequence[int]) -> dist.ProcessGroup:
     """Theirs: the one that was made, as torch waits for ever for another of the same ranks; else a new one, which only
     they have to ask for."""
-    key = dist.group.WORLD, tuple(ranks)
-    if key not in _MADE:
-        group = dist.new_group(list(ranks), use_local_synchronization=True)
-        assert isinstance(group, dist.ProcessGroup)
-        _MADE[key] = group
-    return _MADE[key]
+    whole, alone = ((dist.group.WORLD, purpose, tuple(ranks)) for purpose in ("shards", "among"))
+    if whole not in _MADE and alone not in _MADE:
+        _MADE[alone] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return _MADE[whole if whole in _MADE else alone]
