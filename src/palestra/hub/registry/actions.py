@@ -46,16 +46,25 @@ def add_owner(connection: Connection, who: Who, name: str, kind: str, *, is_admi
 
 
 def set_member(ask: Ask) -> answers.Done:
+    return _let_in(ask, ask.path["person"])
+
+
+def add_member(ask: Ask) -> answers.Done:
+    """As a form says it, which cannot put a name into its address."""
+    return _let_in(ask, ask.query.person)
+
+
+def _let_in(ask: Ask, name: str) -> answers.Done:
     body: queries.SetMember = ask.query
     with ask.hub.database.write() as connection:
-        organisation, person = _organisation(connection, ask), _person(connection, ask.path["person"])
+        organisation, person = _organisation(connection, ask), _person(connection, name)
         where = (members.c.organisation_id == organisation, members.c.person_id == person)
         connection.execute(delete(members).where(*where))
         row = {"organisation_id": organisation, "person_id": person, "role": body.role}
         connection.execute(insert(members).values(**row))
         _require_an_admin(connection, organisation)
-        audit.record(connection, ask.who, "member.set", ask.path["owner"], person=ask.path["person"], role=body.role)
-    return answers.Done(f"{ask.path['owner']}: {ask.path['person']}")
+        audit.record(connection, ask.who, "member.set", ask.path["owner"], person=name, role=body.role)
+    return answers.Done(f"{ask.path['owner']}: {name}")
 
 
 def remove_member(ask: Ask) -> answers.Done:
@@ -201,10 +210,12 @@ def _yank(ask: Ask, reason: str | None) -> answers.Done:
 # All need a token, or a session and its form.
 _ENVIRONMENT = "/api/environments/{owner}/{environment}"
 _VERSION = _ENVIRONMENT + "/versions/{version}"
-_MEMBER = "/api/owners/{owner}/members/{person}"
+_MEMBERS = "/api/owners/{owner}/members"
+_MEMBER = _MEMBERS + "/{person}"
 ACTIONS: list[Action] = [
     Action("/api/owners", "Add a person or an organisation", queries.NewOwner, answers.Done, new_owner),
-    Action(_MEMBER, "Let a person into an organisation", queries.SetMember, answers.Done, set_member),
+    Action(_MEMBERS, "Let a person into an organisation", queries.AddMember, answers.Done, add_member),
+    Action(_MEMBER, "Let a person in, or change the role", queries.SetMember, answers.Done, set_member),
     Action(f"{_MEMBER}/remove", "Take a person out", queries.Nothing, answers.Done, remove_member),
     Action("/api/tokens", "Make a token", queries.NewToken, answers.Token, new_token),
     Action("/api/tokens/{id}/revoke", "Revoke a token", queries.Nothing, answers.Done, revoke_token),

@@ -87,3 +87,7 @@ class Yank(Query):
 
 class SetMember(Query):
     role: Scope
+
+
+class AddMember(SetMember):
+    person: str = Field(max_length=40)

@@ -222,6 +222,35 @@ def test_a_token_made_in_a_form_is_shown_once(served):
     assert token[len("palestra_") :][:12] in served.get("/account").text
 
 
+def test_an_organisation_is_made_and_its_members_are_kept_by_forms(served):
+    csrf = log_in(served, "alice")
+
+    def send(path, **fields):
+        return served.http.post(path, data={"csrf": csrf, **fields}, follow_redirects=False).status_code
+
+    def members():
+        return {one["name"]: one["role"] for one in served.get("/team.json", "alice").json()["members"]}
+
+    assert send("/api/owners", name="team") == 303
+    assert 'href="/team"' in served.get("/account").text
+    assert send("/api/owners/team/members", person="bob", role="read") == 303
+    assert members() == {"alice": "admin", "bob": "read"}
+    page = served.get("/team").text
+    assert set(re.findall(r'action="(/api/owners/team[^"]*)"', page)) == {
+        "/api/owners/team/members",
+        *(f"/api/owners/team/members/{name}{act}" for name in ("alice", "bob") for act in ("", "/remove")),
+    }
+    assert send("/api/owners/team/members/bob", role="write") == 303
+    assert members() == {"alice": "admin", "bob": "write"}
+    assert send("/api/owners/team/members", person="nobody", role="read") == 404
+    assert send("/api/owners/team/members/alice", role="read") == 409  # the last administrator
+    assert members() == {"alice": "admin", "bob": "write"}
+    log_in(served, "bob")
+    assert "/api/owners/team" not in served.get("/team").text  # sees who is in it, and changes nothing
+    assert served.tell("/api/owners/team/members", "bob", person="root", role="admin").status_code == 403
+    assert send("/api/owners/team/members/bob/remove") == 403  # with the secret of alice's session
+
+
 def test_a_session_ends_with_its_token_and_by_logging_out(served):
     csrf = log_in(served, "alice")
     assert served.http.post("/api/logout", data={"csrf": csrf}, follow_redirects=False).status_code == 303
