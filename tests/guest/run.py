@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,7 @@ done
 mkdir -p /dev/shm; mount -t tmpfs none /dev/shm; ip link set lo up
 export PYTHONPATH={path}
 (sleep {limit_s}; poweroff -f) &
-{python} /start.py {place} {command} >/dev/ttyS1
-echo "guest: the check ended with $?"
+{commands}
 {python} /end.py >/dev/ttyS1
 sync; poweroff -f
 """
@@ -85,30 +85,45 @@ PLACES = ("root", "service", "session", "container")
 def report(
     cases: list[str], *, without: tuple[str, ...] = (), place: str = "root", limit_s: float = _LIMIT_S
 ) -> dict[str, Any]:
-    """Of a check in a guest, with how many cgroups a sweep removed afterwards, and those that it left.
+    """As of `reports`, of one check."""
+    return reports([(cases, without)], place=place, limit_s=limit_s)[0]
 
-    Errors: Unavailable; RuntimeError with the console's end, where there is no report.
+
+def reports(
+    checks: list[tuple[list[str], tuple[str, ...]]], *, place: str = "root", limit_s: float = _LIMIT_S
+) -> list[dict[str, Any]]:
+    """Of checks in one guest, one after the other, each of cases and of the walls that they are without; with how many
+    cgroups a sweep removed after all of them, and those that it left.
+
+    Errors: Unavailable; RuntimeError with the console's end, where a report is missing.
     """
     found = pieces()
     with tempfile.TemporaryDirectory(prefix="palestra-guest-") as directory:
         working = Path(directory)
         archive = files.Archive(working / "files")
-        files.fill(archive, found.busybox, _init(cases, without, place, limit_s))
+        files.fill(archive, found.busybox, _init(checks, place, limit_s))
         archive.text("/start.py", _START)
         archive.text("/end.py", _END)
         archive.close()
-        return _booted(found, working, limit_s)
+        return _booted(found, working, len(checks), limit_s)
 
 
-def _init(cases: list[str], without: tuple[str, ...], place: str, limit_s: float) -> str:
+def _init(checks: list[tuple[list[str], tuple[str, ...]]], place: str, limit_s: float) -> str:
+    path, python = f"{files.SOURCE}:{files.SITE}", files.python()
+    commands = "\n".join(
+        f"{python} /start.py {place} {shlex.join(_command(cases, without))} >/dev/ttyS1\n"
+        f'echo "guest: check {number} ended with $?"'
+        for number, (cases, without) in enumerate(checks)
+    )
+    return _INIT.format(path=path, python=python, commands=commands, limit_s=math.ceil(limit_s))
+
+
+def _command(cases: list[str], without: tuple[str, ...]) -> list[str]:
     command = [files.python(), "-m", "palestra.launch.cli", "sandbox", "check", *cases]
-    command += ["--backend", "local", "--json", *(["--without", *without] if without else [])]
-    path = f"{files.SOURCE}:{files.SITE}"
-    told = {"path": path, "python": files.python(), "place": place, "limit_s": math.ceil(limit_s)}
-    return _INIT.format(**told, command=shlex.join(command))
+    return [*command, "--backend", "local", "--json", *(["--without", *without] if without else [])]
 
 
-def _booted(found: Pieces, working: Path, limit_s: float) -> dict[str, Any]:
+def _booted(found: Pieces, working: Path, num_checks: int, limit_s: float) -> list[dict[str, Any]]:
     told, console = working / "report", working / "console"
     machine = ["-accel", "tcg,thread=single", "-cpu", "max", "-m", str(MEMORY_MB), "-smp", "1"]
     bare = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
@@ -122,12 +137,19 @@ def _booted(found: Pieces, working: Path, limit_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         said = f"the guest did not end within {limit_s:g} s"
     try:
-        text = told.read_text()
-        check, end = json.JSONDecoder().raw_decode(text)
-        return {**check, **json.loads(text[end:])}
+        *found_in, end = _objects(told.read_text())
+        return [{**check, **end} for check, _ in zip(found_in, range(num_checks), strict=True)]
     except (OSError, ValueError):
         heard = console.read_text(errors="replace") if console.exists() else ""
         raise RuntimeError(f"no report came from the guest. {said}\n{heard[-4000:]}") from None
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """One after the other. Errors: ValueError."""
+    while text := text.strip():
+        found, end = json.JSONDecoder().raw_decode(text)
+        yield found
+        text = text[end:]
 
 
 def holds(told: dict[str, Any], cases: list[str]) -> bool:
