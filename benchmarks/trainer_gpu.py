@@ -36,6 +36,7 @@ AIMS = {
     "rl-64k": ("tokens_per_s", 13_000),
     "rl-64k-one": ("tokens_per_s", 13_000),
     "sft-16k": ("tokens_per_s", 40_000),
+    "sft-16k-compiled": ("tokens_per_s", 40_000),
     "experts-32k": ("tflops", 500),
 }
 
@@ -61,6 +62,7 @@ def step(
     *,
     name: str,
     documents: int = 0,
+    packs: int = 1,
     model: str = "qwen3-0.6b",
     settings: tuple[str, ...] = (),
 ) -> Any:
@@ -70,6 +72,7 @@ def step(
     wish = bench.Wish(
         model=model,
         tokens=tokens,
+        packs=packs,
         documents=documents or (2 if tiny else max(tokens // (4 * K), 1)),
         kind=kind,
         steps=2 if tiny or tokens > 32 * K else 5,
@@ -136,6 +139,10 @@ PARTS: dict[str, Callable[[Way], dict[str, Any]]] = {
     "rl-64k": _steps("rl-64k", "rl", 64 * K, "train.recompute=selective"),
     "rl-64k-one": _steps("rl-64k-one", "rl", 64 * K, "train.recompute=selective", documents=1),
     "muon-16k": _steps("muon-16k", "rl", 16 * K, "train.optimizer=muon"),
+    "muon-16k-8-packs": _steps("muon-16k-8-packs", "rl", 16 * K, "train.optimizer=muon", packs=8),
+    "sft-16k-compiled": _steps("sft-16k-compiled", "sft", 16 * K, "train.compile=true"),
+    "sft-16k-8-packs": _steps("sft-16k-8-packs", "sft", 16 * K, "train.compile=true", packs=8),
+    "float8-16k": _steps("float8-16k", "rl", 16 * K, "train.float8=true"),
     "glm4moe-8k": _steps("glm4moe-8k", "rl", 8 * K, "train.optimizer=muon", model="glm4moe-layers"),
     "compiled-16k": _steps("compiled-16k", "rl", 16 * K, "train.compile=true"),
     "flex-16k": _steps("flex-16k", "rl", 16 * K, "train.attention=flex"),
@@ -143,19 +150,20 @@ PARTS: dict[str, Callable[[Way], dict[str, Any]]] = {
     "full-16k": _steps("full-16k", "rl", 16 * K, "train.recompute=full"),
     "offload-16k": _steps("offload-16k", "rl", 16 * K, "train.offload_activations=true"),
 }
+NEEDS_GPU = ("float8-16k",)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=[])
     parser.add_argument("--json", type=Path, help="write everything here, part by part")
     parser.add_argument("--profiles", type=Path, help="a directory for what takes the time, in a table for each part")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
     with TemporaryDirectory(prefix="palestra-bench-") as models:
         way = Way(Path(models), tiny=arguments.tiny, profiles=arguments.profiles)
-        for name in arguments.only:
+        for name in arguments.only or [name for name in PARTS if not (arguments.tiny and name in NEEDS_GPU)]:
             began = time.monotonic()
             try:
                 found[name] = PARTS[name](way)
