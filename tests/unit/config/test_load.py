@@ -88,7 +88,7 @@ def test_override_values_are_toml(recipe: Path):
         ("train.seed=-1", "train.seed"),
         ("sync.probe_tokens=1", "sync.probe_tokens"),
         ("sync.full_every=1", "sync.full_every"),
-        ("sync.kind=nccl_m2n", "sync.kind=nccl_m2n is not built; use nccl, or sparse_nccl"),
+        ("sync.kind=nccl_m2n", "sync.kind=nccl_m2n is refused: vLLM cannot be told"),
         ("sync={kind='nccl', local='/tmp/x'}", "sync.kind=nccl writes no files"),
         ("sync={kind='ipc', difference=true}", "leave sync.difference and sync.local out"),
         ("model.lora.dropout=0.1", "two different policies; set it to 0"),

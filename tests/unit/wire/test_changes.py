@@ -136,6 +136,14 @@ def model_of(config: VllmConfig) -> nn.Module:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture
+def second_of_two(vllm_config, monkeypatch) -> None:
+    """What is built from now on is the part of the second of two tensor-parallel workers."""
+    for group in (parallel_state.get_tp_group(),):
+        monkeypatch.setattr(group, "world_size", 2)
+        monkeypatch.setattr(group, "rank_in_group", 1)
+
+
 @pytest.fixture(scope="module")
 def versions(glm) -> list[Weights]:
     """Five, each with one element in fifty of every tensor changed since the one before."""
@@ -244,6 +252,14 @@ async def test_after_changes_an_engine_holds_what_the_trainer_has(bench):
         assert not same(first.bits, bench.expected(version - 1)), "control"
     offer = bench.prepare(3)
     assert (offer.base, offer.sent_bytes < 0.1 * offer.full_bytes) == ("1.0.2", True)
+
+
+async def test_a_worker_that_has_a_part_of_each_matrix_takes_its_part_of_the_changes(bench, second_of_two):
+    engine = bench.engine()
+    assert engine.bits["model.layers.0.mlp.down_proj.weight"].shape == (32, 32)
+    assert await bench.send(1, engine) == [None]
+    assert same(engine.bits, bench.expected(1))
+    assert not same(engine.bits, bench.expected(0)), "control"
 
 
 async def test_a_version_without_changes_arrives_too(bench):
