@@ -394,8 +394,8 @@ class Sync(Section):
     def _is_built(self) -> Self:
         if self.kind == "nccl_m2n":
             raise ValueError(
-                "sync.kind=nccl_m2n is refused: vLLM cannot be told how experts and split matrices lie on the trainer's "
-                "ranks (decision 0034); use nccl, or sparse_nccl where few weights change"
+                "sync.kind=nccl_m2n is refused: vLLM cannot be told how experts and split matrices lie on the "
+                "trainer's ranks (decision 0034); use nccl, or sparse_nccl where few weights change"
             )
         if self.kind != "files" and (self.difference or self.local is not None):
             raise ValueError(f"sync.kind={self.kind} writes no files: leave sync.difference and sync.local out")

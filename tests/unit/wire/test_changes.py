@@ -29,15 +29,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch, as vLLM's layers are imported
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, default_weight_loader
 
-    from palestra.wire.weights import vllm_engine
+    from palestra.wire.weights import vllm_engine, vllm_plugin
     from palestra.wire.weights.changes_sender import ChangesSender
     from palestra.wire.weights.in_place import require_in_place
     from palestra.wire.weights.vllm_changes import ChangesEngine
+    from palestra.wire.weights.vllm_sent import SentEngine
 
 BF16 = torch.bfloat16
 Weights = dict[str, torch.Tensor]
@@ -354,6 +356,12 @@ def test_an_update_is_one_start_one_version_one_finish(bench):
     engine.start_weight_update()
     with pytest.raises(InfrastructureError, match="before a version had been loaded"):
         engine.finish_weight_update()
+
+
+def test_vllm_knows_both_backends_by_the_plugin():
+    vllm_plugin.register()
+    known = {kind: WeightTransferEngineFactory._registry[name]() for kind, name in vllm_plugin.SENT_BACKENDS.items()}
+    assert known == {"nccl": SentEngine, "sparse_nccl": ChangesEngine}
 
 
 # --- models whose weights are not what was loaded
