@@ -32,11 +32,16 @@ with warnings.catch_warnings():
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.model_executor.model_loader import reload
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, default_weight_loader
 
     from palestra.wire.weights import vllm_engine, vllm_plugin
     from palestra.wire.weights.changes_sender import ChangesSender
+    from palestra.wire.weights.coverage import Coverage
     from palestra.wire.weights.in_place import require_in_place
     from palestra.wire.weights.vllm_changes import ChangesEngine
     from palestra.wire.weights.vllm_sent import SentEngine
@@ -262,6 +267,24 @@ async def test_a_worker_that_has_a_part_of_each_matrix_takes_its_part_of_the_cha
     assert await bench.send(1, engine) == [None]
     assert same(engine.bits, bench.expected(1))
     assert not same(engine.bits, bench.expected(0)), "control"
+
+
+async def test_changes_go_among_weights_that_vllm_has_reloaded(bench, monkeypatch):
+    """As its workers do: a whole version takes the model apart, is counted, and puts it together again. What it makes
+    of weights for CPUs is left out: engines on CPUs are sent nothing."""
+    for name in ("initialize_layerwise_reload", "finalize_layerwise_reload"):
+        monkeypatch.setattr(vllm_engine, name, getattr(reload, name))
+    monkeypatch.setattr(vllm_engine, "Coverage", Coverage)
+    for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, UnquantizedFusedMoEMethod):
+        monkeypatch.setattr(method, "process_weights_after_loading", lambda self, layer: None)
+    engine = bench.engine()
+    storage = {name: tensor.data_ptr() for name, tensor in engine.model.named_parameters()}
+    assert await bench.send(1, engine) == [None]
+    assert same(engine.bits, bench.expected(1))
+    engine.load(bench.stage(2), 2)
+    assert await bench.send(3, engine) == [None]
+    assert same(engine.bits, bench.expected(3))
+    assert {name: tensor.data_ptr() for name, tensor in engine.model.named_parameters()} == storage, "as graphs need it"
 
 
 async def test_a_version_without_changes_arrives_too(bench):
