@@ -16,7 +16,7 @@ from palestra.config.schema import Log, Lora, Model, RunConfig, Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model.export import iterate_weights
-from palestra.model.load import set_gradient_sync
+from palestra.model.load import load_policy, set_gradient_sync
 from palestra.model.mesh import make_meshes
 from palestra.train import ranks as trainer_ranks
 from palestra.train.packs import plan_step
@@ -29,6 +29,7 @@ PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 AGES = [0, 2, 0, 1, 9, 0, 2, 0]
 STEPS = 4
 SAVED_AT = 2
+MESHES_SENT = {"1x2": {"shard": 2}, "2x1": {"replicate": 2}, "ep2": {"shard": 2, "experts": 2}}
 ADAPTED = "-adapted"  # ends the name of a model's directory
 
 
@@ -43,7 +44,29 @@ def main(models: Path, out: Path) -> None:
             again = measure(model, out / name, ranks, resume_from=SAVED_AT)
             if ranks.is_first:
                 torch.save({"straight": found, "resumed": again}, out / f"{name}.pt")
+        if not model.name.endswith(ADAPTED):
+            _send(model, joined, out)
     trainer_ranks.leave()
+
+
+def _send(model: Path, joined: trainer_ranks.Ranks, out: Path) -> None:
+    from tests.dist.sending import send  # vLLM: seconds
+
+    for name, axes in MESHES_SENT.items():
+        if "experts" in axes and "Moe" not in model.name:
+            continue
+        ranks = dataclasses.replace(joined, meshes=make_meshes("cpu", **axes))
+        policy = load_policy(
+            str(model),
+            dtype=torch.float32,
+            experts="grouped_mm",
+            head_chunk_tokens=16,
+            meshes=ranks.meshes,
+            device=ranks.device,
+        )
+        found = send(policy, ranks)
+        if ranks.is_first:
+            torch.save(found, out / f"{model.name}-{name}-sent.pt")
 
 
 def measure(model: Path, out: Path, ranks: trainer_ranks.Ranks, resume_from: int | None = None) -> dict[str, Any]:

@@ -88,3 +88,33 @@ def test_a_checkpoint_of_two_ranks_is_continued_by_one(architecture, models, one
     straight = torch.load(two_ranks / f"{architecture}-1x2.pt")["straight"]
     for name, weight in straight["weights"].items():
         torch.testing.assert_close(resumed["weights"][name], weight, atol=2e-4, rtol=1e-3, msg=name)
+
+
+SENT = [
+    (family, mesh)
+    for family in FAMILIES
+    for mesh in ("1x2", "2x1", "ep2")
+    if mesh != "ep2" or family == "Glm4MoeForCausalLM"
+]
+
+
+@pytest.mark.parametrize(("family", "mesh"), SENT)
+def test_what_several_ranks_send_is_what_they_have(family, mesh, two_ranks):
+    """One tensor after the other; and a send that fails on the first rank leaves the others in step with it."""
+    found = torch.load(two_ranks / f"{family}-{mesh}-sent.pt", weights_only=False)["whole"]
+    assert found["received"].keys() == found["expected"].keys()
+    assert all(torch.equal(found["received"][name], tensor) for name, tensor in found["expected"].items())
+    assert found["bytes"].sent_bytes == sum(tensor.nbytes for tensor in found["expected"].values())
+    (first, again), *others = found["errors"]
+    assert ("nobody came" in first, again, others) == (True, "", [("", "")])
+    assert max(found["most"]) <= 4, "of all that a rank is handed, no more is there at once than the experts of a layer"
+
+
+@pytest.mark.parametrize(("family", "mesh"), SENT)
+def test_changes_that_several_ranks_find_make_what_was_into_what_is(family, mesh, two_ranks):
+    """Each keeps about half of what was."""
+    found = torch.load(two_ranks / f"{family}-{mesh}-sent.pt", weights_only=False)["changes"]
+    assert all(torch.equal(found["patched"][name], tensor) for name, tensor in found["expected"].items())
+    assert (found["offer"].base, 0 < found["offer"].sent_bytes < 0.2 * found["offer"].full_bytes) == ("1.0.1", True)
+    assert sum(found["kept"]) == found["offer"].full_bytes
+    assert max(found["kept"]) < 0.6 * found["offer"].full_bytes

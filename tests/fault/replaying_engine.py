@@ -26,6 +26,7 @@ from palestra.core.errors import InfrastructureError
 from palestra.core.process import die_with_parent
 from palestra.infer.turn import wait_for_turn
 from palestra.wire.rundir import RunDir
+from palestra.wire.weights.manifest import read_manifest
 from tests.fault.device import Device
 from tests.fault.table import FILE, Table, read
 from tests.fault.witness import Witness, faults_directory
@@ -94,6 +95,7 @@ class Engine:
         self._device, self._asleep = device, set()  # of vLLM's tags, what is not on the device
         self.label, self._last_served = "default", "default"
         self._received: Table | None = None
+        self._holds = self._mark = ""  # which weights exactly, and which are on their way
         self._is_updating = self.is_paused = False
         self.running: list[Choice] = []
         self._may_run = asyncio.Event()
@@ -232,14 +234,19 @@ class Engine:
             raise InfrastructureError("start_weight_update called while a weight update is already active")
         self._is_updating, self._received = True, None
 
-    def update(self, directory: str, version: int) -> None:
-        """One that fails ends the update."""
+    def update(self, directory: str, version: int, base: str = "") -> None:
+        """One that fails ends the update. `base`: what it must hold, where only changes are sent."""
         if not self._is_updating:
             raise InfrastructureError("start_weight_update must be called before update_weights")
         try:
             if self._received is not None:
                 raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
+            if base and base != self._holds:
+                raise InfrastructureError(
+                    f"changes from {base} were sent, but the engine holds {self._holds or 'none'}"
+                )
             self._received = read(Path(directory), version)
+            self._mark = read_manifest(Path(directory)).mark
         except InfrastructureError:
             self._is_updating = False
             raise
@@ -248,6 +255,7 @@ class Engine:
         if self._received is None:
             raise InfrastructureError("the update was finished before a version had been loaded")
         self.take(self._received)
+        self._holds = self._mark
         self._is_updating, self._received = False, None
         self.label = label or self.label
 
@@ -298,7 +306,7 @@ def application(engine: Engine) -> Starlette:
 
     async def update(request: Request) -> Response:
         info = (await request.json())["update_info"]
-        engine.update(info["directory"], info["version"])
+        engine.update(info["directory"], info["version"], info.get("base", ""))
         return JSONResponse({"message": "Weights updated"})
 
     async def finish(request: Request) -> Response:

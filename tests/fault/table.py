@@ -83,7 +83,7 @@ class Table:
         return all(np.array_equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
 
 
-def stage(table: Table, directory: Path, version: int, attempt: int) -> None:
+def stage(table: Table, directory: Path, version: int, attempt: int, mark: str = "") -> None:
     """As `wire.weights.files.stage`, manifest last."""
     directory.mkdir(parents=True)
     table.save(directory / FILE)
@@ -91,7 +91,8 @@ def stage(table: Table, directory: Path, version: int, attempt: int) -> None:
         TensorEntry(name=name, dtype=tensor.dtype.name, shape=tensor.shape, file=FILE, hash=hash_array(tensor))
         for name, tensor in table.tensors.items()
     ]
-    write_manifest(directory, WeightsManifest(version=version, attempt=attempt, tensors=tuple(entries)))
+    manifest = WeightsManifest(version=version, attempt=attempt, tensors=tuple(entries), mark=mark)
+    write_manifest(directory, manifest)
 
 
 def read(directory: Path, version: int) -> Table:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from palestra.config import RunConfig
+from palestra.config.schema import Sync
 from palestra.core.errors import InfrastructureError
 from palestra.core.files import write_atomically
 from palestra.core.ledger import Ledger, LedgerEntry
@@ -103,22 +104,24 @@ class TableSender:
 
     def __init__(self, trainer: TableTrainer, directory: Path, attempt: int):
         self._trainer, self._directory, self._attempt = trainer, directory, attempt
+        self.base = self.mark = ""  # of what is sent: as `wire.weights.changes` has them
 
     def send(self, ask: Callable, *, num_workers: int, is_new_group: bool, deadline_s: float) -> None:
         if is_new_group:
             ask("init", {"rank_offset": 1, "world_size": 1 + num_workers})
         directory, version = Path(tempfile.mkdtemp(dir=self._directory)) / "sent", self._trainer.version
-        stage(self._trainer.table, directory, version, self._attempt)
-        ask("update", {"directory": str(directory), "version": version})
+        stage(self._trainer.table, directory, version, self._attempt, self.mark)
+        ask("update", {"directory": str(directory), "version": version, "base": self.base})
 
 
 class TablePublisher:
     """The rules of `train.publish.Publisher`: a version stays until a later one is loaded, the first one is files."""
 
-    def __init__(self, trainer: TableTrainer, directory: Path, attempt: int, *, is_sent: bool = False):
-        self._trainer, self._directory, self._attempt, self._is_sent = trainer, directory, attempt, is_sent
+    def __init__(self, trainer: TableTrainer, directory: Path, attempt: int, sync: Sync):
+        self._trainer, self._directory, self._attempt, self._sync = trainer, directory, attempt, sync
         self.sender = TableSender(trainer, directory, attempt)
         self._previous: list[float] | None = None
+        self._mark = ""
         self._staged: list[int] = []
 
     @property
@@ -126,13 +129,19 @@ class TablePublisher:
         return len(self._staged) >= KEPT_VERSIONS
 
     def stage(self, version: int, ledger: Ledger, *, as_files: bool = False) -> Staged:
-        if self._is_sent and self._previous is not None and not as_files:
-            return Staged(version=version, directory="", probe=self._probe(), is_sent=True)
+        mark = f"{self._attempt}.{life()}.{version}"
+        if self._sync.is_sent and self._previous is not None and not as_files:
+            self.sender.base = self._mark if self._sync.kind == "sparse_nccl" else ""
+            self.sender.mark = self._mark = mark
+            return Staged(
+                version=version, directory="", probe=self._probe(), is_sent=True, mark=mark, base=self.sender.base
+            )
+        self._mark = mark
         directory = self._directory / (f"v{version:06d}" + (f".{life()}" if life() else ""))
         self._staged = [*(staged for staged in self._staged if staged != version), version]
         with ledger.spend("stage"):
-            stage(self._trainer.table, directory, version, self._attempt)
-        return Staged(version=version, directory=str(directory), probe=self._probe())
+            stage(self._trainer.table, directory, version, self._attempt, mark)
+        return Staged(version=version, directory=str(directory), probe=self._probe(), mark=mark)
 
     def _probe(self) -> Probe:
         logprobs = self._trainer.table.score(PROBE)
@@ -150,7 +159,7 @@ def _run(config: RunConfig, run: RunDir, attempt: Attempt, ledger: Ledger, super
     trainer = TableTrainer(config, ranks, step_s=step_s)
     supervisor.send(Ready(process="trainer"))
     orchestrator = Orchestrator(config, attempt, ranks, ledger)  # type: ignore[arg-type]
-    publisher = TablePublisher(trainer, Path(attempt.staging), attempt.number, is_sent=config.sync.is_sent)
+    publisher = TablePublisher(trainer, Path(attempt.staging), attempt.number, config.sync)
     device = device_of(config, orchestrator, ledger)
     device.keep(Device(Witness(faults_directory()), "trainer"))
     with closing(SpanLog(run.spans("trainer-0"), "trainer-0")) as spans:

@@ -1,11 +1,12 @@
-"""Versions that are sent (`sync.kind = "nccl"`): who serves is sent, who joins reads files, whoever dies when.
+"""Versions that are sent, whole (`sync.kind = "nccl"`) or as what changed (`"sparse_nccl"`): who serves is sent, who
+joins reads files, whoever dies when.
 
 The messages and the order of calls are those of a run on GPUs; what is sent lies in a directory.
 """
 
 import pytest
 
-from palestra.wire.runlog import read_metrics
+from palestra.wire.runlog import read_metrics, read_restarts
 from tests.fault.cases import DEADLINE_S
 from tests.fault.test_kills import Point
 from tests.fault.test_turns import wrong_labels
@@ -45,3 +46,24 @@ def test_whoever_misses_a_version_gets_it_as_files(make, judge, name):
     run.play()
     judge(run, name=f"sends: killed {name}", fired=1)
     assert wrong_labels(run) == []
+
+
+CHANGES = {**SYNC, "kind": "sparse_nccl"}
+
+
+@pytest.mark.parametrize(
+    ("name", "victim"),
+    [
+        ("the trainer when it offers", "trainer"),
+        ("the orchestrator as it lets send", "orchestrator"),
+    ],
+)
+def test_whoever_does_not_hold_it_gets_the_whole_version(make, judge, name, victim):
+    """A trainer that is started again has another past than engines, and a new orchestrator knows nothing of theirs:
+    nothing else is started again, as nothing is sent that would be refused. The others get changes."""
+    run = make(KILLS[name], sync=CHANGES, engine=ENGINES)
+    run.play()
+    judge(run, name=f"changes: killed {name}", fired=1)
+    assert wrong_labels(run) == []
+    assert {restart.process for restart in read_restarts(run.run)} == {victim}
+    assert sum("publish/send_s" in row for row in read_metrics(run.run)) >= 2

@@ -361,13 +361,21 @@ class Engine(Section):
     @property
     def gpu_share(self) -> float:
         """Of a GPU's memory, that vLLM takes for itself."""
-        said = {name.replace("_", "-"): value for name, value in self.args.items()}
-        return float(said.get("gpu-memory-utilization", VLLM_GPU_SHARE))
+        return float(self._said.get("gpu-memory-utilization", VLLM_GPU_SHARE))
+
+    @property
+    def is_quantized(self) -> bool:
+        """As it is started; a model that is stored so says it itself."""
+        return self._said.get("quantization") is not None
+
+    @property
+    def _said(self) -> dict[str, Any]:
+        return {name.removeprefix("--").replace("_", "-"): value for name, value in self.args.items()}
 
 
 class Sync(Section):
     """How new weights reach the engines: as files; `ipc`, where trainer and engine are on one GPU; `nccl`, sent from
-    the trainer's GPUs to the engines'."""
+    the trainer's GPUs to the engines'; `sparse_nccl`, only what changed of them."""
 
     kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"
     kv: Literal["keep", "recompute"] = "keep"
@@ -384,9 +392,10 @@ class Sync(Section):
 
     @model_validator(mode="after")
     def _is_built(self) -> Self:
-        if self.kind in ("nccl_m2n", "sparse_nccl"):
+        if self.kind == "nccl_m2n":
             raise ValueError(
-                f"sync.kind={self.kind} is not built; use nccl, or files with sync.difference where few weights change"
+                "sync.kind=nccl_m2n is refused: vLLM cannot be told how experts and split matrices lie on the "
+                "trainer's ranks (decision 0034); use nccl, or sparse_nccl where few weights change"
             )
         if self.kind != "files" and (self.difference or self.local is not None):
             raise ValueError(f"sync.kind={self.kind} writes no files: leave sync.difference and sync.local out")
@@ -395,7 +404,7 @@ class Sync(Section):
     @property
     def is_sent(self) -> bool:
         """Versions go from the trainer's memory to engines that wait for them."""
-        return self.kind == "nccl"
+        return self.kind in ("nccl", "sparse_nccl")
 
 
 class Endpoint(Section):
@@ -724,6 +733,11 @@ class RunConfig(Section):
             raise ValueError(f"sync.kind={self.sync.kind} sends between GPUs, not to engine.device=cpu; use files")
         if self.sync.is_sent and self.log.keep_weights:
             raise ValueError(f"log.keep_weights needs staged versions, sync.kind={self.sync.kind} has none; use files")
+        if self.sync.kind == "sparse_nccl" and self.engine.is_quantized:
+            raise ValueError(
+                "sync.kind=sparse_nccl puts what changed into weights that engines hold as they were published, not "
+                "into those that engine.args.quantization makes of them; use nccl, or leave the quantization out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         seed=config.train.seed + index,
         lora=lora,
         sleeps=config.takes_turns and device == "cuda",
-        is_sent=config.sync.is_sent and config.is_rl and index < engine.replicas,
+        sent_by=config.sync.kind if config.sync.is_sent and config.is_rl and index < engine.replicas else None,
         args={**(_SCORING if is_frozen_on_gpu else {}), **engine.args},
     )
     environment = engine_environment(

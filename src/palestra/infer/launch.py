@@ -9,7 +9,7 @@ from typing import Any, Literal
 from palestra.config.model_fields import experts_field, model_fields
 from palestra.config.schema import Lora
 from palestra.core.errors import UserError
-from palestra.wire.weights.vllm_plugin import ADAPTER_BACKEND, BACKEND, SENT_BACKEND, TIE_PROCESSES
+from palestra.wire.weights.vllm_plugin import ADAPTER_BACKEND, BACKEND, SENT_BACKENDS, TIE_PROCESSES
 
 Device = Literal["cpu", "cuda"]
 
@@ -43,14 +43,14 @@ def engine_argv(
     seed: int = 0,
     lora: Lora | None = None,
     sleeps: bool = False,
-    is_sent: bool = False,
+    sent_by: str | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Command line of one engine. `args` are further flags of vLLM's server, without dashes: {"block-size": 32}.
 
     A flag that is True is given alone, one that is False as --no-FLAG, a table as JSON. `max_in_flight` is in requests;
     `kv_cache_gib` concerns CPU engines (vLLM gives the cache the rest of a GPU). `sleeps`: it can leave its GPU.
-    `is_sent`: it receives versions that the trainer sends, too.
+    `sent_by`: the `sync.kind` by which it receives versions that the trainer sends, too.
     Errors: UserError for a flag in `args` that palestra decides itself.
     """
     decided: dict[str, Any] = {
@@ -64,7 +64,7 @@ def engine_argv(
         **_FIXED,
         **({} if lora is None else _adapted(lora)),
         **({"enable-sleep-mode": True} if sleeps else {}),
-        **({"weight-transfer-config": {"backend": SENT_BACKEND}} if is_sent else {}),
+        **({"weight-transfer-config": {"backend": SENT_BACKENDS[sent_by]}} if sent_by else {}),
     }
     defaults: dict[str, Any] = {
         "max-num-seqs": max_in_flight,

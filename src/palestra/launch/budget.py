@@ -22,7 +22,7 @@ MOMENT_BYTES = {"adamw": 8, "muon": 4}
 """Of a parameter: two moments, or one for the matrices of layers. The rest has AdamW's in either case."""
 CHANGED = (0.01, 0.02)
 """Expected share of bfloat16 weights that one step of reinforcement learning changes."""
-_CHANGED_BYTES = 2  # of the place of a changed weight
+_CHANGED_BYTES, _SENT_BYTES = 2, 4  # of the place of a changed weight: staged, and sent
 _STEPPED_BYTES = 2 * (MASTER_BYTES + 8) + GRADIENT_BYTES  # of a parameter, read and written by a step of AdamW
 _LOGIT_COPIES = 3  # of a chunk's logits in float32 at once
 _WORKING = 0.5  # of what a layer keeps: what its backward pass holds beside that
@@ -74,8 +74,17 @@ class Budget:
         return self.device_bytes <= self.limit_bytes and self.host_bytes <= self.host_limit_bytes
 
 
-def budget_of(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int = 8) -> Budget:
-    """`node_ranks` are the ranks of one node, which its links join."""
+def budget_of(
+    train: Train,
+    anatomy: Anatomy,
+    hardware: Hardware,
+    work: Work,
+    *,
+    node_ranks: int = 8,
+    keeps_published: bool = False,
+) -> Budget:
+    """`node_ranks` are the ranks of one node, which its links join. `keeps_published`: all ranks together have what was
+    published last in their hosts' memory, as `sync.kind=sparse_nccl` has it."""
     state, moved_state = _state(train, anatomy)
     passing, moved_activations = _passing(train, anatomy)
     packs = -(-work.tokens // (train.max_pack_tokens * train.num_data_ranks))
@@ -85,7 +94,9 @@ def budget_of(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *,
     return Budget(
         parts=tuple((name, round(size)) for name, size in parts.items()),
         limit_bytes=hardware.memory_bytes,
-        host_bytes=round(moved_state + moved_activations),
+        host_bytes=round(
+            moved_state + moved_activations + keeps_published * published_bytes(anatomy) / train.num_ranks
+        ),
         host_limit_bytes=hardware.host_bytes,
         packs=packs,
         seconds=replace(
@@ -174,9 +185,10 @@ def published_bytes(anatomy: Anatomy) -> int:
     return anatomy.parameters * anatomy.itemsize
 
 
-def difference_bytes(anatomy: Anatomy) -> tuple[int, int]:
+def difference_bytes(anatomy: Anatomy, *, is_sent: bool = False) -> tuple[int, int]:
     """Expected, at either end of `CHANGED`."""
-    low, high = (round(share * anatomy.parameters * (anatomy.itemsize + _CHANGED_BYTES)) for share in CHANGED)
+    place = _SENT_BYTES if is_sent else _CHANGED_BYTES
+    low, high = (round(share * anatomy.parameters * (anatomy.itemsize + place)) for share in CHANGED)
     return low, high
 
 
@@ -240,7 +252,9 @@ class Change:
     budget: Budget
 
 
-def changes(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int) -> list[Change]:
+def changes(
+    train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int, keeps_published: bool = False
+) -> list[Change]:
     """What each setting of memory would do alone, one step away from what it is; those that a recipe may not have are
     left out."""
     found = []
@@ -258,7 +272,9 @@ def changes(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, n
             Change(
                 settings=told,
                 num_ranks=changed.num_ranks,
-                budget=budget_of(changed, anatomy, hardware, work, node_ranks=node_ranks),
+                budget=budget_of(
+                    changed, anatomy, hardware, work, node_ranks=node_ranks, keeps_published=keeps_published
+                ),
             )
         )
     return found
@@ -278,13 +294,15 @@ def _variants(train: Train) -> list[dict[str, Any]]:
     return [settings for settings in found if any(now[name] != value for name, value in settings.items())]
 
 
-def longest_pack(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int) -> int:
+def longest_pack(
+    train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int, keeps_published: bool = False
+) -> int:
     """The largest `train.max_pack_tokens` that fits, in whole thousands of 1,024; 0 if none does."""
     low, high = 0, 1 << 14
     while low < high:
         middle = (low + high + 1) // 2
         some = train.model_copy(update={"max_pack_tokens": middle * 1024})
-        if budget_of(some, anatomy, hardware, work, node_ranks=node_ranks).fits:
+        if budget_of(some, anatomy, hardware, work, node_ranks=node_ranks, keeps_published=keeps_published).fits:
             low = middle
         else:
             high = middle - 1

@@ -90,7 +90,7 @@ def plan(wish: Wish) -> Planned:
     if wish.mfu is not None:
         hardware = replace(hardware, mfu=wish.mfu)
     work = _work(config, wish.mean_tokens)
-    settings = {"node_ranks": wish.gpus_per_node}
+    settings = {"node_ranks": wish.gpus_per_node, "keeps_published": _sends_changes(config)}
     return Planned(
         config=config,
         origin=origin,
@@ -103,6 +103,10 @@ def plan(wish: Wish) -> Planned:
         changes=changes(train, anatomy, hardware, work, **settings),
         longest_pack=longest_pack(train, anatomy, hardware, work, **settings),
     )
+
+
+def _sends_changes(config: RunConfig) -> bool:
+    return config.is_rl and config.sync.kind == "sparse_nccl"
 
 
 def _work(config: RunConfig, mean_tokens: int | None) -> Work:
@@ -145,7 +149,7 @@ def dissected(model: Model) -> Anatomy:
 
 def as_dict(planned: Planned) -> dict[str, Any]:
     anatomy, budget, train = planned.anatomy, planned.budget, planned.config.train
-    low, high = difference_bytes(anatomy)
+    low, high = difference_bytes(anatomy, is_sent=_sends_changes(planned.config))
     return {
         "fits": budget.fits,
         "model": {
@@ -220,7 +224,7 @@ def _print(planned: Planned) -> None:
     console.print(_parts_table(planned.budget))
     console.print(f"\n{_verdict(planned)}\n")
     console.print(_changes_table(planned))
-    console.print(f"\n{_publish_words(planned.anatomy)}\n{_step_words(planned)}")
+    console.print(f"\n{_publish_words(planned)}\n{_step_words(planned)}")
 
 
 def _lines(planned: Planned) -> list[str]:
@@ -302,8 +306,9 @@ def _settings(change: Change) -> str:
     )
 
 
-def _publish_words(anatomy: Anatomy) -> str:
-    low, high = difference_bytes(anatomy)
+def _publish_words(planned: Planned) -> str:
+    anatomy = planned.anatomy
+    low, high = difference_bytes(anatomy, is_sent=_sends_changes(planned.config))
     return (
         f"publish: {_gib(published_bytes(anatomy))} GiB; the difference is about {_gib(low)} to {_gib(high)}, "
         f"if {CHANGED[0]:.0%} to {CHANGED[1]:.0%} of the weights change"

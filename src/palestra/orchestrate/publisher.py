@@ -40,6 +40,7 @@ class Publisher:
         self._current: Staged | None = None  # what the engines hold
         self._sending: Sending | None = None  # on its way now
         self._group: list[tuple[str, int]] = []  # engines, and which of their lives: who has met the trainer
+        self._holds: dict[tuple[str, int], str] = {}  # the mark of what each of them was proved to hold
         self._awaits_files = False
 
     def stage(self, staged: Staged) -> None:
@@ -172,7 +173,7 @@ class Publisher:
             await trainer.discard(staged.version)
         elif staged.version < trainer.catch_up and not self._evaluations.due_at_start:
             await trainer.discard(staged.version)
-        elif staged.is_sent and not self._desk.fleet.serving:
+        elif staged.is_sent and not self._can_be_sent(staged):
             await self._ask_for_files()  # the trainer stages the same version again
         elif await self._publish(staged, self._desk.fleet.serving if staged.is_sent else self._desk.fleet.reachable):
             self._current = staged
@@ -182,6 +183,12 @@ class Publisher:
             self._evaluations.published(staged.version)
         else:
             self._newest = self._newest or staged  # for whoever joins
+
+    def _can_be_sent(self, staged: Staged) -> bool:
+        """To engines that serve, and hold what it changes."""
+        serving = self._desk.fleet.serving
+        holds = {self._holds.get((link.name, link.starts), "") for link in serving}
+        return bool(serving) and (not staged.base or holds == {staged.base})
 
     async def _publish(self, staged: Staged, links: list[EngineLink]) -> bool:
         """Whether any engine holds the version. Errors: NoEngineLeft, if the last ones failed the proof."""
@@ -268,6 +275,7 @@ class Publisher:
             desk.fleet.joined(link)
         if link.state is not EngineState.SERVING:
             return False  # it died meanwhile
+        self._holds[link.name, life] = staged.mark
         desk.teller.note(
             {
                 "publish/stopped_s": Mean(engine.stopped_s),

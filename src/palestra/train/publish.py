@@ -74,10 +74,12 @@ class Publisher:
         by_handle: bool = False,
         base: str = "",
         send_from: str | None = None,
+        sends_changes: bool = False,
     ):
         """`recorded_in`: where every version is kept beside being staged. `full_every`: 1 stages all of them whole.
         `by_handle`: not at all; the engine finds a copy in the memory of the GPU that both are on. `base`: the model
-        that adapters belong to. `send_from`: this host's address, where versions after the first are sent."""
+        that adapters belong to. `send_from`: this host's address, where versions after the first are sent;
+        `sends_changes`: only what changed, wherever that is little."""
         self._base = base
         self._policy, self._ranks, self._directory = policy, ranks, directory
         self._attempt, self._life, self._dtype, self._recorded_in = attempt, life, dtype, recorded_in
@@ -87,7 +89,8 @@ class Publisher:
         self._previous: list[float] | None = None  # those of the version before
         self._staged: list[int] = []
         self._differences, self._local = Differences(full_every), local
-        self._send_from, self._sender, self._has_staged = send_from, None, False
+        self._send_from, self._sends_changes, self._has_staged = send_from, sends_changes, False
+        self._sender: Sender | None = None
         self._held: dict[int, list[torch.Tensor]] | None = {} if by_handle else None
 
     @property
@@ -100,7 +103,9 @@ class Publisher:
         `as_files` are written all the same: engines that join need one. Errors: InfrastructureError, if the disk is
         full."""
         if self._send_from is not None and self._has_staged and not as_files:
-            return self._offer(version, ledger)
+            offered = self._offer(version, ledger)
+            if offered is not None:
+                return offered
         self._has_staged = True
         directory, began = self._path(version), time.monotonic()
         with ledger.spend("stage"):
@@ -116,34 +121,45 @@ class Publisher:
             stage_s=stage_s,
             local=self._local,
             is_adapter=self._policy.adapter is not None,
+            mark=self._mark(version),
         )
         if self._recorded_in is not None and manifest is not None:
             with ledger.spend("record"):
                 self._record(staged, manifest, self._recorded_in)
         return staged
 
-    def _offer(self, version: int, ledger: Ledger) -> Staged:
-        """Nothing leaves the trainer yet."""
+    def _offer(self, version: int, ledger: Ledger) -> Staged | None:
+        """Nothing leaves the trainer yet. None: it cannot be sent."""
+        mark, began = self._mark(version), time.monotonic()
         with ledger.spend("stage"):
-            num_bytes = self.sender.num_bytes
-        probe = self._probe(version, ledger)
+            offer = self.sender.prepare(mark)
+        stage_s = time.monotonic() - began
+        if offer is None:
+            return None
         return Staged(
-            version=version, directory="", probe=probe, sent_bytes=num_bytes, full_bytes=num_bytes, is_sent=True
+            version=version,
+            directory="",
+            probe=self._probe(version, ledger),
+            sent_bytes=offer.sent_bytes,
+            full_bytes=offer.full_bytes,
+            stage_s=stage_s,
+            is_sent=True,
+            mark=mark,
+            base=offer.base,
         )
 
     @property
     def sender(self) -> "Sender":
         if self._sender is None:
-            from palestra.wire.weights.sender import Sender  # vLLM's side of it: as above
-
             assert self._send_from is not None
-            self._sender = Sender(
-                lambda: iterate_weights(self._policy, dtype=self._dtype),
-                rank=self._ranks.rank,
-                device=self._ranks.device,
-                host=self._send_from,
+            self._sender = _sender_class(self._sends_changes)(
+                lambda: iterate_weights(self._policy, dtype=self._dtype), ranks=self._ranks, host=self._send_from
             )
         return self._sender
+
+    def _mark(self, version: int) -> str:
+        """What is trained again, after a restart, is not what it was to the bit."""
+        return f"{self._attempt}.{self._life}.{version}"
 
     def _probe(self, version: int, ledger: Ledger) -> Probe:
         """Once for each version, however often it is staged."""
@@ -155,11 +171,13 @@ class Publisher:
 
     def _write(self, directory: Path, version: int) -> WeightsManifest | None:
         """On the first rank; the others only take part in what it gathers."""
-        adapter = self._policy.adapter
+        adapter, mark = self._policy.adapter, self._mark(version)
         if adapter is None:
             tensors = iterate_weights(self._policy, dtype=self._dtype)
         else:
             tensors = iterate_adapter(self._policy.model, dtype=self._dtype)
+        if self._sends_changes:
+            tensors = self.sender.passing(tensors, mark)
         if not self._ranks.is_first:
             for _ in tensors:
                 pass
@@ -169,7 +187,9 @@ class Publisher:
         if self._held is not None:
             manifest, self._held[version] = self._hand_out(directory, version, tensors)
             return manifest
-        manifest = files.stage(directory, version, self._attempt, tensors, previous=self._differences.previous)
+        manifest = files.stage(
+            directory, version, self._attempt, tensors, previous=self._differences.previous, mark=mark
+        )
         self._differences.staged(directory, manifest)
         return manifest
 
@@ -205,6 +225,17 @@ class Publisher:
     def _path(self, version: int) -> Path:
         """Each life has its own: engines may be reading what the one before has staged."""
         return self._directory / (f"v{version:06d}" + (f".{self._life}" if self._life else ""))
+
+
+def _sender_class(sends_changes: bool) -> "type[Sender]":
+    """vLLM's side of it: as above."""
+    if sends_changes:
+        from palestra.wire.weights.changes_sender import ChangesSender
+
+        return ChangesSender
+    from palestra.wire.weights.sender import Sender
+
+    return Sender
 
 
 def _links(directory: Path) -> list[Path]:

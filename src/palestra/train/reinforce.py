@@ -115,6 +115,7 @@ def _make_publisher(trainer: "Trainer", config: RunConfig, run: RunDir, attempt:
         local=str(config.sync.local.resolve()) if config.sync.local else "",
         by_handle=config.sync.kind == "ipc",
         send_from=config.launch.host if config.sync.is_sent else None,
+        sends_changes=config.sync.kind == "sparse_nccl",
     )
 
 

@@ -88,8 +88,7 @@ def test_override_values_are_toml(recipe: Path):
         ("train.seed=-1", "train.seed"),
         ("sync.probe_tokens=1", "sync.probe_tokens"),
         ("sync.full_every=1", "sync.full_every"),
-        ("sync.kind=nccl_m2n", "sync.kind=nccl_m2n is not built; use nccl, or files"),
-        ("sync.kind=sparse_nccl", "sync.kind=sparse_nccl is not built"),
+        ("sync.kind=nccl_m2n", "sync.kind=nccl_m2n is refused: vLLM cannot be told"),
         ("sync={kind='nccl', local='/tmp/x'}", "sync.kind=nccl writes no files"),
         ("sync={kind='ipc', difference=true}", "leave sync.difference and sync.local out"),
         ("model.lora.dropout=0.1", "two different policies; set it to 0"),
@@ -140,18 +139,28 @@ def test_turns_are_for_one_of_each(recipe: Path, overrides: list[str], said: str
     assert not supervised.takes_turns, "there is no engine to take turns with"
 
 
+@pytest.mark.parametrize("kind", ["nccl", "sparse_nccl"])
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("engine.device=cpu", "sends between GPUs, not to engine.device=cpu; use files"),
-        ("log.keep_weights=true", "needs staged versions, sync.kind=nccl has none"),
+        ("log.keep_weights=true", "needs staged versions, sync.kind={kind} has none"),
         ("launch.turns=true", "trainer and engine would be at work at once; use ipc, or files"),
+        ("model.lora.rank=8", r"model\.lora publishes adapters"),
+        ("sync.difference=true", r"sync\.kind={kind} writes no files: leave sync.difference and sync.local out"),
     ],
 )
-def test_versions_are_sent_between_gpus_only(recipe: Path, override: str, said: str):
-    assert load(recipe, ["sync.kind=nccl", "engine.replicas=2", "train.shard=2"]).config.sync.is_sent
-    with pytest.raises(UserError, match=said):
-        load(recipe, ["sync.kind=nccl", override])
+def test_versions_are_sent_between_gpus_only(recipe: Path, kind: str, override: str, said: str):
+    assert load(recipe, [f"sync.kind={kind}", "engine.replicas=2", "train.shard=2"]).config.sync.is_sent
+    with pytest.raises(UserError, match=said.format(kind=kind)):
+        load(recipe, [f"sync.kind={kind}", override])
+
+
+def test_changes_are_not_sent_into_weights_that_engines_quantize(recipe: Path):
+    quantized = "engine.args={quantization='fp8'}"
+    assert load(recipe, ["sync.kind=nccl", quantized]).config.engine.is_quantized
+    with pytest.raises(UserError, match=r"not into those that engine\.args\.quantization makes of them; use nccl"):
+        load(recipe, ["sync.kind=sparse_nccl", quantized])
 
 
 @pytest.mark.parametrize("override", ["sync.kind=ipc", "sync.difference=true", "sync.local=/tmp/x"])

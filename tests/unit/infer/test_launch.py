@@ -44,6 +44,15 @@ def test_an_engine_that_takes_turns_can_leave_its_gpu() -> None:
         assert ("--enable-sleep-mode" in words) is expected
 
 
+@pytest.mark.parametrize(("kind", "backend"), [("nccl", "files-or-nccl"), ("sparse_nccl", "files-or-changes")])
+def test_an_engine_receives_as_versions_are_sent(kind: str, backend: str) -> None:
+    tree = {"log": {"name": "x"}, "model": {"path": "m"}, "env": {"mix": [{"id": "a"}]}, "sync": {"kind": kind}}
+    config = RunConfig.model_validate({**tree, "engine": {"device": "cuda"}})
+    assert json.loads(value(engine_command(config, index=0, port=1)[0], "--weight-transfer-config")) == {
+        "backend": backend
+    }
+
+
 def test_an_engine_for_adapters_makes_room_for_one_and_names_the_layers() -> None:
     words = argv(lora=Lora(rank=12))
     assert value(words, "--max-lora-rank") == "16"  # vLLM knows some ranks only

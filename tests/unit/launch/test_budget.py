@@ -135,6 +135,19 @@ def sized(**settings) -> Hardware:
 def test_what_is_published():
     assert published_bytes(MODEL) == 2 * 4600
     assert difference_bytes(MODEL) == (184, 368)  # 46 and 92 weights of two bytes, each with a place of two
+    assert difference_bytes(MODEL, is_sent=True) == (276, 552)  # a place of four
+
+
+def test_what_was_published_last_is_kept_by_all_ranks_together():
+    for layout in ({"shard": 2}, {"replicate": 2}):
+        kept = budget_of(train(**layout), MODEL, DEVICE, WORK, keeps_published=True)
+        assert kept.host_bytes == 2 * 4600 / 2
+    [doubled, *_] = [
+        change
+        for change in changes(train(), MODEL, DEVICE, WORK, node_ranks=8, keeps_published=True)
+        if change.num_ranks == 2
+    ]
+    assert doubled.budget.host_bytes == 4600
 
 
 def test_seconds_of_a_step():

@@ -1,5 +1,6 @@
 """Staging: what lies there is the version, versions go when they are not needed, the probe tells versions apart."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from palestra.train.publish import KEPT_COPIES, KEPT_VERSIONS, Differences, Publ
 from palestra.wire.weights import files, handles
 from palestra.wire.weights.manifest import WeightsManifest, read_manifest, record, recorded
 from tests.unit.wire.fake_gpu import DEVICE, fake_gpu
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of torch, as vLLM's layers are imported
+    import palestra.wire.weights.changes_sender  # noqa: F401
 
 
 @pytest.fixture
@@ -255,3 +260,41 @@ def test_versions_after_the_first_are_sent_unless_files_are_wanted(policy, ranks
     assert read_manifest(Path(wanted.directory)).version == 1
     sending.loaded(1)
     assert not Path(first.directory).exists()
+
+
+def _change_little(policy, to: float) -> None:
+    """Three weights, one of them of a tensor that comes twice."""
+    with torch.no_grad():
+        for parameter in list(policy.parameters())[:3]:
+            parameter.view(-1)[5] = to
+
+
+def test_only_changes_are_offered_where_they_are_few(policy, ranks, tmp_path):
+    """Each from the version before, whichever way that went; a version that is mostly new is staged, and is then what
+    the next one is taken from."""
+    ledger, options = Ledger("test"), {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends_changes": True}
+    sending = _staging_publisher(policy, ranks, tmp_path, **options)
+    first = sending.stage(0, ledger)
+    assert (first.is_sent, first.mark, read_manifest(Path(first.directory)).mark) == (False, "1.0.0", "1.0.0")
+    _change_little(policy, 3.0)
+    offered = sending.stage(1, ledger)
+    assert (offered.is_sent, offered.base, offered.mark, offered.directory) == (True, "1.0.0", "1.0.1", "")
+    assert (offered.sent_bytes, offered.full_bytes) == (3 * (4 + 2), first.full_bytes)
+    wanted = sending.stage(1, ledger, as_files=True)
+    assert (wanted.is_sent, wanted.mark) == (False, "1.0.1")
+    _change_little(policy, 4.0)
+    assert sending.stage(2, ledger).base == "1.0.1"
+    _change(policy)
+    staged = sending.stage(3, ledger)
+    assert (staged.is_sent, staged.mark, read_manifest(Path(staged.directory)).mark) == (False, "1.0.3", "1.0.3")
+    _change_little(policy, 5.0)
+    assert sending.stage(4, ledger).base == "1.0.3"
+
+
+def test_each_life_of_a_trainer_has_marks_of_its_own(policy, ranks, tmp_path):
+    options = {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends_changes": True}
+    marks = {
+        _staging_publisher(policy, ranks, tmp_path, life=life, **options).stage(7, Ledger("test")).mark
+        for life in range(2)
+    }
+    assert marks == {"1.0.7", "1.1.7"}

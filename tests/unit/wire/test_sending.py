@@ -5,10 +5,7 @@ load is what the trainer had.
 """
 
 import asyncio
-import queue
-import threading
 import warnings
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,82 +13,21 @@ import pytest
 import torch
 from torch import nn
 from vllm.config.weight_transfer import WeightTransferConfig
-from vllm.distributed.weight_transfer import nccl_engine, packed_tensor
 
 from palestra.core.errors import InfrastructureError, PublishError
 from palestra.wire.sending import Sending
-from palestra.wire.weights.sender import Sender
+from tests.unit.wire.meeting import CPU, Meeting, Trainer, stand_in
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch, as vLLM's layers are imported
-    from palestra.wire.weights import vllm_engine
     from palestra.wire.weights.vllm_sent import SentEngine
 
-CPU = torch.device("cpu")
 LATE_S = 1.0
-
-
-class Meeting:
-    """Where groups meet: by port, each with a queue for every worker."""
-
-    def __init__(self):
-        self.groups: dict[int, dict[int, queue.Queue]] = {}
-        self.worlds: list[int] = []
-        self._lock = threading.Lock()
-
-    def queues(self, port: int) -> dict[int, queue.Queue]:
-        with self._lock:
-            return self.groups.setdefault(port, {})
-
-    def trainer(self, info: Any) -> "Group":
-        queues = self.queues(info.master_port)
-        for rank in range(1, info.world_size):
-            queues.setdefault(rank, queue.Queue())
-        self.worlds.append(info.world_size)
-        return Group(queues, 0)
-
-    def worker(self, info: Any, parallel_config: Any) -> "Group":
-        queues = self.queues(info.master_port)
-        queues.setdefault(info.rank_offset, queue.Queue())
-        return Group(queues, info.rank_offset)
-
-
-class Group:
-    """What is broadcast arrives in order; a sender waits until its receivers have taken all."""
-
-    def __init__(self, queues: dict[int, queue.Queue], rank: int):
-        self._queues, self._rank, self._is_ended = queues, rank, False
-
-    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
-        assert src == 0
-        if self._rank:
-            tensor.copy_(self._queues[self._rank].get(timeout=5))
-            self._queues[self._rank].task_done()
-            return
-        for one in self._queues.values():
-            one.put(tensor.clone())
-        for one in self._queues.values():
-            while one.unfinished_tasks:
-                if self._is_ended:
-                    raise RuntimeError("the communicator was aborted")
-                threading.Event().wait(0.005)
-
-    def destroy(self) -> None:
-        self._is_ended = True
 
 
 @pytest.fixture
 def meeting(monkeypatch) -> Meeting:
-    met = Meeting()
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", met.trainer)
-    monkeypatch.setattr(nccl_engine, "worker_init_process_group", met.worker)
-    streams = (SimpleNamespace(synchronize=lambda: None),) * 2
-    monkeypatch.setattr(packed_tensor, "_get_streams", lambda *_: streams)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(vllm_engine, "initialize_layerwise_reload", lambda model: None)
-    monkeypatch.setattr(vllm_engine, "finalize_layerwise_reload", lambda model, config: None)
-    return met
+    return stand_in(monkeypatch)
 
 
 class Toy(nn.Module):
@@ -138,51 +74,6 @@ class Engine:
         self._engine.finish_weight_update()
 
 
-class Trainer:
-    """The trainer's process: hears `SendWeights`, and says what vLLM's side of it wants of engines."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], *, deadline_s: float = 5):
-        self.tensors, self._deadline_s = tensors, deadline_s
-        self.sender = Sender(lambda: self.tensors.items(), rank=0, device=CPU, host="127.0.0.1")
-        self.sending: Sending
-        self.error = ""
-        self._met: list[Any] = []
-
-    async def begin(self, engines) -> bool:
-        loop, is_new, self._met = asyncio.get_running_loop(), list(engines) != self._met, list(engines)
-
-        def send() -> None:
-            try:
-                self.sender.send(
-                    lambda what, info: loop.call_soon_threadsafe(self.sending.asked, what, info),  # type: ignore[arg-type]
-                    num_workers=len(self._met),
-                    is_new_group=is_new,
-                    deadline_s=self._deadline_s,
-                )
-            except InfrastructureError as failure:
-                self.error = str(failure)
-            loop.call_soon_threadsafe(self.sending.sent, self.error)
-
-        self.thread = threading.Thread(target=send)
-        self.thread.start()
-        return is_new
-
-    async def send_to(self, *engines: Engine) -> list[BaseException | None]:
-        self.sending = Sending(engines, self.begin, width=1)  # type: ignore[arg-type]
-
-        async def one(engine: Engine) -> None:
-            try:
-                async with asyncio.timeout(8):
-                    await self.sending.into(engine, deadline_s=5)  # type: ignore[arg-type]
-            except Exception:
-                await self.sending.leave(engine)  # type: ignore[arg-type]
-                raise
-
-        found = await asyncio.gather(*map(one, engines), return_exceptions=True)
-        await asyncio.to_thread(self.thread.join, 20)
-        return found
-
-
 def weights(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -201,7 +92,9 @@ def holds(engine: Engine, tensors: dict[str, torch.Tensor]) -> bool:
 
 async def test_what_engines_load_is_what_the_trainer_has(meeting, monkeypatch):
     trainer, first, second = Trainer(weights(1)), *(Engine(set(weights(1)), monkeypatch) for _ in range(2))
-    assert trainer.sender.num_bytes == sum(tensor.nbytes for tensor in weights(1).values())
+    offer = trainer.sender.prepare("1")
+    assert offer is not None
+    assert offer.sent_bytes == offer.full_bytes == sum(tensor.nbytes for tensor in weights(1).values())
     assert await trainer.send_to(first, second) == [None, None]
     assert holds(first, weights(1))
     assert holds(second, weights(1))
@@ -242,7 +135,7 @@ async def test_an_engine_that_dies_while_it_receives_ends_the_send_by_its_deadli
     assert isinstance(first, InfrastructureError)
     assert isinstance(second, PublishError)
     assert f"waited {LATE_S:.0f} s for engines to receive a version (sync.deadline_s)" in str(second)
-    trainer.error, trainer._met = "", []
+    trainer.error, trainer.met = "", []
     again = Engine(set(weights(1)), monkeypatch)
     assert await trainer.send_to(again) == [None]
     assert holds(again, weights(1))

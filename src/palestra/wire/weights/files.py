@@ -42,6 +42,7 @@ def stage(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     *,
     previous: Path | None = None,
+    mark: str = "",
 ) -> WeightsManifest:
     """Write `tensors` to `directory` and a manifest with their hashes last. What the directory held before is gone.
 
@@ -70,6 +71,7 @@ def stage(
         previous=previous.name if previous is not None and is_difference else "",
         sent_bytes=sent_bytes,
         full_bytes=full_bytes,
+        mark=mark,
     )
     write_manifest(directory, manifest)
     return manifest

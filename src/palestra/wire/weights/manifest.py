@@ -33,7 +33,8 @@ class WeightsManifest(Struct, frozen=True, kw_only=True):
     """All tensors of one policy version, in the order in which they are to be loaded. Names differ.
 
     `previous`: the directory beside this one from which those come that are not sent whole, itself whole or not; empty
-    where all are. `sent_bytes` are those of the files, `full_bytes` those of the tensors.
+    where all are. `sent_bytes` are those of the files, `full_bytes` those of the tensors. `mark` tells which weights
+    exactly: a version that is trained again has another.
     """
 
     version: int
@@ -42,6 +43,7 @@ class WeightsManifest(Struct, frozen=True, kw_only=True):
     previous: str = ""
     sent_bytes: int = 0
     full_bytes: int = 0
+    mark: str = ""
 
 
 class Probe(Struct, frozen=True, kw_only=True):
@@ -62,7 +64,8 @@ class Staged(Struct, frozen=True, kw_only=True):
 
     `sent_bytes` were written for it in `stage_s`, `full_bytes` it has; 0 where nobody counted. `local`: where engines
     keep copies of what they load, on their own machines; empty if they read `directory` itself. `is_sent`: it lies in
-    the trainer's memory alone, and is sent when engines are ready for it; then there is no directory.
+    the trainer's memory alone, and is sent when engines are ready for it; then there is no directory. `mark`: as in the
+    manifest. `base`: the mark that engines must hold to be sent it; empty if that does not matter.
     """
 
     version: int
@@ -74,6 +77,8 @@ class Staged(Struct, frozen=True, kw_only=True):
     local: str = ""
     is_adapter: bool = False
     is_sent: bool = False
+    mark: str = ""
+    base: str = ""
 
 
 def write_manifest(directory: Path, manifest: WeightsManifest) -> None:

@@ -1,7 +1,7 @@
-"""The trainer's side of versions that are sent: vLLM's own `nccl` backend, whose words to engines go another way.
+"""The trainer's side of versions that are sent: vLLM's own backend, whose words to engines go another way.
 
-A rank gathers one layer after the other from its shards; the first rank broadcasts what it has gathered. vLLM would
-ask engines itself; here the orchestrator does, and `ask` tells it what.
+All ranks gather one layer after the other from their shards; the first one broadcasts it (`nccl`; `changes_sender.py`
+is of `sparse_nccl`). vLLM would ask engines itself; here the orchestrator does, and `ask` tells it what.
 
 This has never run on a GPU. Tests drive vLLM's classes with another process group in the place of NCCL's.
 """
@@ -10,8 +10,9 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -24,33 +25,67 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from palestra.core.errors import DeadlineError, InfrastructureError
+from palestra.wire.weights.changes import Tensors
 
+T = TypeVar("T")
+Pass = Iterator[tuple[str, torch.Tensor]]
+Told = queue.SimpleQueue[tuple[Literal["init", "update", "done", "failed"], Any]]
 Ask = Callable[[Literal["init", "update"], dict[str, Any]], None]
 _ABORTED_S = 15.0  # from the end of a process group until whoever was stuck in it is free
 
 
-class Sender:
-    """Of one rank. `tensors()` is a pass over the weights, a collective, always in one order."""
-
-    def __init__(
-        self, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]], *, rank: int, device: torch.device, host: str
-    ):
-        self._source, self._rank, self._device, self._host = _Weights(tensors), rank, device, host
-        self._engine: TrainerWeightTransferEngine | None = None
+class Ranks(Protocol):
+    """What a sender uses of the trainer's ranks."""
 
     @property
-    def num_bytes(self) -> int:
-        """Of a version. A collective, the first time."""
-        return sum(meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in self._source.metadata())
+    def rank(self) -> int: ...
+    @property
+    def num(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def from_first(self, thing: T) -> T: ...
+    def to_first(self, thing: T) -> list[T]: ...
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a version comes to, if it is sent to engines that hold `base`; empty if that does not matter."""
+
+    sent_bytes: int
+    full_bytes: int
+    base: str = ""
+
+
+class Sender:
+    """Of one rank. `tensors()` is a pass over the weights, a collective, always in one order.
+
+    Each send is one pass on every rank, whatever happens on the first one: the others cannot know.
+    """
+
+    def __init__(self, tensors: Callable[[], Tensors], *, ranks: Ranks, host: str):
+        self._source, self._ranks, self._host = _Weights(tensors), ranks, host
+        self._engine: TrainerWeightTransferEngine | None = None
+
+    def prepare(self, mark: str) -> Offer | None:
+        """For the weights as they are now, which `mark` names. A collective. None: they cannot be sent, stage them."""
+        num_bytes = self._source.num_bytes
+        return Offer(num_bytes, num_bytes)
+
+    def passing(self, tensors: Pass, mark: str) -> Pass:
+        """A pass that stages a version: the same tensors."""
+        return tensors
 
     def send(self, ask: Ask, *, num_workers: int, is_new_group: bool, deadline_s: float) -> None:
-        """What the weights are now. A collective. `ask` is called in this thread.
+        """What was prepared. A collective. `ask` is called in this thread.
 
         Errors: InfrastructureError, if an engine has failed or is late; then the next send needs a new group.
         """
-        told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        told: Told = queue.SimpleQueue()
         work = threading.Thread(target=self._work, args=(told, num_workers, is_new_group), daemon=True)
-        ends_at = time.monotonic() + deadline_s
+        is_sender = self._ranks.rank == 0
+        ends_at = time.monotonic() + deadline_s + (0 if is_sender else _ABORTED_S)  # others wait for what it gives up
+        self._begin()
         work.start()
         thing: Any
         while True:
@@ -63,33 +98,45 @@ class Sender:
             if what == "failed":
                 self._give_up(work)
                 raise InfrastructureError(f"weights were not sent: {type(thing).__name__} {thing}") from thing
-            ask("init" if what == "init" else "update", thing)
+            self._say(ask, what, thing)
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
 
-    def _work(self, told: "queue.SimpleQueue[tuple[str, Any]]", num_workers: int, is_new_group: bool) -> None:
+    def _work(self, told: Told, num_workers: int, is_new_group: bool) -> None:
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # each thread has its own
+            if self._ranks.device.type == "cuda":
+                torch.cuda.set_device(self._ranks.device)  # each thread has its own
             if is_new_group or self._engine is None:
                 self.close()
-                self._engine = self._meet(_Client(told), 1 + num_workers)
-            assert isinstance(self._engine.client, _Client)
+                self._engine = self._meet(Client(told), 1 + num_workers)
+            assert isinstance(self._engine.client, Client)
             self._engine.client.told = told
-            self._engine.send_weights()
+            self._transfer(self._engine)
         except BaseException as error:
             told.put(("failed", error))
         else:
             told.put(("done", None))
 
-    def _meet(self, client: "_Client", world_size: int) -> TrainerWeightTransferEngine:
+    def _meet(self, client: "Client", world_size: int) -> TrainerWeightTransferEngine:
         info = NCCLTrainerInitInfo(
-            rank=self._rank, master_address=self._host, master_port=_free_port(self._host), world_size=world_size
+            rank=self._ranks.rank,
+            master_address=self._host,
+            master_port=free_port(self._host),
+            world_size=world_size,
         )
         return WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+
+    def _begin(self) -> None:
+        self._source.begin()
+
+    def _transfer(self, engine: TrainerWeightTransferEngine) -> None:
+        engine.send_weights()
+
+    def _say(self, ask: Ask, what: Literal["init", "update"], info: dict[str, Any]) -> None:
+        ask(what, info)
 
     def _give_up(self, work: threading.Thread) -> None:
         """Errors: InfrastructureError, if the thread is still stuck without its process group: the trainer must end."""
@@ -97,35 +144,47 @@ class Sender:
         work.join(timeout=_ABORTED_S)
         if work.is_alive():
             raise InfrastructureError(f"a send is stuck {_ABORTED_S:.0f} s after its process group was ended")
+        self._finish()
+
+    def _finish(self) -> None:
+        """What was broken off: other ranks are in it, too."""
         self._source.finish()
 
 
 class _Weights(WeightSource):
     """Names and shapes never change: they are learned in a pass of their own, before the first send."""
 
-    def __init__(self, tensors: Callable[[], Iterable[tuple[str, torch.Tensor]]]):
+    def __init__(self, tensors: Callable[[], Tensors]):
         self._tensors, self._metadata = tensors, list[ParamMeta]()
-        self._pass: Iterator[tuple[str, torch.Tensor]] = iter(())
+        self._pass: Pass = iter(())
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a version. A collective, the first time."""
+        return sum(meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in self.metadata())
 
     def metadata(self) -> list[ParamMeta]:
         if not self._metadata:
             self._metadata = [ParamMeta(name, value.dtype, tuple(value.shape)) for name, value in self._tensors()]
         return self._metadata
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def begin(self) -> None:
+        """A pass, of which nothing is gathered yet."""
         self._pass = iter(self._tensors())
+
+    def __iter__(self) -> Pass:
         return self._pass
 
     def finish(self) -> None:
-        """A pass that was broken off: other ranks are in it, too."""
+        """The pass that was begun."""
         for _ in self._pass:
             pass
 
 
-class _Client:
+class Client:
     """Stands where vLLM's trainer side has an engine."""
 
-    def __init__(self, told: "queue.SimpleQueue[tuple[str, Any]]"):
+    def __init__(self, told: Told):
         self.told = told
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -141,7 +200,7 @@ class _Client:
         """The orchestrator finishes it."""
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
     with socket.socket() as one:
         one.bind((host, 0))
         return one.getsockname()[1]

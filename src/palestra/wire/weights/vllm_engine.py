@@ -54,7 +54,7 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
         super().__init__(config, vllm_config, device, model)
         self._coverage: Coverage | None = None
         self._complete = False
-        self._attempt = 0
+        self._attempt, self._mark = 0, ""  # of what was loaded last
 
     def init_transfer_engine(self, init_info: FilesInitInfo) -> None:
         """There is no connection to make."""
@@ -84,7 +84,7 @@ class FilesEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
         except BaseException:
             self._put_back_together()
             raise
-        self._attempt, self._complete = manifest.attempt, True
+        self._attempt, self._mark, self._complete = manifest.attempt, manifest.mark, True
 
     def finish_weight_update(self) -> None:
         if not self._complete or self._coverage is None:

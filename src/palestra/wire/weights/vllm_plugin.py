@@ -7,7 +7,7 @@ from palestra.core.process import die_with_parent
 
 BACKEND = "files"
 ADAPTER_BACKEND = "adapter-files"
-SENT_BACKEND = "files-or-nccl"
+SENT_BACKENDS = {"nccl": "files-or-nccl", "sparse_nccl": "files-or-changes"}  # by sync.kind
 TIE_PROCESSES = "PALESTRA_TIE_PROCESSES"  # set by palestra's own launcher only
 
 
@@ -18,7 +18,8 @@ def register() -> None:
 
     WeightTransferEngineFactory.register_engine(BACKEND, "palestra.wire.weights.vllm_engine", "FilesEngine")
     WeightTransferEngineFactory.register_engine(ADAPTER_BACKEND, "palestra.wire.weights.vllm_adapter", "AdapterEngine")
-    WeightTransferEngineFactory.register_engine(SENT_BACKEND, "palestra.wire.weights.vllm_sent", "SentEngine")
+    for kind, module, name in (("nccl", "vllm_sent", "SentEngine"), ("sparse_nccl", "vllm_changes", "ChangesEngine")):
+        WeightTransferEngineFactory.register_engine(SENT_BACKENDS[kind], f"palestra.wire.weights.{module}", name)
     if TIE_PROCESSES in os.environ:
         die_with_parent(os.getppid())
         _Tie().to_every_fork()

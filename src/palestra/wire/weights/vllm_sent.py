@@ -3,14 +3,14 @@
 An update may also name a directory, as `files` does: so an engine that joins, or missed a version, gets its first one.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from palestra.core.errors import InfrastructureError
 from palestra.wire.weights.vllm_engine import FilesEngine, FilesUpdateInfo
@@ -19,9 +19,11 @@ from palestra.wire.weights.vllm_engine import FilesEngine, FilesUpdateInfo
 class SentEngine(FilesEngine):
     """Loads one whole version per update, from wherever it comes."""
 
+    receives_by: ClassVar[type[WeightTransferEngine]] = NCCLWeightTransferEngine
+
     def __init__(self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module):
         super().__init__(config, vllm_config, device, model)
-        self._receiver = NCCLWeightTransferEngine(config, vllm_config, device, model)
+        self._receiver: Any = self.receives_by(config, vllm_config, device, model)
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
         return self._receiver.parse_init_info(init_dict)
@@ -29,7 +31,7 @@ class SentEngine(FilesEngine):
     def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:  # type: ignore[override]
         """Meet the trainer, and leave whom it was before."""
         self._receiver.shutdown()
-        self._receiver.init_transfer_engine(init_info)  # type: ignore[arg-type]
+        self._receiver.init_transfer_engine(init_info)
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
         is_staged = "directory" in update_dict
@@ -40,11 +42,10 @@ class SentEngine(FilesEngine):
         if isinstance(update_info, FilesUpdateInfo):
             super().receive_weights(update_info)
             return
-        assert isinstance(update_info, NCCLWeightTransferUpdateInfo)
         try:
             if self._coverage is None or self._complete:
                 raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
-            self._coverage.require_complete(self._receive(update_info))
+            self._coverage.require_complete(self._receive(update_info, Loader(self.model)))
         except BaseException:
             self._put_back_together()
             raise
@@ -53,12 +54,13 @@ class SentEngine(FilesEngine):
     def shutdown(self) -> None:
         self._receiver.shutdown()
 
-    def _receive(self, update_info: NCCLWeightTransferUpdateInfo) -> set[str]:
+    def _receive(self, update_info: WeightTransferUpdateInfo, loader: "Loader") -> set[str]:
         """Names of the engine's tensors that got anything."""
-        loader = _Loader(self.model)
         self._receiver.set_weight_update_target(loader, self.model_config)
         try:
             self._receiver.receive_weights(update_info)
+        except InfrastructureError:
+            raise
         except Exception as error:
             raise InfrastructureError(
                 f"the engine could not receive the version: {type(error).__name__} {error}"
@@ -68,8 +70,8 @@ class SentEngine(FilesEngine):
         return loader.loaded
 
 
-class _Loader(nn.Module):
-    """The model, as far as vLLM's receiver uses it; notes what was loaded."""
+class Loader(nn.Module):
+    """The model, as far as vLLM's receivers use it; notes what was loaded."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

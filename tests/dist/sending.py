@@ -1,0 +1,133 @@
+"""What `steps_worker.py` sends from several ranks, and what a receiver gets: queues in the place of NCCL."""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer import nccl_engine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+from palestra.core.errors import InfrastructureError
+from palestra.model.export import iterate_weights
+from palestra.model.policy import Policy
+from palestra.train.ranks import Ranks
+from palestra.wire.weights.changes_sender import ChangesSender
+from palestra.wire.weights.sender import Sender
+from tests.unit.wire.meeting import CPU, stand_in
+
+DTYPE = torch.bfloat16
+
+
+class Toy(nn.Module):
+    """Takes whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+
+    def load_weights(self, weights: Any) -> set[str]:
+        taken = {name: tensor.clone() for name, tensor in weights}
+        self.found |= taken
+        return set(taken)
+
+
+class Receiver:
+    """vLLM's side of an engine, in threads of the first rank: it is told what the trainer asks of engines."""
+
+    def __init__(self):
+        parallel = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+        config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
+        self.model = Toy()
+        self._engine = NCCLWeightTransferEngine(WeightTransferConfig(backend="nccl"), config, CPU, self.model)
+
+    def ask(self, what: str, info: dict[str, Any]) -> None:
+        if what == "init":
+            self._engine.init_transfer_engine(self._engine.parse_init_info(info))
+        else:
+            work = threading.Thread(target=self._engine.receive_weights, args=[self._engine.parse_update_info(info)])
+            work.start()
+            self.work = work
+
+
+class Watched:
+    """Passes over the weights, and how many of the tensors that were handed out were there at once."""
+
+    def __init__(self, policy: Policy):
+        self._policy, self.most = policy, 0
+
+    def __call__(self) -> Iterator[tuple[str, Tensor]]:
+        given: list[weakref.ref[Tensor]] = []
+        for name, tensor in iterate_weights(self._policy, dtype=DTYPE):
+            given = [ref for ref in given if ref() is not None] + [weakref.ref(tensor)]
+            self.most = max(self.most, len(given))
+            yield name, tensor
+            del tensor
+
+
+def send(policy: Policy, ranks: Ranks) -> dict[str, Any]:
+    """A collective. On the first rank everything that was found."""
+    with pytest.MonkeyPatch.context() as patches:
+        stand_in(patches)
+        return {"whole": _whole(policy, ranks, patches), "changes": _changes(policy, ranks)}
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in iterate_weights(policy, dtype=DTYPE)}
+
+
+def _whole(policy: Policy, ranks: Ranks, patches: pytest.MonkeyPatch) -> dict[str, Any]:
+    watched, receiver = Watched(policy), Receiver()
+    sender = Sender(watched, ranks=ranks, host="127.0.0.1")
+    offer = sender.prepare("1.0.1")
+    with patches.context() as harm:
+        if ranks.is_first:
+            harm.setattr(nccl_engine, "open_trainer_endpoint", _nobody_comes)
+        error = _send(sender, receiver)
+    again = _send(sender, receiver)
+    if ranks.is_first:
+        receiver.work.join(20)
+    return {
+        "expected": weights_of(policy),
+        "received": receiver.model.found,
+        "bytes": offer,
+        "errors": ranks.to_first((error, again)),
+        "most": ranks.to_first(watched.most),
+    }
+
+
+def _nobody_comes(info: Any) -> Any:
+    raise RuntimeError("nobody came")
+
+
+def _send(sender: Sender, receiver: Receiver) -> str:
+    try:
+        sender.send(receiver.ask, num_workers=1, is_new_group=True, deadline_s=20)  # type: ignore[arg-type]
+    except InfrastructureError as failure:
+        return str(failure)
+    return ""
+
+
+def _changes(policy: Policy, ranks: Ranks) -> dict[str, Any]:
+    sender, before = ChangesSender(lambda: iterate_weights(policy, dtype=DTYPE), ranks=ranks, host=""), weights_of(policy)
+    for _ in sender.passing(iterate_weights(policy, dtype=DTYPE), "1.0.1"):
+        pass
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.view(-1)[3:5] += 1
+    offer = sender.prepare("1.0.2")
+    for patch in sender._patches:
+        before[patch.name].view(-1)[patch.at_C.long()] = patch.values_C
+    return {
+        "expected": weights_of(policy),
+        "patched": before,
+        "offer": offer,
+        "kept": ranks.to_first(sum(tensor.nbytes for tensor in sender._past._kept.values())),
+    }
