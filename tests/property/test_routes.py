@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.train.batches import make_batch
 
 from palestra.core.records import NO_ROUTES, Reply, Sample, Span
 from palestra.env.chat.draft import Draft
@@ -18,7 +19,6 @@ from palestra.orchestrate.batcher import _routed
 from palestra.train.packs import plan_step
 from palestra.wire.batches import Batch, decode, encode
 from palestra.wire.routes import as_array, routes_of
-from tests.unit.train.batches import make_batch
 
 LAYERS, CHOSEN = 3, 2
 
@@ -118,7 +118,8 @@ def require_aligned(token_ids: torch.Tensor, routes: torch.Tensor, is_real: torc
 @settings(max_examples=40, deadline=None)
 def test_every_token_keeps_its_own_routes(before: Batch):
     after = decode(encode(before))
-    assert np.array_equal(after.routes, before.routes) and after.routes.dtype == np.uint8
+    assert np.array_equal(after.routes, before.routes)
+    assert after.routes.dtype == np.uint8
     for context in contexts():
         found = [
             require_aligned(take(pack.token_ids), take(pack.routes, padding=-1), pack.documents.is_real)

@@ -169,6 +169,8 @@ def check_replay(policy: Policy) -> None:
     policy(tokens_T % policy.vocab_size, documents, tokens_T[1:], ones_K, routes_TLC)
     for hook in hooks:
         hook.remove()
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
     given_tLC = documents.take(routes_TLC).long()
     for (layer, _), (name, weight_tC, index_tC) in zip(replay.routers, heard, strict=True):
         is_used = torch.equal(index_tC.sort(-1).values, given_tLC[:, layer].sort(-1).values)
