@@ -18,7 +18,7 @@ from palestra.model.context import Context, Ring, Ulysses
 from palestra.orchestrate.batcher import _routed
 from palestra.train.packs import plan_step
 from palestra.wire.batches import Batch, decode, encode
-from palestra.wire.routes import as_array, routes_of
+from palestra.wire.routes import as_array, read_routes, routes_of
 
 LAYERS, CHOSEN = 3, 2
 
@@ -142,6 +142,12 @@ def test_the_law_sees_routes_that_are_one_token_off():
         require_aligned(ids, right.flip(1), ids >= 0)
     with pytest.raises(AssertionError, match="padding"):
         require_aligned(ids, right, ids < 5)
+
+
+@pytest.mark.parametrize("text", ["", "AAAA", "no base64!", "k05VTVBZ"])
+def test_what_is_no_array_is_a_value_error(text: str):
+    with pytest.raises(ValueError, match=r"."):
+        read_routes(text, num_tokens=1)
 
 
 def test_arrays_and_bytes_are_the_same_numbers():

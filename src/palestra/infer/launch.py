@@ -58,7 +58,7 @@ def engine_argv(
     """
     if returns_routes and device == "cpu":
         raise UserError(
-            "train.router_replay=true, but this is vLLM's build for CPUs, without Triton, and so the model runner "
+            "train.router_replay=true, but this is vLLM's build for CPUs, which lacks the model runner "
             "that returns routed experts; install vLLM's build for GPUs, or set train.router_replay=false"
         )
     decided: dict[str, Any] = {

@@ -6,7 +6,7 @@ vLLM gives the `.npy` file of an [M, L, K] array in base64, with the last piece 
 L x K bytes a token up to 256 experts, twice as many for more.
 """
 
-import base64
+import binascii
 import io
 from collections.abc import Sequence
 
@@ -19,7 +19,10 @@ _WIDTHS = {np.dtype(np.uint8): 1, np.dtype(np.uint16): 2}
 
 def read_routes(text: str, *, num_tokens: int) -> Routes:
     """Errors: ValueError, if it is no such array, or not of `num_tokens`."""
-    array_MLK = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
+    try:
+        array_MLK = np.load(io.BytesIO(binascii.a2b_base64(text, strict_mode=True)), allow_pickle=False)
+    except EOFError as error:
+        raise ValueError(str(error)) from error
     if array_MLK.ndim != 3 or array_MLK.dtype not in _WIDTHS or len(array_MLK) != num_tokens:
         raise ValueError(f"{array_MLK.dtype} {list(array_MLK.shape)} is no array of {num_tokens} tokens")
     return routes_of(array_MLK)
