@@ -25,7 +25,7 @@ from palestra.model.experts import expert_modules
 from palestra.model.fill import empty_model, fill
 from palestra.model.load import read_config, set_gradient_sync
 from palestra.model.mesh import Meshes, make_meshes
-from palestra.model.policy import Policy
+from palestra.model.policy import Policy, check_replay
 from palestra.model.replay import Replay
 from palestra.model.tensor import Seen
 from palestra.train import muon, packs
@@ -140,6 +140,8 @@ def make_policy(
     if meshes is not None:
         load.shard(policy, dtype=dtype, experts=experts, meshes=meshes)
     fill(model, path, device=torch.device("cpu"))
+    if is_split(path.name):
+        check_replay(policy)
     return policy
 
 

@@ -14,6 +14,7 @@ from palestra.train.packs import plan_step
 from palestra.train.trainer import Trainer
 from palestra.wire.batches import Batch
 from tests.unit.model import tiny
+from tests.unit.orchestrate.scripted import Life, make_config, reward_by_seed
 from tests.unit.train.batches import make_batch
 
 LENGTHS = [9, 4, 17, 5]
@@ -38,7 +39,8 @@ def make(ranks, tmp_path):
 def trained(trainer: Trainer, batch: Batch) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     metrics = values(trainer.train(batch, Ledger("test")))
     kept = {name: value for name, value in metrics.items() if not name.endswith(("_s", "_per_s"))}
-    return kept, {name: p.full_tensor().clone() for name, p in trainer.policy.model.named_parameters()}
+    parameters: Any = trainer.policy.model.named_parameters()
+    return kept, {name: parameter.full_tensor().clone() for name, parameter in parameters}
 
 
 def own_choices(trainer: Trainer, batch: Batch) -> Batch:
@@ -54,7 +56,7 @@ def own_choices(trainer: Trainer, batch: Batch) -> Batch:
         hooks = [router.register_forward_hook(hear) for _, router in trainer.policy.routers.replay.routers]
         with torch.no_grad():
             trainer.policy(pack.token_ids, pack.documents, pack.scored, pack.temperature)
-        trainer.policy.reshard()
+        trainer.policy.reshard()  # type: ignore[operator]
         for hook in hooks:
             hook.remove()
         found += [rows[:-1] for rows in routes.split([*pack.documents.lengths])]
@@ -87,6 +89,29 @@ def test_a_batch_without_routes_is_trained_as_ever(make):
     metrics, _ = trained(make(router_replay=True), batch)
     assert metrics.pop("train/experts/replayed") == 0
     assert metrics == plain_metrics
+
+
+async def test_what_an_orchestrator_ships_is_what_routers_choose(make, tmp_path):
+    """Its scripted engine chooses by a token's id; the batch is the file that a trainer reads."""
+    life = Life(make_config(tmp_path / "loop", train={"router_replay": True, "steps": 1}), reward=reward_by_seed)
+    await life.play()
+    batch = life.run.batches.read(0, attempt=1)
+    tiny.build(tmp_path, "Qwen3MoeForCausalLM", num_experts=32, num_experts_per_tok=1)
+    trainer = make("Qwen3MoeForCausalLM", router_replay=True)
+    _, (second, router) = trainer.policy.routers.replay.routers
+    chosen: list[int] = []
+    router.register_forward_hook(lambda router, inputs, outputs: chosen.extend(outputs[2].flatten().tolist()))
+    metrics, _ = trained(trainer, batch)
+    assert metrics["train/experts/replayed"] == pytest.approx(1 - batch.num_samples / batch.num_tokens)
+    assert metrics["train/experts/rerouted"] > 0.5  # by chance one of 32 is the same
+    tokens = [token for pack in plan_step(batch, rank=0, num_ranks=1).packs for token in pack.token_ids.tolist()]
+    known = [
+        rows for pack in plan_step(batch, rank=0, num_ranks=1).packs for rows in pack.routes[:, second, 0].tolist()
+    ]
+    assert len(chosen) == len(tokens)
+    of_tokens = list(zip(chosen, tokens, known, strict=True))
+    assert sum(route < 0 for *_, route in of_tokens) == batch.num_samples
+    assert all(expert == token + 1 for expert, token, route in of_tokens if route >= 0)
 
 
 def test_a_model_without_experts_is_refused(make):

@@ -57,6 +57,7 @@ class Server(httpx.AsyncBaseTransport):
 
     async def _steps(self, asked: GenerateRequest) -> AsyncIterator[RequestOutput]:
         prompt, params, chunks = len(asked.token_ids), asked.sampling_params, []
+        assert params.max_tokens is not None
         for num in range(1, params.max_tokens + 1):
             chunks.append(self._taken(prompt, num, params.routed_experts_prompt_start))
             is_last = num == params.max_tokens
