@@ -246,6 +246,12 @@ class RolloutRecord(Struct, frozen=True, kw_only=True):
         )
         return replace(self, seats=tuple(seats))
 
+    def with_samples_of(self, other: "RolloutRecord") -> "RolloutRecord":
+        """`other` is the same rollout."""
+        replace = msgspec.structs.replace
+        pairs = zip(self.seats, other.seats, strict=True)
+        return replace(self, seats=tuple(replace(seat, samples=known.samples) for seat, known in pairs))
+
     @property
     def num_sampled_tokens(self) -> int:
         return sum(sum(sample.sampled) for seat in self.seats for sample in seat.samples)
