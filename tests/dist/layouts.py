@@ -25,7 +25,8 @@ from palestra.model.experts import expert_modules
 from palestra.model.fill import empty_model, fill
 from palestra.model.load import read_config, set_gradient_sync
 from palestra.model.mesh import Meshes, make_meshes
-from palestra.model.policy import Policy
+from palestra.model.policy import Policy, check_replay
+from palestra.model.replay import Replay
 from palestra.model.tensor import Seen
 from palestra.train import muon, packs
 from palestra.train.optimizer import make_optimizer
@@ -42,6 +43,7 @@ NORMED = ("Qwen3ForCausalLM", "Glm4MoeForCausalLM")  # norms of the heads of que
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 STEPS = 3
+NOTHING = Replay()
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ FAULTS = {  # the layout that has it, and what shows it
     "experts swapped": ("ep2", "gradients"),
     "boundary ignored": ("ring2", "gradients"),
     "wrong divisor": ("ep2", "gradients"),
+    "routes of another rank": ("ring2", "weights"),
     "orthogonalised in pieces": ("fsdp4", "weights"),
     "norms summed twice": ("tp2-ep2", "gradients"),
     "norms not summed": ("tp2-ep2", "gradients"),
@@ -106,13 +109,16 @@ FAULTS = {  # the layout that has it, and what shows it
 }
 
 
+SHOWN_BY = {"bias of every rank": BIASED, "routes of another rank": "Glm4MoeForCausalLM"}
+
+
 def faults_of(family: str) -> list[str]:
-    """Those of layouts that the family is in: experts make most of them, and one shows by a bias."""
+    """Those of layouts that the family is in: experts make most of them, and some are shown by one family alone."""
     suits = {layout.name: layout.suits(family) for layout in LAYOUTS}
     return [
         fault
         for fault, (layout, _) in FAULTS.items()
-        if suits[layout] and (family == BIASED if fault == "bias of every rank" else is_split(family))
+        if suits[layout] and (family == SHOWN_BY[fault] if fault in SHOWN_BY else is_split(family))
     ]
 
 
@@ -128,10 +134,14 @@ def make_policy(
     experts = "batched_mm" if dtype == torch.float64 else "grouped_mm"  # which has no float64
     model = empty_model(read_config(str(path)), experts=experts if is_split(path.name) else "grouped_mm").to(dtype)
     policy = Policy(model, head_chunk_tokens=5)
+    if is_split(path.name):
+        policy.routers.accept_routes(policy.decoder_layers)
     keep_activations(policy.decoder_layers, activations, torch.device("cpu"))
     if meshes is not None:
         load.shard(policy, dtype=dtype, experts=experts, meshes=meshes)
     fill(model, path, device=torch.device("cpu"))
+    if is_split(path.name):
+        check_replay(policy)
     return policy
 
 
@@ -152,7 +162,9 @@ def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str
     }
     policy.zero_grad()
     stepped = make_optimizer(policy, policy.decoder_layers, Train(optimizer=optimizer, weight_decay=0.1))
-    found["metrics"] = [values(_step(policy, stepped, _plan(meshes, step), ranks)) for step in range(STEPS)]
+    found["metrics"] = [
+        values(_step(policy, stepped, _plan(meshes, step, policy.routers.replay), ranks)) for step in range(STEPS)
+    ]
     found["weights"] = {name: _whole(parameter) for name, parameter in policy.named_parameters()}
     return found
 
@@ -181,8 +193,13 @@ def _loss() -> Any:
     return policy_loss("mis", {"low": 1e-9, "high": 1e9})
 
 
-def _plan(meshes: Meshes | None, step: int) -> Plan:
+def _plan(meshes: Meshes | None, step: int, replay: Replay = NOTHING) -> Plan:
+    """The second step has the experts of all but each sample's last two tokens given."""
     batch = make_batch(LENGTHS, packs=PACKS, supervised=[3], step=step, seed=step)
+    if replay and step == 1:
+        num_routed = batch.lengths - 2
+        routes = replay.drawn(int(num_routed.sum())).numpy().astype("uint8")
+        batch = dataclasses.replace(batch, routes=routes, num_routed=num_routed)
     if meshes is None:
         return plan_step(batch, rank=0, num_ranks=1)
     return plan_step(batch, rank=meshes.data_rank, num_ranks=meshes.num_data, context=meshes.context)
@@ -210,6 +227,10 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
         with patch.object(packs, "documents_of", lambda lengths, *more: documents_of([sum(lengths)], *more)):
             yield
             return
+    elif fault == "routes of another rank":
+        with patch.object(Replay, "given", lambda replay, layer, given=Replay.given: _of_other(given(replay, layer))):
+            yield
+            return
     elif fault == "norms summed twice":
         for name, module in policy.model.named_modules():
             if name.endswith("q_norm"):
@@ -229,6 +250,11 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
             yield
             return
     yield
+
+
+def _of_other(given_tK: Tensor | None) -> Tensor | None:
+    """Routes of tokens in the order of the pack, not in that of the ring's pieces."""
+    return given_tK if given_tK is None else given_tK.roll(len(given_tK) // 2, 0)
 
 
 def _use_weight(module: Any, change: Callable[[Tensor], Tensor]) -> None:

@@ -268,6 +268,7 @@ class Train(Section):
     offload_activations: bool = False  # what is kept for the backward waits in host memory
     compile: bool = False  # layers by torch.compile, while they train
     float8: bool = False  # linear products of layers in float8 (torchao); compute capability 9.0 and later
+    router_replay: bool = False  # routers choose the experts that the engine chose; engines on GPUs only
     balance: Balance = Balance()
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon: Muon = Muon()
@@ -314,6 +315,12 @@ class Train(Section):
             raise ValueError(
                 f"train.float8=true is not there for train.tensor_parallel={self.tensor_parallel}; set one of them back"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replays_what_is_not_compiled(self) -> Self:
+        if self.router_replay and self.compile:
+            raise ValueError("train.router_replay=true is not there for train.compile=true; set one of them back")
         return self
 
     @model_validator(mode="after")
@@ -668,6 +675,10 @@ class RunConfig(Section):
         return bool(self.env.mix)
 
     @property
+    def replays_routers(self) -> bool:
+        return self.train.router_replay and self.is_rl
+
+    @property
     def num_engines(self) -> int:
         """The policy's replicas, and one for each frozen model."""
         if not (self.is_rl or self.is_eval) or self.eval.endpoint is not None:
@@ -725,6 +736,17 @@ class RunConfig(Section):
             )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _has_routes_to_replay(self) -> Self:
+        if self.train.router_replay and not self.is_rl and not self.is_eval:
+            raise ValueError("train.router_replay=true replays what engines chose; without env.mix there are none")
+        if self.replays_routers and self.engine.device == "cpu":
+            raise ValueError(
+                "train.router_replay=true needs engines on GPUs: vLLM returns routed experts by its second model "
+                "runner alone, which is written in Triton; set engine.device=cuda, or train.router_replay=false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -36,8 +36,47 @@ class TurnSpan(Struct, frozen=True, array_like=True):
     end: int
 
 
+class Routes(Struct, frozen=True, array_like=True):
+    """Which experts an engine chose for tokens in a row: ids of `width` bytes, little-endian, by token, layer of the
+    decoder, and place among the chosen. Layers without experts have zeros. `NO_ROUTES` is of no token."""
+
+    data: bytes = b""
+    num_layers: int = 0
+    num_chosen: int = 0  # experts of a token in a layer
+    width: int = 1
+
+    @property
+    def token_bytes(self) -> int:
+        return self.num_layers * self.num_chosen * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.data) // self.token_bytes if self.data else 0
+
+    def first(self, num_tokens: int) -> "Routes":
+        """Of at most so many of the tokens."""
+        return msgspec.structs.replace(self, data=self.data[: num_tokens * self.token_bytes])
+
+    def then(self, rest: "Routes") -> "Routes":
+        """And of the tokens after them. Errors: ValueError, if they are of another model."""
+        if not self.data or not rest.data:
+            return self if self.data else rest
+        if (self.num_layers, self.num_chosen, self.width) != (rest.num_layers, rest.num_chosen, rest.width):
+            raise ValueError(
+                f"experts of {self.num_layers} layers x {self.num_chosen} are followed by those of "
+                f"{rest.num_layers} x {rest.num_chosen}: two models"
+            )
+        return msgspec.structs.replace(self, data=self.data + rest.data)
+
+
+NO_ROUTES = Routes()
+
+
 class Sampling(Struct, frozen=True, kw_only=True):
-    """How an engine samples one reply. Seeds are per request."""
+    """How an engine samples one reply. Seeds are per request.
+
+    With `routes_from` the reply has the experts of all tokens, those of the prompt too, from this position on.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -45,21 +84,24 @@ class Sampling(Struct, frozen=True, kw_only=True):
     max_tokens: int = 1024
     stop_token_ids: tuple[int, ...] = ()
     ignores_stop: bool = False  # goes on to max_tokens, whatever is sampled
+    routes_from: int | None = None
 
 
 class Reply(Struct, frozen=True, kw_only=True):
     """What an engine sampled for one request: ids, log-probabilities of the distribution sampled from, versions.
 
-    `spans` cover [0, len(token_ids)). `finish_reason` is vLLM's: "stop", "length", "abort".
+    `spans` cover [0, len(token_ids)). `finish_reason` is vLLM's: "stop", "length", "abort". `routes` begin where they
+    were asked from; a last token, which was not computed with, has none.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     spans: tuple[Span, ...]
     finish_reason: str
+    routes: Routes = NO_ROUTES
 
     def after(self, start: int) -> "Reply":
-        """Without its first `start` tokens."""
+        """Without its first `start` tokens, and without routes."""
         return Reply(
             token_ids=self.token_ids[start:],
             logprobs=self.logprobs[start:],
@@ -85,6 +127,7 @@ class Reply(Struct, frozen=True, kw_only=True):
             logprobs=[*self.logprobs, *rest.logprobs],
             spans=tuple(spans),
             finish_reason=rest.finish_reason,
+            routes=self.routes.then(rest.routes),
         )
 
 
@@ -127,7 +170,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """One flat token sequence cut from a rollout, as the environment worker made it; rewards are not in it.
 
     Shapes: `token_ids`, `logprobs`, `sampled` are [T]; `logprobs` is 0 where `sampled` is 0, which nobody sampled.
-    `spans` and `turns` cover the sampled tokens only, in positions of this sequence.
+    `spans` and `turns` cover the sampled tokens only, in positions of this sequence. `routes` are those of its first
+    tokens, as each was when the token after it was sampled.
     """
 
     token_ids: list[int]
@@ -135,6 +179,7 @@ class Sample(Struct, frozen=True, kw_only=True):
     sampled: list[int]
     spans: tuple[Span, ...]
     turns: tuple[TurnSpan, ...] = ()
+    routes: Routes = NO_ROUTES
 
 
 class PieceCredit(Struct, frozen=True, array_like=True):
@@ -191,6 +236,21 @@ class RolloutRecord(Struct, frozen=True, kw_only=True):
     wall_s: float = 0.0
     engine_s: float = 0.0  # of it, waiting for replies; calls at the same time add up
     ended_at: float = 0.0  # unix time
+
+    def unrouted(self) -> "RolloutRecord":
+        """Without routes, which are many times larger than all else."""
+        replace = msgspec.structs.replace
+        seats = (
+            replace(seat, samples=tuple(replace(sample, routes=NO_ROUTES) for sample in seat.samples))
+            for seat in self.seats
+        )
+        return replace(self, seats=tuple(seats))
+
+    def with_samples_of(self, other: "RolloutRecord") -> "RolloutRecord":
+        """`other` is the same rollout."""
+        replace = msgspec.structs.replace
+        pairs = zip(self.seats, other.seats, strict=True)
+        return replace(self, seats=tuple(replace(seat, samples=known.samples) for seat, known in pairs))
 
     @property
     def num_sampled_tokens(self) -> int:

@@ -123,6 +123,8 @@ class PolicyVoice:
                 f"the conversation of {prompt_tokens} tokens fills engine.max_model_len={self._max_model_len}"
             )
         sampling = self._sampling
+        if sampling.routes_from is not None:
+            sampling = msgspec.structs.replace(sampling, routes_from=self._conversation.num_routed)
         if num_tokens is not None:
             sampling = msgspec.structs.replace(sampling, max_tokens=num_tokens, stop_token_ids=(), ignores_stop=True)
         room = room if at_most is None else min(room, at_most)

@@ -58,6 +58,7 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         lora=lora,
         sleeps=config.takes_turns and device == "cuda",
         sent_by=config.sync.kind if config.sync.is_sent and config.is_rl and index < engine.replicas else None,
+        returns_routes=config.replays_routers and index < engine.replicas,
         args={**(_SCORING if is_frozen_on_gpu else {}), **engine.args},
     )
     environment = engine_environment(

@@ -20,6 +20,8 @@ _FIXED: dict[str, Any] = {
     "weight-transfer-config": {"backend": BACKEND},
 }
 
+_RETURNING_ROUTES = {"enable-return-routed-experts": True, "enable-prefix-caching": True}  # vLLM wants both or neither
+
 _CPU_STEP_TOKENS = 4096  # of one forward
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these
 _DENSE_LAYERS = (  # under the names of transformers, of all families that are tested
@@ -44,15 +46,22 @@ def engine_argv(
     lora: Lora | None = None,
     sleeps: bool = False,
     sent_by: str | None = None,
+    returns_routes: bool = False,
     args: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Command line of one engine. `args` are further flags of vLLM's server, without dashes: {"block-size": 32}.
 
     A flag that is True is given alone, one that is False as --no-FLAG, a table as JSON. `max_in_flight` is in requests;
     `kv_cache_gib` concerns CPU engines (vLLM gives the cache the rest of a GPU). `sleeps`: it can leave its GPU.
-    `sent_by`: the `sync.kind` by which it receives versions that the trainer sends, too.
-    Errors: UserError for a flag in `args` that palestra decides itself.
+    `sent_by`: the `sync.kind` by which it receives versions that the trainer sends, too. `returns_routes`: replies
+    have their routed experts.
+    Errors: UserError for a flag in `args` that palestra decides itself, or routes of an engine on a CPU.
     """
+    if returns_routes and device == "cpu":
+        raise UserError(
+            "train.router_replay=true, but this is vLLM's build for CPUs, which lacks the model runner "
+            "that returns routed experts; install vLLM's build for GPUs, or set train.router_replay=false"
+        )
     decided: dict[str, Any] = {
         "model": model,
         "host": host,
@@ -65,6 +74,7 @@ def engine_argv(
         **({} if lora is None else _adapted(lora)),
         **({"enable-sleep-mode": True} if sleeps else {}),
         **({"weight-transfer-config": {"backend": SENT_BACKENDS[sent_by]}} if sent_by else {}),
+        **(_RETURNING_ROUTES if returns_routes else {}),
     }
     defaults: dict[str, Any] = {
         "max-num-seqs": max_in_flight,

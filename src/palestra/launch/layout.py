@@ -31,6 +31,8 @@ def require_layout(config: RunConfig) -> None:
             "train.context_kind=ring"
         )
     _require_experts(config, fields)
+    if config.replays_routers and experts_field(fields) is None:
+        raise UserError("train.router_replay=true, but the model has no experts; set it to false")
     if train.tensor_parallel > 1:
         _require_split(config)
 

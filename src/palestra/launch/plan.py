@@ -123,6 +123,11 @@ def _deal_gpus(config: RunConfig, machine: Machine) -> tuple[list[tuple[int, ...
         raise UserError(
             "engine.device=cuda, but this machine shows no GPU; use engine.device=auto, or see `palestra doctor`"
         )
+    if not gpus and replicas and config.replays_routers:
+        raise UserError(
+            "train.router_replay=true needs engines on GPUs, as vLLM returns routed experts by its second model runner "
+            "alone, and this machine shows no GPU; set train.router_replay=false"
+        )
     if not gpus:
         return [()] * replicas, (), ()
     on_gpu = config.engine.device != "cpu"

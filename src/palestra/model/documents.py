@@ -46,9 +46,10 @@ class Documents(Struct, frozen=True, kw_only=True, eq=False):
     def longest(self) -> int:
         return max(self.lengths)
 
-    def take(self, token_ids: Tensor) -> Tensor:
-        """This rank's [t] of a pack's tokens, padding included."""
-        return F.pad(token_ids, (0, len(self.slot) - len(token_ids)))[self.part]
+    def take(self, stream: Tensor, *, padding: int = 0) -> Tensor:
+        """This rank's [t, ...] of what is [T, ...] for a pack's tokens, padding included."""
+        missing = (0,) * (2 * stream.dim() - 1) + (len(self.slot) - len(stream),)
+        return F.pad(stream, missing, value=padding)[self.part]
 
 
 def documents_of(lengths: list[int], device: torch.device | str = "cpu", context: Context = WHOLE) -> Documents:

@@ -20,7 +20,7 @@ from palestra.model.float8 import require_float8, use_float8
 from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.memory import require_memory
 from palestra.model.mesh import Meshes
-from palestra.model.policy import Policy, check_against_own_forward, require_softmax_attention
+from palestra.model.policy import Policy, check_against_own_forward, check_replay, require_softmax_attention
 from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.tensor_plan import apply, num_whole, require_heads, split_of
 
@@ -39,6 +39,7 @@ def load_policy(
     seed: int = 0,
     activations: Activations = PLAIN,
     float8: bool = False,
+    router_replay: bool = False,
 ) -> Policy:
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
 
@@ -58,6 +59,8 @@ def load_policy(
     )
     require_softmax_attention(model)
     policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
+    if router_replay:
+        policy.routers.accept_routes(policy.decoder_layers)
     if float8:
         require_float8(device)
         use_float8(policy.decoder_layers, keep=policy.routers.modules)
@@ -68,6 +71,8 @@ def load_policy(
     begin_adapter(model, seed=seed, device=device)
     fill(model, model_directory(path), device=device)
     check_against_own_forward(policy, tolerance=_TOLERANCE[dtype])
+    if router_replay:
+        check_replay(policy)
     return policy
 
 

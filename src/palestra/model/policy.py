@@ -1,8 +1,10 @@
 """The policy: a decoder of transformers and its head under one root, scoring tokens of a pack.
 
 Legend: T tokens of a pack, t those of them on this rank, K tokens to score, k those of them whose hidden state is here,
-D model.
+D model. Of routes: L layers of the decoder, C experts of a token in a layer, E experts.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from palestra.model.context import WHOLE, Context
 from palestra.model.documents import Documents, documents_of
 from palestra.model.head import logit_map_of, token_logprobs
 from palestra.model.lora import Adapter
+from palestra.model.replay import NOT_KNOWN
 from palestra.model.routers import Routers
 from palestra.model.tensor import ALONE, Axis
 
@@ -39,14 +42,20 @@ class Policy(nn.Module):
         self.eval()
 
     def forward(
-        self, token_ids_T: Tensor, documents: Documents, scored_K: Tensor, temperature_K: Tensor
+        self,
+        token_ids_T: Tensor,
+        documents: Documents,
+        scored_K: Tensor,
+        temperature_K: Tensor,
+        routes_TLC: Tensor = NOT_KNOWN,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each scored token given its document so far, and the entropy it was drawn with.
 
         `scored_K` are positions in the pack; none is the first of its document. Float32 or wider, [K] each, on
-        every rank of the context.
+        every rank of the context. `routes_TLC` are the experts to use, see `replay`; -1 is for the routers to choose.
         """
-        with self.routers.listening(documents.is_real):
+        routes_tLC = documents.take(routes_TLC, padding=-1) if routes_TLC.numel() else NOT_KNOWN
+        with self.routers.listening(documents.is_real, routes_tLC):
             hidden_1tD = self.model.get_decoder()(
                 input_ids=documents.take(token_ids_T).unsqueeze(0),
                 position_ids=documents.positions,
@@ -139,6 +148,34 @@ def check_against_own_forward(policy: Policy, *, tolerance: float = 1e-3) -> Non
             f"{type(model).__name__}: packed log-probabilities differ from the model's own by {difference:.3g}; "
             "the trainer does not support this model's attention or head"
         )
+
+
+@torch.no_grad()
+def check_replay(policy: Policy) -> None:
+    """Give every router experts drawn at random: it must use them, each with a weight of its own.
+
+    A collective. Errors: UserError naming the router.
+    """
+    replay, device = policy.routers.replay, next(policy.parameters()).device
+    heard: list[tuple[str, Tensor, Tensor]] = []
+
+    def hear(router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        heard.append((type(router).__name__, *outputs[1:]))
+
+    num = 4 * policy.context.pieces
+    documents, routes_TLC = documents_of([num], device, policy.context), replay.drawn(num).to(device)
+    hooks = [router.register_forward_hook(hear) for _, router in replay.routers]
+    tokens_T, ones_K = torch.arange(num, device=device), torch.ones(num - 1, device=device)
+    policy(tokens_T % policy.vocab_size, documents, tokens_T[1:], ones_K, routes_TLC)
+    for hook in hooks:
+        hook.remove()
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+    given_tLC = documents.take(routes_TLC).long()
+    for (layer, _), (name, weight_tC, index_tC) in zip(replay.routers, heard, strict=True):
+        is_used = torch.equal(index_tC.sort(-1).values, given_tLC[:, layer].sort(-1).values)
+        if not (is_used and (weight_tC.isfinite() & (weight_tC != 0)).all()):
+            raise UserError(f"train.router_replay: {name} does not weigh experts that are given to it; set it to false")
 
 
 def _own_logprobs(model: PreTrainedModel, token_ids_T: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Routers are the modules that transformers itself names as those with `router_log
 [T, K] and chosen experts [T, K].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from palestra.core.errors import UserError
+from palestra.model.replay import NOT_KNOWN, Replay
 
 _BIAS = "e_score_correction_bias"  # what a family adds to the scores for the choice alone
 
@@ -29,6 +32,7 @@ class Routers:
         self._heard: list[tuple[Tensor, Tensor, Tensor]] = []
         self._is_listening = False
         self._real_T = torch.zeros(0)
+        self.replay = Replay()
         for router in self._routers:
             router.register_forward_hook(self._hear)
         self.forget()
@@ -41,18 +45,31 @@ class Routers:
         """The routers, and what they consist of."""
         return {inner for router in self._routers for inner in router.modules()}
 
+    def accept_routes(self, layers: Sequence[nn.Module]) -> None:
+        """From now on routers take the experts that a forward is given; `layers` are all of the decoder.
+
+        Errors: UserError for a model without routers, or whose routers do not say how many experts they choose.
+        """
+        if not all(hasattr(router, "top_k") and hasattr(router, "num_experts") for router in self._routers or [None]):
+            name = type(self._routers[0]).__name__ if self._routers else "a model without experts"
+            raise UserError(f"train.router_replay: experts cannot be given to {name}; set train.router_replay=false")
+        layer_of = {module: index for index, layer in enumerate(layers) for module in layer.modules()}
+        self.replay = Replay([(layer_of[router], router) for router in self._routers], len(layers))
+
     def forget(self, *, for_loss: bool = False) -> None:
         """Begin to count anew. With `for_loss` what the routers say is kept until the next forward."""
+        self.replay.forget()
         self._for_loss = for_loss
         self._load: dict[nn.Module, Tensor] = {}
         self._entropy = torch.zeros(2, dtype=torch.float64)
 
     @contextmanager
-    def listening(self, is_real_T: Tensor) -> Iterator[None]:
+    def listening(self, is_real_T: Tensor, routes_TLK: Tensor = NOT_KNOWN) -> Iterator[None]:
         """Around one forward; what a backward computes again is not heard twice, nor padding."""
         self._heard, self._real_T, self._is_listening = [], is_real_T.double(), True
         try:
-            yield
+            with self.replay.giving(routes_TLK, is_real_T):
+                yield
         finally:
             self._is_listening = False
 

@@ -19,6 +19,7 @@ from palestra.orchestrate.buffer import Part, credited, is_fresh, returns
 from palestra.orchestrate.frozen import Logprobs
 from palestra.orchestrate.state import Average, Baseline, Group
 from palestra.wire.batches import Batch
+from palestra.wire.routes import stacked
 
 Averages = Mapping[str, Average]
 """Moving averages of returns by environment and `Part.key`."""
@@ -138,8 +139,16 @@ def make_batch(
         temperature=np.asarray([row.temperature for row in rows], np.float32),
         pack=packing.pack_of_sample,
         version=np.asarray([min((span.version for span in row.sample.spans), default=step) for row in rows], np.int64),
+        **_routed([row.sample for row in rows]),
     )
     return batch, packing, trained
+
+
+def _routed(samples: list[Sample]) -> dict[str, np.ndarray]:
+    num_routed = np.asarray([sample.routes.num_tokens for sample in samples], np.int64)
+    if not num_routed.any():
+        return {}
+    return {"routes": stacked([sample.routes for sample in samples]), "num_routed": num_routed}
 
 
 def _teacher_advantage(

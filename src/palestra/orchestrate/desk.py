@@ -105,10 +105,10 @@ class Teller:
             await self.send(Notice(process="orchestrator", text=f"warning at step {step}: {warning.text}"))
 
     def write_rollouts(self, name: str, records: list[RolloutRecord]) -> Path:
-        """Finished rollouts, a JSON line each."""
+        """Finished rollouts, a JSON line each; their routes are in the batches alone."""
         self._run.rollouts.mkdir(parents=True, exist_ok=True)
         path = self._run.rollouts / f"{re.sub('[^A-Za-z0-9._-]+', '_', name)}.jsonl"
-        path.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+        path.write_bytes(b"".join(msgspec.json.encode(record.unrouted()) + b"\n" for record in records))
         return path
 
     async def send(self, message: ToSupervisor) -> None:
@@ -156,7 +156,11 @@ class Desk:
     def sampling_of(self, source: str) -> Sampling:
         """Of an entry of env.mix; of evaluations, where they do not say otherwise."""
         sampling = self.config.sampling_of(source)
-        return Sampling(temperature=sampling.temperature, max_tokens=sampling.max_tokens)
+        return Sampling(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            routes_from=0 if self.config.replays_routers else None,
+        )
 
     @property
     def capacity(self) -> int:

@@ -110,6 +110,8 @@ class Gateway:
         link = pieces.link
         prompt, left = [*token_ids, *begun.token_ids], sampling.max_tokens - len(begun.token_ids)
         rest = msgspec.structs.replace(sampling, max_tokens=left)
+        if sampling.routes_from is not None:
+            rest = msgspec.structs.replace(rest, routes_from=sampling.routes_from + begun.routes.num_tokens)
         seed = seed_for(seed, len(begun.token_ids)) if begun.token_ids else seed
         salt = link.client.cache_salt  # prefixes computed under another version are never shared
         if left <= self._join_max_tokens and not begun.token_ids:

@@ -351,16 +351,17 @@ class WorkerPool:
 
     async def score_group(self, source: str, records: list[RolloutRecord]) -> list[RolloutRecord]:
         """The records with group rewards in them. Errors: InfrastructureError, if a group reward raised."""
+        sent = [record.unrouted() for record in records]
 
         def message(number: int) -> ScoreGroup:
-            return ScoreGroup(request_id=number, source=source, records=records)
+            return ScoreGroup(request_id=number, source=source, records=sent)
 
         task = records[0].task
         answer = await self._ask(message, waiting_for=f"group rewards of {source}", source=source, task=task)
         assert isinstance(answer, GroupScored)
         if answer.error:
             raise InfrastructureError(answer.error)
-        return answer.records
+        return [scored.with_samples_of(record) for scored, record in zip(answer.records, records, strict=True)]
 
     async def _ask(
         self, message: Callable[[int], ToWorker], *, waiting_for: str, source: str, task: Task | None = None

@@ -1,6 +1,7 @@
 """From a batch to this rank's packs on its device: the plan of a step.
 
-Legend: N tokens of the batch, T tokens of a pack, K tokens of a pack that train something, S samples.
+Legend: N tokens of the batch, T tokens of a pack, K tokens of a pack that train something, S samples. Of routes: L
+layers, C experts chosen for a token.
 """
 
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from torch import Tensor
 from palestra.core.errors import InfrastructureError
 from palestra.model.context import WHOLE, Context
 from palestra.model.documents import Documents, documents_of
+from palestra.model.replay import NOT_KNOWN
 from palestra.wire.batches import COMPONENTS, Batch
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One forward. Per-token streams are [K]; `scored` are the K positions in the pack; rollouts count from 0."""
+    """One forward. Per-token streams are [K]; `scored` are the K positions in the pack; rollouts count from 0.
+
+    `routes` [T, L, C] are the experts that an engine chose, -1 where nobody knows; [0, 0, 0] where none are known.
+    """
 
     token_ids: Tensor
     documents: Documents
@@ -29,6 +34,7 @@ class Pack:
     weights: dict[str, Tensor]  # by component
     rollout: Tensor
     age: Tensor
+    routes: Tensor = NOT_KNOWN
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,20 @@ def _pack(batch: Batch, index: int, device: torch.device | str, context: Context
         weights={name: stream(f"{name}_weight") for name in COMPONENTS},
         rollout=_tensor(rollout_K, np.int64, device),
         age=_tensor(batch.age[sample_T[scored]], np.int64, device),
+        routes=_routes(batch, samples, device),
     )
+
+
+def _routes(batch: Batch, samples: np.ndarray, device: torch.device | str) -> Tensor:
+    if not batch.routes.size:
+        return NOT_KNOWN
+    routes_TLC = np.full((int(batch.lengths[samples].sum()), *batch.routes.shape[1:]), -1, np.int16)
+    start = 0
+    for sample in samples.tolist():
+        known = batch.routes_of(sample)
+        routes_TLC[start : start + len(known)] = known
+        start += int(batch.lengths[sample])
+    return torch.from_numpy(routes_TLC).to(device, non_blocking=True)
 
 
 def samples_of(batch: Batch, rank: int, num_ranks: int) -> list[int]:

@@ -133,7 +133,7 @@ def pack_loss(
     hear: Callable[[Tensor], None] = _ignore,
 ) -> Tensor:
     """The pack's share of the step's loss; summed over all packs of all ranks it is the loss."""
-    trainer_logp_K, entropy_K = policy(pack.token_ids, pack.documents, pack.scored, pack.temperature)
+    trainer_logp_K, entropy_K = policy(pack.token_ids, pack.documents, pack.scored, pack.temperature, pack.routes)
     hear(trainer_logp_K.detach())
     loss = trainer_logp_K.sum() * 0.0  # keeps a pack without trained tokens in the graph
     for name, term in _terms(pack, trainer_logp_K, counts, rl_loss).items():
@@ -206,8 +206,14 @@ def _expert_metrics(policy: Policy, ranks: Ranks, balance: Balance) -> Metrics:
     load_LE = policy.routers.load(ranks.meshes.tokens)
     if balance.bias_rate:
         policy.routers.update_biases(load_LE, balance.bias_rate)
+    metrics: Metrics = {}
+    if policy.routers.replay:
+        other, known, every = policy.routers.replay.counts(ranks.meshes.tokens)
+        metrics = {"train/experts/replayed": Mean(known, every)}
+        if known:
+            metrics["train/experts/rerouted"] = Mean(other, known)
     violation_L = max_violation(load_LE)
-    return {
+    return metrics | {
         "train/experts/max_violation": Mean(float(violation_L.sum()), len(violation_L)),
         "train/experts/max_violation_worst": Max(float(violation_L.max())),
         "train/experts/dead_share": Mean(float((load_LE == 0).sum()), load_LE.numel()),

@@ -58,6 +58,7 @@ class Trainer:
                     compile=config.train.compile,
                 ),
                 float8=config.train.float8,
+                router_replay=config.train.router_replay,
             )
         if ranks.is_first:
             print(_told(self.policy, ranks.device), flush=True)

@@ -1,13 +1,14 @@
-"""Batches on the wire: columnar, one contiguous buffer per stream, about 9 bytes per token.
+"""Batches on the wire: columnar, one contiguous buffer per stream, about 9 bytes per token; with the experts that
+engines chose, L x K bytes more.
 
-Legend: N tokens of all samples end to end, S samples, P packs.
+Legend: N tokens of all samples end to end, S samples, P packs, M tokens with routes, L layers, K experts of a token.
 
 Integer columns take the narrowest type that holds them. Float streams are kept as runs (value, length) where that is
 smaller than one float per token, so that a stream that is constant in a sample costs one value.
 """
 
 import mmap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Batch:
     `pack[s]` is the microbatch of sample s; rank r of R owns packs [r*P/R, (r+1)*P/R), samples in order.
     `version[s]` is the oldest policy version that sampled a token of sample s (`step`, if nothing in it was sampled).
     Log-probabilities stand at the token's own position; the weights are 0 where a token is not trained.
+    `routes` [M, L, K] are the experts of the first `num_routed[s]` tokens of each sample, samples in order: uint8, or
+    uint16 beyond 256 experts. Where no sample has any, both are empty.
     """
 
     step: int
@@ -49,6 +52,8 @@ class Batch:
     temperature: np.ndarray
     pack: np.ndarray
     version: np.ndarray
+    routes: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), np.uint8))
+    num_routed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +72,13 @@ class Batch:
     def offsets(self) -> np.ndarray:
         """[S + 1]: sample s is tokens [offsets[s], offsets[s + 1])."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def routes_of(self, sample: int) -> np.ndarray:
+        """[m, L, K] of its first m tokens."""
+        if not self.num_routed.size:
+            return self.routes
+        end = int(self.num_routed[: sample + 1].sum())
+        return self.routes[end - int(self.num_routed[sample]) : end]
 
 
 def encode(batch: Batch) -> bytes:
@@ -89,7 +101,11 @@ def encode(batch: Batch) -> bytes:
             add(f"{name}.lengths", run_lengths)
         else:
             add(name, np.asarray(getattr(batch, name), np.float32))
+    if batch.routes.size:
+        add("num_routed", _narrow(batch.num_routed))
+        add("routes", batch.routes.reshape(-1))
     header = {
+        "routes": batch.routes.shape[1:],
         "step": batch.step,
         "attempt": batch.attempt,
         "num_packs": batch.num_packs,
@@ -127,7 +143,15 @@ def decode(data: bytes, *, source: str = "a batch") -> Batch:
         max_pack_tokens=header["max_pack_tokens"],
         **integers,
         **{name: _stream(arrays, name) for name in (*_RUN_STREAMS, "temperature")},
+        **_routed(arrays, header),
     )
+
+
+def _routed(arrays: dict[str, np.ndarray], header: dict[str, Any]) -> dict[str, np.ndarray]:
+    if "num_routed" not in arrays:
+        return {}
+    routes = arrays["routes"].reshape(-1, *header["routes"])
+    return {"routes": routes, "num_routed": arrays["num_routed"].astype(np.int64)}
 
 
 @dataclass(frozen=True, kw_only=True)

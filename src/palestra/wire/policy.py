@@ -19,9 +19,10 @@ from msgspec import Struct, field
 
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, InfrastructureError, PalestraError
-from palestra.core.records import Reply, Sampling, Span
+from palestra.core.records import NO_ROUTES, Reply, Routes, Sampling, Span
 from palestra.wire.connections import Connections
 from palestra.wire.draft import Draft
+from palestra.wire.routes import read_routes
 
 T = TypeVar("T")
 
@@ -124,7 +125,10 @@ class EngineClient:
             cache_salt=cache_salt,
         )
         answer = await self._generate(body, deadline_s=deadline_s, repeatable=seed is not None)
-        return [_reply(choice, self.url) for choice in sorted(answer.choices, key=lambda choice: choice.index)]
+        unrouted = _num_unrouted(token_ids, sampling)
+        return [
+            _reply(choice, self.url, unrouted) for choice in sorted(answer.choices, key=lambda choice: choice.index)
+        ]
 
     async def stream(
         self,
@@ -153,11 +157,13 @@ class EngineClient:
                 cache_salt=cache_salt,
                 stream=True,
             )
-            return await self._stream(body, draft, silence_s)
+            return await self._stream(body, draft, silence_s, _num_unrouted(token_ids, sampling))
 
         return await self._attempts(_GENERATE, exchange, repeatable=lambda: not draft.token_ids)
 
-    async def _stream(self, body: "_GenerateRequest", draft: Draft, silence_s: float) -> Reply:
+    async def _stream(
+        self, body: "_GenerateRequest", draft: Draft, silence_s: float, num_unrouted: int | None
+    ) -> Reply:
         waiting_for = f"the next token of a reply from engine {self.url}"
         response = await within(silence_s, self._send("POST", _GENERATE, body), waiting_for=waiting_for)
         try:
@@ -166,7 +172,8 @@ class EngineClient:
                 self._content(_GENERATE, response)
             events = read_events(response.aiter_bytes())
             while (event := await within(silence_s, anext(events, None), waiting_for=waiting_for)) is not None:
-                if (choice := self._streamed(event)) is not None and (reply := _extend(draft, choice, self.url)):
+                choice = self._streamed(event)
+                if choice is not None and (reply := _extend(draft, choice, self.url, num_unrouted)):
                     await _read_to_end(events)
                     return reply
         finally:
@@ -470,6 +477,7 @@ class _Choice(Struct, frozen=True, kw_only=True):
     logprobs: _Logprobs | None = None
     finish_reason: str | None = None
     weight_versions: list[_VersionSpan] | None = None
+    routed_experts: str | None = None
 
 
 class _GenerateAnswer(Struct, frozen=True, kw_only=True):
@@ -506,6 +514,8 @@ def _sampling_params(sampling: Sampling, *, seed: int | None, num_replies: int) 
         params["ignore_eos"] = True
     elif sampling.stop_token_ids:
         params["stop_token_ids"] = list(sampling.stop_token_ids)
+    if sampling.routes_from is not None:
+        params["routed_experts_prompt_start"] = sampling.routes_from
     return params if seed is None else {**params, "seed": seed}
 
 
@@ -530,23 +540,28 @@ async def _read_to_end(events: AsyncIterator[bytes]) -> None:
         pass  # closed instead
 
 
-def _extend(draft: Draft, choice: _Choice, url: str) -> Reply | None:
+def _num_unrouted(token_ids: Sequence[int], sampling: Sampling) -> int | None:
+    """Tokens of the prompt whose routes are asked for; None: none are, nor those of the reply."""
+    return None if sampling.routes_from is None else len(token_ids) - sampling.routes_from
+
+
+def _extend(draft: Draft, choice: _Choice, url: str, num_unrouted: int | None) -> Reply | None:
     """Add what a chunk brings; the whole reply, if it was the last."""
     draft.add(choice.token_ids, _logprobs(choice))
     if choice.finish_reason is None:
         return None
-    return _whole(draft.token_ids, draft.logprobs, choice, url)
+    return _whole(draft.token_ids, draft.logprobs, choice, url, num_unrouted)
 
 
 def _logprobs(choice: _Choice) -> list[float]:
     return [entry.logprob for entry in (choice.logprobs and choice.logprobs.content) or []]
 
 
-def _reply(choice: _Choice, url: str) -> Reply:
-    return _whole(choice.token_ids, _logprobs(choice), choice, url)
+def _reply(choice: _Choice, url: str, num_unrouted: int | None) -> Reply:
+    return _whole(choice.token_ids, _logprobs(choice), choice, url, num_unrouted)
 
 
-def _whole(token_ids: list[int], logprobs: list[float], choice: _Choice, url: str) -> Reply:
+def _whole(token_ids: list[int], logprobs: list[float], choice: _Choice, url: str, num_unrouted: int | None) -> Reply:
     """The reply that `choice` ends."""
     spans = tuple(Span(_version(span, url), span.start, span.end) for span in choice.weight_versions or [])
     covered = sum(span.end - span.start for span in spans)
@@ -556,7 +571,23 @@ def _whole(token_ids: list[int], logprobs: list[float], choice: _Choice, url: st
             f"{covered} of them with a version"
         )
     finish_reason = choice.finish_reason or "abort"
-    return Reply(token_ids=token_ids, logprobs=logprobs, spans=spans, finish_reason=finish_reason)
+    routes = NO_ROUTES
+    if num_unrouted is not None and finish_reason != "abort":
+        routes = _routes(choice, url, num_unrouted + len(token_ids) - 1)
+    return Reply(token_ids=token_ids, logprobs=logprobs, spans=spans, finish_reason=finish_reason, routes=routes)
+
+
+def _routes(choice: _Choice, url: str, num_tokens: int) -> Routes:
+    """Of the prompt's tokens that were asked for and of the reply's, but for the last: it was never computed with."""
+    if choice.routed_experts is None:
+        raise EngineError(
+            f"engine {url} returned no routed experts; start it with --enable-return-routed-experts, or set "
+            "train.router_replay=false"
+        )
+    try:
+        return read_routes(choice.routed_experts, num_tokens=num_tokens)
+    except ValueError as error:
+        raise EngineError(f"engine {url} returned routed experts that cannot be used: {error}") from error
 
 
 def _version(span: _VersionSpan, url: str) -> int:

@@ -141,6 +141,21 @@ def test_turns_are_for_one_of_each(recipe: Path, overrides: list[str], said: str
 
 @pytest.mark.parametrize("kind", ["nccl", "sparse_nccl"])
 @pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["engine.device=cpu"], "needs engines on GPUs: .* set engine.device=cuda, or train.router_replay=false"),
+        (["train.compile=true"], "not there for train.compile=true; set one of them back"),
+        (["env.mix=[]", "data.sources=[{path='rows.jsonl'}]"], "without env.mix there are none"),
+    ],
+)
+def test_routers_are_replayed_where_engines_say_what_they_chose(recipe: Path, overrides: list[str], said: str):
+    assert load(recipe, overrides)
+    assert load(recipe, ["train.router_replay=true"]).config.replays_routers
+    with pytest.raises(UserError, match=said):
+        load(recipe, [*overrides, "train.router_replay=true"])
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("engine.device=cpu", "sends between GPUs, not to engine.device=cpu; use files"),

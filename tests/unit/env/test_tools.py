@@ -5,16 +5,18 @@ import time
 from typing import Literal
 
 import msgspec
+import numpy as np
 import pytest
 
 from palestra.core.deadline import Unhurried
 from palestra.core.errors import InfrastructureError, UserError
-from palestra.core.records import Ending, Reply, Sampling, Span, Task
+from palestra.core.records import NO_ROUTES, Ending, Reply, Sampling, Span, Task
 from palestra.env import AgentError, Environment, Rollout, reward, tool
 from palestra.env.chat import ChatTokenizer, Conversation, load_tokenizer
 from palestra.env.play import play, score
 from palestra.env.tools import ToolBox, as_tool_call
 from palestra.env.voice import PolicyVoice
+from palestra.wire.routes import as_array, routes_of
 from tests.templates.families import FAMILIES, build_family
 
 
@@ -269,6 +271,29 @@ async def played(environment: Environment, tokenizer: ChatTokenizer, engine, *, 
         return PolicyVoice(Conversation(tokenizer), engine, sampling, max_model_len=4000)
 
     return await play(environment, task or Task(prompt="2 + 3?"), voice)
+
+
+async def test_each_turn_asks_for_the_routes_of_tokens_that_have_none(qwen):
+    """A token's experts are its id, in two layers of one choice; the last token of a reply comes with the next turn."""
+    asked: list[int | None] = []
+    engine = saying(qwen, CALL, "5")
+
+    async def routed(token_ids: list[int], sampling: Sampling) -> Reply:
+        reply, start = await engine(token_ids, sampling), sampling.routes_from
+        asked.append(start)
+        computed = np.array([*token_ids, *reply.token_ids][start:-1], np.uint16)
+        return msgspec.structs.replace(reply, routes=routes_of(np.stack([computed] * 2, 1)[..., None]))
+
+    sampling = Sampling(max_tokens=500, stop_token_ids=qwen.stop_ids, routes_from=0)
+    record = await play(
+        Adder(), Task(prompt="2 + 3?"), lambda _: PolicyVoice(Conversation(qwen), routed, sampling, max_model_len=4000)
+    )
+    ((sample,),) = (seat.samples for seat in record.seats)
+    first, second = sample.turns
+    assert asked == [0, first.end - 1]
+    assert as_array(sample.routes)[:, 1, 0].tolist() == sample.token_ids[:-1]
+    assert second.end == len(sample.token_ids)
+    assert record.unrouted().seats[0].samples[0] == msgspec.structs.replace(sample, routes=NO_ROUTES)
 
 
 class Adder(Environment):

@@ -53,6 +53,26 @@ def test_an_engine_receives_as_versions_are_sent(kind: str, backend: str) -> Non
     }
 
 
+def test_an_engine_returns_routed_experts_on_gpus_only() -> None:
+    words = argv(device="cuda", returns_routes=True)
+    assert {"--enable-return-routed-experts", "--enable-prefix-caching"} <= {*words}
+    assert "--enable-return-routed-experts" not in argv(device="cuda")
+    with pytest.raises(UserError, match=r"vLLM's build for CPUs.*set train\.router_replay=false"):
+        argv(returns_routes=True)
+    with pytest.raises(UserError, match="enable-prefix-caching is decided by palestra"):
+        argv(device="cuda", returns_routes=True, args={"enable-prefix-caching": False})
+    tree = {
+        "log": {"name": "x"},
+        "model": {"path": "m"},
+        "engine": {"device": "cuda"},
+        "train": {"router_replay": True},
+    }
+    tree |= {"env": {"mix": [{"id": "a"}]}, "algo": {"reference": {"path": "r", "weight": 0.1}}}
+    policy, frozen = (engine_command(RunConfig.model_validate(tree), index=index, port=1)[0] for index in range(2))
+    assert "--enable-return-routed-experts" in policy
+    assert "--enable-return-routed-experts" not in frozen, "it may have no experts"
+
+
 def test_an_engine_for_adapters_makes_room_for_one_and_names_the_layers() -> None:
     words = argv(lora=Lora(rank=12))
     assert value(words, "--max-lora-rank") == "16"  # vLLM knows some ranks only

@@ -35,6 +35,16 @@ def test_what_does_not_divide_the_ranks_or_the_packs_is_refused(train, says):
         Train(**train)
 
 
+def test_experts_are_replayed_where_there_are_some(tmp_path):
+    tree = {"log": {"name": "r"}, "model": {"path": str(tmp_path)}, "env": {"mix": [{"id": "a"}]}}
+    config = RunConfig.model_validate({**tree, "train": {"router_replay": True}})
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    require_layout(config)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12}))
+    with pytest.raises(UserError, match="router_replay=true, but the model has no experts"):
+        require_layout(config)
+
+
 @pytest.mark.parametrize(
     ("model", "train", "says"),
     [

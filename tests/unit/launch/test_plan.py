@@ -154,6 +154,7 @@ def test_engines_on_the_cpu_leave_the_gpus_to_the_trainer():
         ({"engine": {"device": "cuda"}}, LAPTOP, "no GPU"),
         ({"engine": {"tensor_parallel": 4}}, gpus(2), "this machine has 2"),
         ({"train": {"shard": 4}}, gpus(2), "this machine has 2"),
+        ({"train": {"router_replay": True}}, gpus(0), "router_replay=true needs engines on GPUs.*shows no GPU"),
         ({"env": {}}, LAPTOP, "nothing to train on"),
     ],
 )

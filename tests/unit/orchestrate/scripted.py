@@ -12,7 +12,7 @@ import msgspec
 from palestra.config.schema import RunConfig
 from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
 from palestra.core.metrics import Metrics
-from palestra.core.records import Ending, Reply, RolloutRecord, Sample, Sampling, Seat, Span, Task
+from palestra.core.records import Ending, Reply, RolloutRecord, Routes, Sample, Sampling, Seat, Span, Task
 from palestra.orchestrate.checkpoint import recover_journal
 from palestra.orchestrate.loop import Loop
 from palestra.wire.channel import Caller, Listener, Reconnected
@@ -63,6 +63,15 @@ def make_config(outputs: Path, **sections: dict) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
+def routed(reply: Reply, prompt: list[int], sampling: Sampling) -> Reply:
+    """With routes, where they are asked for: two layers, in which a token has the experts of its id."""
+    if sampling.routes_from is None:
+        return reply
+    computed = [*prompt, *reply.token_ids][sampling.routes_from : -1]
+    routes = Routes(bytes(expert for token in computed for expert in (token, token + 1)), 2, 1)
+    return msgspec.structs.replace(reply, routes=routes)
+
+
 class ScriptedEngine:
     """Replies depend on the seed alone; every token is labelled with the version loaded."""
 
@@ -78,12 +87,12 @@ class ScriptedEngine:
     async def generate(self, token_ids, sampling: Sampling, *, seed, deadline_s, num_replies=1, cache_salt=None):
         self.num_requests += 1
         await self._take(max(self._delay_s(seed + i) for i in range(num_replies)))
-        return [self._reply(seed + i) for i in range(num_replies)]
+        return [routed(self._reply(seed + i), token_ids, sampling) for i in range(num_replies)]
 
     async def stream(self, token_ids, sampling, *, seed, silence_s, draft: Draft, cache_salt=None, stream_tokens=16):
         """In two pieces, the second of which comes after the delay."""
         self.num_requests += 1
-        reply = self._reply(seed)
+        reply = routed(self._reply(seed), token_ids, sampling)
         half = len(reply.token_ids) // 2
         draft.add(reply.token_ids[:half], reply.logprobs[:half])
         await self._take(self._delay_s(seed))
@@ -191,6 +200,7 @@ class ScriptedWorker:
             logprobs=[0.0] * start + answer.reply.logprobs,
             sampled=[0] * start + [1] * size,
             spans=tuple(Span(s.version, s.start + start, s.end + start) for s in answer.reply.spans),
+            routes=answer.reply.routes,
         )
         seats = (Seat(samples=(sample,)),)
         done = RolloutRecord(

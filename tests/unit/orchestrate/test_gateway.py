@@ -3,11 +3,12 @@
 import asyncio
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.ledger import Ledger
-from palestra.core.records import Reply, Sampling, Span
+from palestra.core.records import Reply, Routes, Sampling, Span
 from palestra.orchestrate.fleet import EngineLink, EngineState, Fleet
 from palestra.orchestrate.gateway import Gateway
 from palestra.wire.policy import EngineError, UnpublishedError, UnreachableError
@@ -28,12 +29,14 @@ class Counter:
         self.end, self.breaks_at, self.failure = end, breaks_at, failure
         self.prompts: list[list[int]] = []
         self.limits: list[int] = []
+        self.asked: list[Sampling] = []
         self.broke = asyncio.Event()
         self.healthy = True
 
     async def stream(self, token_ids, sampling, *, seed, silence_s, draft, cache_salt, stream_tokens):
         self.prompts.append(token_ids)
         self.limits.append(sampling.max_tokens)
+        self.asked.append(sampling)
         for token in range(token_ids[-1] + 1, self.end + 1):
             if len(draft.token_ids) == self.breaks_at:
                 self.broke.set()
@@ -42,7 +45,11 @@ class Counter:
                 raise self.failure
             draft.add([token], [-float(token)])
         spans = (Span(self.serving, 0, len(draft.token_ids)),)
-        return Reply(token_ids=draft.token_ids, logprobs=draft.logprobs, spans=spans, finish_reason="stop")
+        reply = Reply(token_ids=draft.token_ids, logprobs=draft.logprobs, spans=spans, finish_reason="stop")
+        if sampling.routes_from is None:
+            return reply
+        routes = Routes(bytes([*token_ids, *draft.token_ids][sampling.routes_from : -1]), 1, 1)
+        return msgspec.structs.replace(reply, routes=routes)
 
     async def generate(self, token_ids, sampling, *, seed, deadline_s, num_replies=1, cache_salt=None):
         self.prompts.append(token_ids)
@@ -300,3 +307,12 @@ async def test_an_engine_without_requests_prefills_nothing_again():
     link.stop(True, refills=True)
     link.stop(False, refills=True)
     assert link.ledger.cause == "idle"
+
+
+async def test_routes_of_a_reply_that_broke_off_come_with_the_rest():
+    """What an engine said before it died has no routes; the next one computes those tokens again, and says them."""
+    first, second = Counter(3, breaks_at=20, failure=DEAD), Counter(4)
+    gateway, _ = make_gateway(first, second)
+    reply = await gateway.call(0, [5, 10], msgspec.structs.replace(LONG, routes_from=1), seed=1)
+    assert [sampling.routes_from for sampling in (*first.asked, *second.asked)] == [1, 1]
+    assert list(reply.routes.data) == list(range(10, 60)), "from the second token of the prompt to the last but one"

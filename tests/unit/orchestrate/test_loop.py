@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import msgspec
+import numpy as np
 import pytest
 
 from palestra.core.errors import UserError
@@ -47,6 +48,25 @@ async def test_advantages_of_a_group_sum_to_zero_and_weights_cover_sampled_token
         assert all(abs(total) < 1e-5 for total in by_group.values())
         assert set(batch.engine_logprobs[batch.rl_weight == 0]) == {0.0}
         assert set(batch.engine_logprobs[batch.rl_weight == 1]) == {-0.5}
+
+
+async def test_routes_are_in_batches_of_runs_that_replay_them_and_not_in_what_people_read(tmp_path):
+    """Joined and streamed replies, over a kill: the journal has their routes, too."""
+    for replays in (True, False):
+        config = make_config(tmp_path / str(replays), train={"router_replay": replays, "steps": 3})
+        await Life(config, reward=reward_by_seed, step_s=0.02).play(kill_after_s=0.15)
+        life = Life(config, reward=reward_by_seed)
+        await life.play()
+        for batch in life.trainer.batches:
+            assert batch.num_routed.tolist() == ((batch.lengths - 1).tolist() if replays else [])
+            for sample in range(batch.num_samples * replays):
+                begin, end = batch.offsets[sample], batch.offsets[sample + 1] - 1
+                expected = np.stack([batch.token_ids[begin:end], batch.token_ids[begin:end] + 1], 1)[..., None]
+                assert np.array_equal(batch.routes_of(sample), expected)
+        lines = [line for path in life.run.rollouts.glob("*.jsonl") for line in path.read_text().splitlines()]
+        routes = [json.loads(line)["seats"][0]["samples"][0]["routes"] for line in lines]
+        assert routes
+        assert all(data == "" for data, *_ in routes)
 
 
 @pytest.mark.parametrize("max_age", [0, 1, 4])

@@ -5,11 +5,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from palestra.core.errors import DeadlineError, InfrastructureError
 from palestra.core.ledger import LedgerEntry
-from palestra.core.records import Ending, Reply, RolloutRecord, Sampling, Task
+from palestra.core.records import NO_ROUTES, Ending, Reply, RolloutRecord, Routes, Sample, Sampling, Seat, Task
 from palestra.orchestrate.quarantine import Quarantine
 from palestra.orchestrate.state import TaskQuarantined
 from palestra.orchestrate.workers import Deadlines, PlayOrder, WorkerPool
@@ -172,6 +173,19 @@ async def test_what_a_dead_worker_was_asked_is_asked_again():
     bench.pool.handle("env-0", GroupScored(request_id=to_score.request_id, records=to_score.records))
     assert (await listing).exhausted
     assert [scored.rollout_id for scored in await scoring] == [1]
+
+
+async def test_group_rewards_are_asked_for_without_routes_and_come_back_with_them():
+    bench = Bench(0)
+    sample = Sample(token_ids=[1, 2], logprobs=[0.0, -1.0], sampled=[0, 1], spans=(), routes=Routes(b"\x03", 1, 1))
+    routed = msgspec.structs.replace(record(1, Task(prompt="g")), seats=(Seat(samples=(sample,)),))
+    scoring = asyncio.create_task(bench.pool.score_group("s", [routed]))
+    await bench.settle()
+    [(_, asked)] = bench.last(ScoreGroup)
+    assert asked.records[0].seats[0].samples[0].routes == NO_ROUTES
+    scored = msgspec.structs.replace(asked.records[0], reward=2.0)
+    bench.pool.handle("env-0", GroupScored(request_id=asked.request_id, records=[scored]))
+    assert await scoring == [msgspec.structs.replace(routed, reward=2.0)]
 
 
 async def test_a_wait_for_a_worker_ends_in_words():

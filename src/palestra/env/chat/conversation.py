@@ -69,6 +69,11 @@ class Conversation:
         """Length of the current token history."""
         return len(self._draft.token_ids)
 
+    @property
+    def num_routed(self) -> int:
+        """How many of its first tokens have routes."""
+        return self._draft.num_routed
+
     def add_reply(self, reply: Reply, *, turn: int | None = None) -> Message:
         """Append what the engine sampled for `prompt_ids`, token by token as it was sampled; the message it is.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from palestra.core.records import Reply, Sample, Span, TurnSpan
+from palestra.core.records import NO_ROUTES, Reply, Sample, Span, TurnSpan
 
 
 class Draft:
@@ -15,11 +15,17 @@ class Draft:
         self._spans: list[Span] = []
         self._turns: list[TurnSpan] = []
         self._num_replied = 0  # tokens up to the end of the last reply
+        self._routes = NO_ROUTES
 
     @property
     def replied_ids(self) -> list[int]:
         """The tokens up to the end of the last reply."""
         return self.token_ids[: self._num_replied]
+
+    @property
+    def num_routed(self) -> int:
+        """How many of the first tokens have routes: what a reply's routes go on from."""
+        return self._routes.num_tokens
 
     def add_reply(self, reply: Reply, turn: int) -> None:
         start = len(self.token_ids)
@@ -31,6 +37,7 @@ class Draft:
         ]
         self._num_replied = len(self.token_ids)
         self._turns.append(TurnSpan(turn, start, self._num_replied))
+        self._routes = self._routes.then(reply.routes)
 
     def continue_with(self, token_ids: Sequence[int]) -> None:
         """Let `token_ids`, which nobody sampled, follow the last reply; what followed it before is dropped."""
@@ -50,11 +57,12 @@ class Draft:
             sampled=self._sampled[:end],
             spans=tuple(self._spans),
             turns=tuple(turn for turn in self._turns if turn.end > turn.start),
+            routes=self._routes.first(end),
         )
         return (sample,)
 
     def as_context(self) -> "Draft":
         """The same tokens, none of them to be trained."""
         context = Draft(self.token_ids)
-        context._num_replied = self._num_replied
+        context._num_replied, context._routes = self._num_replied, self._routes
         return context
