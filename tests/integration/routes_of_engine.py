@@ -59,7 +59,7 @@ def main(model: Path, out: Path) -> None:
     said = list(reply.token_ids)
     found = {
         "token_ids": [*prompt, *said],
-        "logprobs": [entry[token].logprob for entry, token in zip(reply.logprobs or [], said, strict=True)],
+        "logprobs": [entry[token].logprob for entry, token in zip(reply.logprobs or [], said, strict=True) if entry],
         "routed_experts": numpy2base64(capturer.routes(NUM_PROMPT + NUM_SAID - 1).numpy()),
     }
     out.write_text(json.dumps(found))

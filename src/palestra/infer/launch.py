@@ -20,7 +20,7 @@ _FIXED: dict[str, Any] = {
     "weight-transfer-config": {"backend": BACKEND},
 }
 
-_RETURNING_ROUTES = {"enable-return-routed-experts": True, "enable-prefix-caching": True}  # vLLM wants both or neither
+_RETURNING_ROUTES = {"enable-return-routed-experts": True, "enable-prefix-caching": True}  # the first needs the second
 
 _CPU_STEP_TOKENS = 4096  # of one forward
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM reserves room for one of these

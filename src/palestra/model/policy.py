@@ -1,7 +1,7 @@
 """The policy: a decoder of transformers and its head under one root, scoring tokens of a pack.
 
 Legend: T tokens of a pack, t those of them on this rank, K tokens to score, k those of them whose hidden state is here,
-D model. Of routes: L layers of the decoder, C experts of a token in a layer, E experts.
+D model. Of routes: L layers of the decoder, C experts of a token in a layer.
 """
 
 from typing import Any
