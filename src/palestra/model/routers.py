@@ -3,7 +3,7 @@
 Legend: T tokens of this rank, K experts of a token, E experts, L layers with experts.
 
 Routers are the modules that transformers itself names as those with `router_logits`; they return logits [T, E], weights
-[T, K] and chosen experts [T, K].
+[T, K] and chosen experts [T, K], in an order of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class Routers:
 
     def __init__(self, model: PreTrainedModel):
         recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
-        kind = getattr(recorder, "target_class", None)
+        kind, self._logits_at = getattr(recorder, "target_class", None), getattr(recorder, "index", 0)
         self._routers = [module for module in model.modules() if kind is not None and isinstance(module, kind)]
         self._biased = list(_biased(model, self._routers))
         self._heard: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -76,9 +76,17 @@ class Routers:
     def _hear(self, router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
         if not self._is_listening:
             return
-        self._count(router, *outputs)
+        heard = self._in_order(outputs)
+        self._count(router, *heard)
         if self._for_loss:
-            self._heard.append(outputs)
+            self._heard.append(heard)
+
+    def _in_order(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, weights, experts; families have orders of their own."""
+        logits_TE = outputs[self._logits_at]
+        (index_TK,) = (found for found in outputs if not found.is_floating_point())
+        (weights_TK,) = (found for found in outputs if found is not logits_TE and found is not index_TK)
+        return logits_TE, weights_TK, index_TK
 
     @torch.no_grad()
     def _count(self, router: nn.Module, logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> None:

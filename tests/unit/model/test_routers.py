@@ -45,6 +45,20 @@ def test_every_choice_of_every_layer_is_counted_once(tmp_path, group, family):
     assert policy.routers.load(group).sum() == load_LE.sum() / 2
 
 
+def test_a_router_with_its_logits_at_the_end_is_understood(tmp_path, group, monkeypatch):
+    """Families do not agree on what comes first; transformers says where the logits are."""
+    config = {**tiny.GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setitem(tiny.FAMILIES, "GraniteMoeForCausalLM", config)
+    policy = tiny.unsharded(tiny.build(tmp_path, "GraniteMoeForCausalLM"))
+    policy.routers.forget(for_loss=True)
+    forward(policy)
+    for (logits, weights, index), load in zip(policy.routers._heard, policy.routers.load(group), strict=True):
+        best = logits.topk(2)
+        assert (index.sort().values == best.indices.sort().values).all()
+        assert torch.allclose(weights, best.values.softmax(-1).to(weights))
+        assert load.tolist() == index.flatten().bincount(minlength=4).tolist()
+
+
 def test_a_dense_model_has_none(tmp_path):
     assert len(tiny.unsharded(tiny.build(tmp_path)).routers) == 0
 
