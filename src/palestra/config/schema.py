@@ -714,6 +714,11 @@ class RunConfig(Section):
                 "model.lora publishes adapters, which are small, as files that engines read: leave sync.kind, "
                 "sync.difference and sync.local out"
             )
+        if self.model.lora is not None and self.train.balance.bias_rate:
+            raise ValueError(
+                f"train.balance.bias_rate={self.train.balance.bias_rate:g} changes what is no part of an adapter "
+                "(model.lora), so that engines would not hear of it; set it to 0"
+            )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")
         return self

@@ -55,7 +55,7 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype) -> Ad
     """
     from peft import inject_adapter_in_model
 
-    adapter = Adapter(lora, _targets(model, lora))
+    adapter = Adapter(lora, targets_of(model, lora))
     model.requires_grad_(False)
     layers = _layers(model)  # not the model: of some families peft would adapt experts in its place
     config = _peft_config(lora, tuple(_adapted(layers, adapter.targets)))
@@ -97,7 +97,8 @@ def _peft_config(lora: Lora, targets: tuple[str, ...]) -> "LoraConfig":
     )
 
 
-def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
+def targets_of(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
+    """Ends of names. Errors: UserError for those that the model does not have, or that cannot be adapted."""
     linear = list(_linear_layers(_layers(model)))
     if lora.targets == "all-linear":
         return tuple(sorted({name.rpartition(".")[2] for name in linear}))
