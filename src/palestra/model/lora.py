@@ -78,6 +78,11 @@ def begin_adapter(model: nn.Module, *, seed: int, device: torch.device) -> None:
             places.give(name, torch.zeros(parameter.shape), device)
 
 
+def is_adapter(name: str) -> bool:
+    """Of a parameter."""
+    return _A in name or _B in name
+
+
 def plain_name(name: str) -> str:
     """Of a weight, without the adapter that lies beside it."""
     return name.replace(_BASE, ".")
@@ -146,7 +151,7 @@ def _ends_with(name: str, target: str) -> bool:
 def iterate_adapter(model: nn.Module, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The adapter's tensors under peft's names, whole. A collective: every rank must iterate to the end."""
     for name, tensor in model.state_dict().items():
-        if _A in name or _B in name:
+        if is_adapter(name):
             yield f"base_model.model.{name.replace(f'.{_NAME}.', '.')}", whole(tensor).to(dtype)
 
 
@@ -158,7 +163,7 @@ def fold(group: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """
     folded: dict[str, Tensor] = {}
     for name, tensor in group.items():
-        if _A in name or _B in name:
+        if is_adapter(name):
             continue
         plain = plain_name(name)
         folded[plain] = tensor

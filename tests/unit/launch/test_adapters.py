@@ -1,6 +1,7 @@
 """Adapters that cannot be trained or served are refused before a process starts."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from palestra.core.errors import UserError
 from palestra.launch.adapters import require_adapters
 
 MOE = {"model_type": "glm4_moe", "num_hidden_layers": 1, "n_routed_experts": 8, "first_k_dense_replace": 0}
-RL = {"env": {"mix": [{"id": "a"}]}}
+RL: dict[str, Any] = {"env": {"mix": [{"id": "a"}]}}
 
 
 def config_of(tmp_path, fields: dict, *, device: str = "cuda", lora: dict | None = None, **more) -> RunConfig:
@@ -24,7 +25,7 @@ def test_experts_beside_adapters_are_served_on_gpus_only(tmp_path):
     require_adapters(config_of(tmp_path, MOE, **RL))
     require_adapters(config_of(tmp_path, MOE, device="cpu"))  # supervised: nothing is served
     built = {"build": {"architecture": "Glm4MoeForCausalLM", "alphabet": "ab", "config": MOE}, "lora": {}}
-    with pytest.raises(UserError, match="the model of model.build has experts"):
+    with pytest.raises(UserError, match=r"the model of model\.build has experts"):
         require_adapters(config_of(tmp_path, {}, device="cpu", model=built, **RL))
 
 
