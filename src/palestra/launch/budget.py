@@ -25,7 +25,7 @@ MOMENT_BYTES = {"adamw": 8, "muon": 4}
 """Of a parameter: two moments, or one for the matrices of layers. The rest has AdamW's in either case."""
 CHANGED = (0.01, 0.02)
 """Expected share of bfloat16 weights that one step of reinforcement learning changes."""
-_CHANGED_BYTES = 2  # of the place of a changed weight
+PLACE_BYTES = 2  # of a changed weight
 _STEPPED_BYTES = 2 * (MASTER_BYTES + 8) + GRADIENT_BYTES  # of a parameter, read and written by a step of AdamW
 _LOGIT_COPIES = 3  # of a chunk's logits in float32 at once
 _WORKING = 0.5  # of what a layer keeps: what its backward pass holds beside that
@@ -194,7 +194,7 @@ def difference_bytes(anatomy: Anatomy) -> tuple[int, int] | None:
     """Expected, at either end of `CHANGED`; adapters are always published whole."""
     if anatomy.adapters:
         return None
-    low, high = (round(share * anatomy.parameters * (anatomy.itemsize + _CHANGED_BYTES)) for share in CHANGED)
+    low, high = (round(share * anatomy.parameters * (anatomy.itemsize + PLACE_BYTES)) for share in CHANGED)
     return low, high
 
 
