@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_adapters_lie_beside_what_is_there():
 @pytest.mark.parametrize("lora", [None, Lora(rank=8)], ids=["all weights", "adapters"])
 def test_flops_are_those_that_torch_counts(lora):
     """Of products; the first layer's have fewer gradients of hidden states where all below is frozen."""
-    fields, num = QWEN | {"num_hidden_layers": 8}, 64
+    num, fields = 64, dict[str, Any](QWEN, num_hidden_layers=8)
     anatomy = anatomy_of(fields, lora=lora)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), attn_implementation="eager").eval()
     if lora is not None:
