@@ -95,7 +95,7 @@ def resume(
 
 
 def _trainer(model: str, run: Path, ranks: Ranks) -> Trainer:
-    lora = Lora(rank=4) if run.name == "adapted" else None
+    lora = Lora(rank=8, targets=("q_proj", "o_proj", "down_proj", "experts")) if run.name == "adapted" else None
     config = RunConfig(
         log=Log(name="run", outputs=run),
         model=Model(path=model, dtype="float32", lora=lora),

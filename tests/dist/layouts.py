@@ -21,7 +21,7 @@ from palestra.core.metrics import values
 from palestra.model import experts, load
 from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.documents import documents_of
-from palestra.model.experts import expert_modules
+from palestra.model.expert_adapters import expert_modules
 from palestra.model.fill import empty_model, fill
 from palestra.model.load import read_config, set_gradient_sync
 from palestra.model.lora import add_adapter, begin_adapter
@@ -152,7 +152,7 @@ def make_policy(
     model = empty_model(read_config(str(path)), experts=compute if is_split(path.name) else "grouped_mm").to(dtype)
     policy = Policy(model, head_chunk_tokens=5)
     if adapted:
-        policy.adapter = add_adapter(model, Lora(rank=3), dtype=dtype)
+        policy.adapter = add_adapter(model, Lora(rank=8, targets=_targets(path.name)), dtype=dtype)
         model.to(dtype)
     for layer in policy.decoder_layers:
         layer.forward = never_narrower(layer.forward)
@@ -165,11 +165,17 @@ def make_policy(
     return policy
 
 
+def _targets(family: str) -> Any:
+    """Every linear layer, and experts where they can be adapted."""
+    dense = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
+    return dense if family == "Glm4MoeForCausalLM" else "all-linear"
+
+
 @torch.no_grad()
 def _move_adapter(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
-        if ".lora_B." in name:
+        if "lora_B" in name:
             whole = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             local.copy_(0.1 * share(whole, parameter))
@@ -279,7 +285,8 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
                     linear(x, module.weight.to_local(), module.bias)
                 )
     elif fault == "frozen experts end gradients":
-        with patch.object(experts, "_routed", torch.no_grad()(experts._routed)):
+        routed = experts._routed
+        with patch.object(experts, "_routed", lambda module, hidden, *more: routed(module, hidden.detach(), *more)):
             yield
             return
     elif fault == "orthogonalised in pieces":

@@ -67,7 +67,9 @@ def test_an_adapter_is_published_whole_from_wherever_it_lies(found):
     assert all(torch.equal(staged[name], noted[name]) for name in staged)
     assert all(tensor.any() for tensor in staged.values())
     saved = FileSystemReader(found / "adapted/run/checkpoints/000002/trainer").read_metadata().state_dict_metadata
-    assert {"lora_" in name for name in saved if name.startswith("policy.")} == {True}  # no frozen weight is in it
+    kept = [name for name in saved if name.startswith("policy.")]
+    assert any("experts" in name for name in kept)
+    assert all("lora_" in name or name.endswith(BIAS) for name in kept)  # no frozen weight is in it
 
 
 def test_what_leaves_a_tensor_axis_is_what_leaves_any_layout(found):

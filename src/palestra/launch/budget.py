@@ -129,7 +129,8 @@ def gathered(layer: Layer, train: Train) -> float:
 
 
 def gathered_adapters(layer: Layer, train: Train) -> float:
-    return layer.whole_adapters + layer.split_adapters / train.tensor_parallel
+    dense = layer.whole_adapters + layer.split_adapters / train.tensor_parallel
+    return dense + layer.expert_adapters / train.expert_parallel
 
 
 def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
@@ -187,7 +188,7 @@ def _working(train: Train, anatomy: Anatomy, tokens: int) -> float:
 
 
 def published_bytes(anatomy: Anatomy) -> int:
-    return (anatomy.adapters or anatomy.parameters) * anatomy.itemsize
+    return (anatomy.published_adapters or anatomy.parameters) * anatomy.itemsize
 
 
 def difference_bytes(anatomy: Anatomy) -> tuple[int, int] | None:

@@ -152,13 +152,17 @@ def adapter_parameters(config: RunConfig) -> int | None:
 
 
 def _adapted(header: dict[str, Any], targets: str | tuple[str, ...]) -> Iterator[tuple[int, int]]:
-    """Matrices of layers, without experts and what decides where tokens go: as `model/lora.py` has them."""
+    """Matrices of layers, without what decides where tokens go; of experts where they are named."""
     for tensor, entry in header.items():
         name = tensor.removesuffix(".weight")
-        is_left_out = ".experts." in name or "router" in name or name.endswith("gate")
-        if name == tensor or ".layers." not in name or is_left_out or len(entry["shape"]) != 2:
+        if name == tensor or ".layers." not in name or len(entry["shape"]) != 2:
             continue
-        if targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in targets):
+        if ".experts." in name:
+            is_adapted = "experts" in targets
+        else:
+            is_named = targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in targets)
+            is_adapted = is_named and "router" not in name and not name.endswith("gate")
+        if is_adapted:
             yield tuple(entry["shape"])
 
 

@@ -38,7 +38,8 @@ class Layer(Struct, frozen=True, kw_only=True):
 
     Of all that a tensor axis divides `split` parameters, beside experts, `split_saved_bytes` and `split_product_bytes`;
     `sums` are the sums over its ranks that a forward needs. `adapters` are parameters beside all these, each token is
-    multiplied by all of them; `split_adapters` those of them that a tensor axis divides.
+    multiplied by all of them; `split_adapters` those of them that a tensor axis divides. `expert_adapters` are those of
+    all routed experts, of which `twice_published` are shared by two matrices of an engine.
     """
 
     parameters: int
@@ -57,6 +58,8 @@ class Layer(Struct, frozen=True, kw_only=True):
     sums: int = 0
     adapters: int = 0
     split_adapters: int = 0
+    expert_adapters: int = 0
+    twice_published: int = 0
 
     @property
     def whole(self) -> int:
@@ -94,7 +97,17 @@ class Anatomy(Struct, frozen=True, kw_only=True):
     @property
     def adapters(self) -> int:
         """What is trained, if there is any: all else is frozen then."""
-        return sum(layer.adapters for layer in self.layers)
+        return sum(layer.adapters + layer.expert_adapters for layer in self.layers)
+
+    @property
+    def published_adapters(self) -> int:
+        return self.adapters + sum(layer.twice_published for layer in self.layers)
+
+    @property
+    def met_adapters(self) -> int:
+        """What one token is multiplied by."""
+        share = self.num_experts_per_token / max(self.num_experts, 1)
+        return sum(layer.adapters + round(layer.expert_adapters * share) for layer in self.layers)
 
     @property
     def active(self) -> int:
@@ -114,7 +127,7 @@ class Anatomy(Struct, frozen=True, kw_only=True):
         num_tokens = sum(lengths)
         scored = num_tokens if num_scored is None else num_scored
         seen = sum(layer.attention.flops(length) for layer in self.layers for length in lengths)
-        return 2 * ((self.products + self.adapters) * num_tokens + self.head * scored) + seen
+        return 2 * ((self.products + self.met_adapters) * num_tokens + self.head * scored) + seen
 
     def train_flops(self, lengths: Sequence[int], *, num_scored: int | None = None) -> int:
         """Gradients of hidden states are counted in every layer: in the first, below which nothing is trained, there

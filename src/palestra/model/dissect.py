@@ -24,7 +24,7 @@ from palestra.config.schema import Lora, Model
 from palestra.core.errors import UserError
 from palestra.core.process import exit_with
 from palestra.model.anatomy import Anatomy, Attention, Layer
-from palestra.model.experts import expert_modules
+from palestra.model.expert_adapters import TWICE_PUBLISHED, expert_modules
 from palestra.model.lora import add_adapter, is_adapter
 from palestra.model.policy import Policy
 from palestra.model.recompute import PRODUCTS
@@ -119,6 +119,7 @@ def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrained
         routed += size if module is not None else 0
         products += int(size * share) if is_matrix else 0
         matrices += size if is_matrix and not _is_router(name, parameter, experts) else 0
+    of_experts = _num(p for p in _adapters(layer) if id(p) in experts)
     width = model.get_output_embeddings().weight.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
     return Layer(
         parameters=total,
@@ -131,7 +132,9 @@ def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrained
         saved_bytes=kept.saved / kept.tokens,
         product_bytes=kept.products / kept.tokens + attention.heads * (attention.v_width * kept.itemsize + 4),
         routed_bytes=top_k * width * kept.itemsize if experts else 0.0,
-        adapters=_num(_adapters(layer)),
+        adapters=_num(_adapters(layer)) - of_experts,
+        expert_adapters=of_experts,
+        twice_published=_num(p for name, p in layer.named_parameters() if name.endswith(TWICE_PUBLISHED)),
     )
 
 

@@ -185,6 +185,18 @@ def test_a_tensor_axis_has_the_whole_halves_of_adapters_twice():
     assert told["weights in use"] == 2 * (600 + 2 * (200 + 800 + 30 + 20 / 2))
 
 
+def test_adapters_of_experts_are_where_the_experts_are():
+    layer = msgspec.structs.replace(LAYER, expert_adapters=80)
+    model = msgspec.structs.replace(MODEL, layers=(layer,) * 4)
+    told = dict(budget_of(train(shard=4, expert_parallel=4), model, DEVICE, WORK).parts)
+    assert told["optimizer"] == 8 * 4 * 80 / 4
+    assert told["weights in use"] == 2 * (600 + 2 * (200 + 800 / 4 + 80 / 4))
+    met = 80 * 2 // 8  # a token meets two experts of eight
+    assert step_flops(model, WORK) - 2 / 3 * step_flops(MODEL, WORK) == pytest.approx(
+        3 * 2 * 400 * 4 * met + 8 * 4 * 2 * 2 * 8 * (50 * 51 // 2)
+    )
+
+
 def test_what_is_published_are_adapters():
     assert published_bytes(ADAPTED) == 2 * 200
     assert difference_bytes(ADAPTED) is None

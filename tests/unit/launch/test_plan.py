@@ -120,6 +120,7 @@ WHOLE = 2 * 300_000  # bytes of a version
         ({"difference": True, "full_every": 3}, None, (1 + 2 * 0.04 + 1 + 0.04) * WHOLE),
         ({}, {"rank": 10}, 3 * 2 * 4 * 10 * (200 + 200)),
         ({}, {"rank": 10, "targets": ["self_attn.q_proj"]}, 3 * 2 * 10 * (200 + 200)),
+        ({}, {"rank": 8, "targets": ["o_proj", "experts"]}, 3 * 2 * 8 * (200 + 200 + 10 + 1000)),
     ],
 )
 def test_what_lies_in_staging(tmp_path, sync, lora, kept):

@@ -131,6 +131,19 @@ def test_adapters_lie_beside_what_is_there():
     assert anatomy_of(GLM, lora=Lora(targets=("q_proj",))).adapters == 3 * 16 * 64
 
 
+def test_adapters_of_experts_are_met_by_a_token_as_its_experts_are():
+    found = anatomy_of(GLM, lora=Lora(rank=8, targets=("o_proj", "experts")))
+    one = 8 * (32 + 2 * 16) + 8 * (16 + 32)  # gate and up, which share an A; down
+    assert [layer.expert_adapters for layer in found.layers] == [0, 8 * one, 8 * one]
+    assert [layer.adapters for layer in found.layers] == 3 * [8 * 64]
+    assert found.adapters == 3 * 8 * 64 + 2 * 8 * one
+    assert found.met_adapters == 3 * 8 * 64 + 2 * 2 * one
+    plain = anatomy_of(GLM)
+    assert found.parameters == plain.parameters
+    assert found.layers[1].experts == plain.layers[1].experts
+    assert found.published_adapters - found.adapters == 2 * 8 * 8 * 32  # the A that gate and up share, once more
+
+
 @pytest.mark.parametrize("lora", [None, Lora(rank=8)], ids=["all weights", "adapters"])
 def test_flops_are_those_that_torch_counts(lora):
     """Of products; the first layer's have fewer gradients of hidden states where all below is frozen."""
@@ -181,8 +194,10 @@ def saved_in_layers(fields: dict, lengths: list[int], lora: Lora | None = None) 
     return saved.count
 
 
-@pytest.mark.parametrize("lora", [None, Lora(rank=8)], ids=["all weights", "adapters"])
-@pytest.mark.parametrize("fields", [QWEN, GLM], ids=["dense", "experts"])
+KEPT = [(QWEN, None), (QWEN, Lora(rank=8)), (GLM, None), (GLM, Lora(rank=8, targets=("o_proj", "experts")))]
+
+
+@pytest.mark.parametrize(("fields", "lora"), KEPT, ids=["dense", "dense, adapted", "experts", "experts, adapted"])
 def test_what_autograd_keeps_is_what_the_anatomy_says(fields, lora):
     told = 256 * sum(layer.saved_bytes for layer in anatomy_of(fields, lora=lora).layers)
     assert saved_in_layers(fields, [128, 128], lora) == pytest.approx(told, rel=0.06)
