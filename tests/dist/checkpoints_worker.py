@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from palestra.config.schema import Balance, Log, Model, RunConfig, Train
+from palestra.config.schema import Balance, Log, Lora, Model, RunConfig, Train
 from palestra.core.ledger import Ledger
 from palestra.model.export import iterate_weights
+from palestra.model.lora import iterate_adapter
 from palestra.train import ranks as trainer_ranks
+from palestra.train.publish import Publisher
 from palestra.train.ranks import Ranks
 from palestra.train.trainer import Trainer
 from tests.dist.layouts import LENGTHS, PACKS, Layout
@@ -34,6 +36,7 @@ RESUMED = {
     "replicate2-shard2": ("fsdp2",),
     "ep2-ring2-fsdp2": ("ep2-ring2-fsdp2", "1"),
     "tp2-fsdp2": ("tp2-fsdp2", "1"),
+    "adapted": ("tp2-fsdp2", "1"),  # adapters alone, saved and published where experts, packs and weights are split
 }
 
 
@@ -48,8 +51,8 @@ def main(model: str, out: Path) -> None:
     }
     for saver, readers in RESUMED.items():
         run = out / saver
-        if saver in layouts:
-            save(model, run, layouts[saver])
+        if (ranks := layouts.get("ep2-ring2-fsdp2" if saver == "adapted" else saver)) is not None:
+            save(model, run, ranks)
         for reader in readers:
             dist.barrier()
             if reader in layouts:
@@ -71,6 +74,8 @@ def save(model: str, run: Path, ranks: Ranks) -> None:
         _train(trainer, version)
         _note(trainer, run / f"straight-{version}.pt")
     trainer.finish_save(Ledger("test"))
+    if trainer.policy.adapter is not None:
+        _publish(trainer, run / "staged")
 
 
 def resume(
@@ -90,10 +95,11 @@ def resume(
 
 
 def _trainer(model: str, run: Path, ranks: Ranks) -> Trainer:
+    lora = Lora(rank=8, targets=("q_proj", "o_proj", "down_proj", "experts")) if run.name == "adapted" else None
     config = RunConfig(
         log=Log(name="run", outputs=run),
-        model=Model(path=model, dtype="float32"),
-        train=Train(steps=8, lr=1e-3, balance=Balance(bias_rate=0.01)),
+        model=Model(path=model, dtype="float32", lora=lora),
+        train=Train(steps=8, lr=1e-3, balance=Balance(bias_rate=0.0 if lora else 0.01)),
     )
     return Trainer(config, ranks, Ledger("test"))
 
@@ -103,9 +109,28 @@ def _train(trainer: Trainer, version: int) -> None:
         trainer.train(make_batch(LENGTHS, packs=PACKS, step=step, seed=step), Ledger("test"))
 
 
+def _publish(trainer: Trainer, directory: Path) -> None:
+    publisher = Publisher(
+        trainer.policy,
+        ranks=trainer.ranks,
+        directory=directory,
+        attempt=0,
+        dtype=torch.float32,
+        probe_tokens=8,
+        seed=0,
+    )
+    publisher.stage(trainer.version, Ledger("test"))
+
+
 def _note(trainer: Trainer, path: Path) -> None:
+    """Weights as they are exported, adapters inside; and those alone, as they are published."""
     found: dict[str, Tensor] = {
-        name: whole.clone() for name, whole in iterate_weights(trainer.policy, dtype=torch.float32)
+        name: whole.clone()
+        for tensors in (
+            iterate_weights(trainer.policy, dtype=torch.float32),
+            iterate_adapter(trainer.policy.model, dtype=torch.float32),
+        )
+        for name, whole in tensors
     }
     if trainer.ranks.is_first:
         torch.save(found, path)

@@ -15,16 +15,18 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from palestra.algo.losses import policy_loss
-from palestra.config.schema import Train
+from palestra.config.schema import Lora, Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
-from palestra.model import load
+from palestra.model import experts, load
 from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.documents import documents_of
-from palestra.model.experts import expert_modules
+from palestra.model.expert_adapters import expert_modules
 from palestra.model.fill import empty_model, fill
 from palestra.model.load import read_config, set_gradient_sync
+from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.mesh import Meshes, make_meshes
+from palestra.model.places import share
 from palestra.model.policy import Policy, check_replay
 from palestra.model.replay import Replay
 from palestra.model.tensor import Seen
@@ -40,6 +42,8 @@ LATENT = "DeepseekV3ForCausalLM"  # its values are narrower than its keys, and i
 BIASED, SINKS = "LlamaForCausalLM", "GraniteSWAForCausalLM"  # what a rank of a tensor axis must add once, or has heads of
 FAMILIES = (*ALL, LATENT, BIASED, SINKS)  # the last three in few layouts
 NORMED = ("Qwen3ForCausalLM", "Glm4MoeForCausalLM")  # norms of the heads of queries and keys
+DTYPES = {"float64": torch.float64, "float32": torch.float32, (ADAPTED := "adapted"): torch.float64}
+"""By what is measured: all weights in either precision, or adapters beside frozen weights."""
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 STEPS = 3
@@ -55,9 +59,14 @@ class Layout:
     families: tuple[str, ...] = ALL
     activations: Activations = PLAIN
     optimizer: Literal["muon", "adamw"] = "muon"  # the first is the second for all that is no matrix of a layer
+    adapted: tuple[str, ...] = ()  # families whose adapters are trained here, too
 
     def suits(self, family: str) -> bool:
         return family in self.families and ("experts" not in self.axes or is_split(family))
+
+    def kinds(self, family: str) -> tuple[str, ...]:
+        """What is measured of a family: keys of `DTYPES`."""
+        return (*(self.precisions if self.suits(family) else ()), *((ADAPTED,) if family in self.adapted else ()))
 
     def meshes(self) -> Meshes:
         """A collective of all ranks, also of those that have no part in it."""
@@ -69,17 +78,24 @@ LAYOUTS = [
     Layout("1", 1),
     Layout("fsdp2", 2, {"shard": 2}, optimizer="adamw"),
     Layout("fsdp4", 4, {"shard": 4}, BOTH),
-    Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}),
+    Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}, adapted=ALL[:1]),
     Layout("ep2", 2, {"shard": 2, "experts": 2}, optimizer="adamw"),
-    Layout("ep4", 4, {"shard": 4, "experts": 4}),
+    Layout("ep4", 4, {"shard": 4, "experts": 4}, adapted=NORMED[1:]),
     Layout("ulysses2", 2, {"context": 2}),
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
-    Layout("tp2", 2, {"tensor": 2}, families=("Gemma2ForCausalLM", LATENT, BIASED, SINKS)),
-    Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}, BOTH, NORMED),
+    Layout("tp2", 2, {"tensor": 2}, families=("Gemma2ForCausalLM", LATENT, BIASED, SINKS), adapted=(LATENT,)),
+    Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}, BOTH, NORMED, adapted=NORMED[:1]),
     Layout("tp2-ulysses2", 4, {"tensor": 2, "context": 2}, families=NORMED[1:]),
-    Layout("tp2-ep2", 2, {"tensor": 2, "experts": 2}, families=NORMED[1:], optimizer="adamw"),
-    Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH),
-    Layout("ep2-ring2-fsdp2", 4, {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2}, BOTH, (*ALL, LATENT)),
+    Layout("tp2-ep2", 2, {"tensor": 2, "experts": 2}, families=NORMED[1:], optimizer="adamw", adapted=NORMED[1:]),
+    Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH, adapted=ALL[3:]),
+    Layout(
+        "ep2-ring2-fsdp2",
+        4,
+        {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2},
+        BOTH,
+        (*ALL, LATENT),
+        adapted=NORMED[1:],
+    ),
     Layout(
         "ep2-ulysses2-fsdp2-full-offload",
         4,
@@ -87,6 +103,7 @@ LAYOUTS = [
         ("float32",),
         ("Glm4MoeForCausalLM",),
         activations=Activations("full", offload=True),
+        adapted=("Glm4MoeForCausalLM",),
     ),
     Layout(
         "ep2-ring2-fsdp2-selective-offload",
@@ -95,6 +112,7 @@ LAYOUTS = [
         ("float32",),
         ("GptOssForCausalLM",),
         activations=Activations("selective", offload=True),
+        adapted=("GptOssForCausalLM",),
     ),
 ]
 FAULTS = {  # the layout that has it, and what shows it
@@ -106,6 +124,7 @@ FAULTS = {  # the layout that has it, and what shows it
     "norms summed twice": ("tp2-ep2", "gradients"),
     "norms not summed": ("tp2-ep2", "gradients"),
     "bias of every rank": ("tp2", "gradients"),
+    "frozen experts end gradients": ("tp2-ep2", "gradients"),
 }
 
 
@@ -122,27 +141,54 @@ def faults_of(family: str) -> list[str]:
     ]
 
 
+def kind_of(fault: str) -> str:
+    return ADAPTED if fault == "frozen experts end gradients" else "float64"
+
+
 def is_split(family: str) -> bool:
     """Whether it has experts."""
     return "Moe" in family or family.startswith(("GptOss", "Deepseek", "MiniMax"))
 
 
 def make_policy(
-    path: Path, dtype: torch.dtype, meshes: Meshes | None, activations: Activations = PLAIN
+    path: Path, dtype: torch.dtype, meshes: Meshes | None, activations: Activations = PLAIN, *, adapted: bool = False
 ) -> Policy:
-    """Without meshes: one process, nothing sharded."""
-    experts = "batched_mm" if dtype == torch.float64 else "grouped_mm"  # which has no float64
-    model = empty_model(read_config(str(path)), experts=experts if is_split(path.name) else "grouped_mm").to(dtype)
+    """Without meshes: one process, nothing sharded. An adapter is one of some steps: neither of its halves is zero."""
+    compute = "batched_mm" if dtype == torch.float64 else "grouped_mm"  # which has no float64
+    model = empty_model(read_config(str(path)), experts=compute if is_split(path.name) else "grouped_mm").to(dtype)
     policy = Policy(model, head_chunk_tokens=5)
     if is_split(path.name):
         policy.routers.accept_routes(policy.decoder_layers)
+    if adapted:
+        policy.adapter = add_adapter(model, Lora(rank=8, targets=_targets(path.name)), dtype=dtype)
+        model.to(dtype)
+    for layer in policy.decoder_layers:
+        layer.forward = never_narrower(layer.forward)
     keep_activations(policy.decoder_layers, activations, torch.device("cpu"))
     if meshes is not None:
-        load.shard(policy, dtype=dtype, experts=experts, meshes=meshes)
+        load.shard(policy, dtype=dtype, experts=compute, meshes=meshes)
+    begin_adapter(model, seed=0, device=torch.device("cpu"))
     fill(model, path, device=torch.device("cpu"))
     if is_split(path.name):
         check_replay(policy)
+    _move_adapter(policy)
     return policy
+
+
+def _targets(family: str) -> Any:
+    """Every linear layer, and experts where they can be adapted."""
+    dense = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
+    return dense if family == "Glm4MoeForCausalLM" else "all-linear"
+
+
+@torch.no_grad()
+def _move_adapter(policy: Policy) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            whole = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.copy_(0.1 * share(whole, parameter))
 
 
 def measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str) -> dict[str, Any]:
@@ -158,15 +204,19 @@ def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str
         set_gradient_sync(policy, index == len(plan.packs) - 1)
         pack_loss(policy, pack, plan.counts, _loss(), readings).backward()
     found: dict[str, Any] = {
-        "gradients": {name: _whole(parameter.grad) for name, parameter in policy.named_parameters()}
+        "gradients": {name: _whole(parameter.grad) for name, parameter in _trained(policy)}
     }
     policy.zero_grad()
     stepped = make_optimizer(policy, policy.decoder_layers, Train(optimizer=optimizer, weight_decay=0.1))
     found["metrics"] = [
         values(_step(policy, stepped, _plan(meshes, step, policy.routers.replay), ranks)) for step in range(STEPS)
     ]
-    found["weights"] = {name: _whole(parameter) for name, parameter in policy.named_parameters()}
+    found["weights"] = {name: _whole(parameter) for name, parameter in _trained(policy)}
     return found
+
+
+def _trained(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    return ((name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad)
 
 
 class NeverNarrower(TorchFunctionMode):
@@ -181,6 +231,16 @@ class NeverNarrower(TorchFunctionMode):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def never_narrower(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """For what is computed again in a backward pass, within which torch enters no mode."""
+
+    def widely(*args: Any, **kwargs: Any) -> Any:
+        with NeverNarrower():
+            return forward(*args, **kwargs)
+
+    return widely
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks) -> Any:
@@ -245,6 +305,11 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
                 module.forward = lambda x, module=module: meshes.tensor.leave(
                     linear(x, module.weight.to_local(), module.bias)
                 )
+    elif fault == "frozen experts end gradients":
+        routed = experts._routed
+        with patch.object(experts, "_routed", lambda module, hidden, *more: routed(module, hidden.detach(), *more)):
+            yield
+            return
     elif fault == "orthogonalised in pieces":
         with patch.object(muon, "_is_whole_here", lambda parameter: True):
             yield

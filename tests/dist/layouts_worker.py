@@ -11,9 +11,7 @@ from palestra.config.schema import Train
 from palestra.model.mesh import Meshes
 from palestra.train import ranks as trainer_ranks
 from palestra.train.ranks import Ranks
-from tests.dist.layouts import FAULTS, LAYOUTS, Layout, faults_of, make_policy, measure, planted
-
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
+from tests.dist.layouts import ADAPTED, DTYPES, FAULTS, LAYOUTS, Layout, faults_of, kind_of, make_policy, measure, planted
 
 
 def main(models: Path, out: Path) -> None:
@@ -22,26 +20,28 @@ def main(models: Path, out: Path) -> None:
     meshes = {layout.name: layout.meshes() for layout in LAYOUTS}
     for model in sorted(models.iterdir()):
         for layout in LAYOUTS:
-            if dist.get_rank() < layout.num_ranks and layout.suits(model.name):
-                for precision in layout.precisions:
-                    _run(model, layout, precision, meshes[layout.name], out)
+            if dist.get_rank() < layout.num_ranks:
+                for kind in layout.kinds(model.name):
+                    _run(model, layout, kind, meshes[layout.name], out)
             dist.barrier()
     trainer_ranks.leave()
 
 
-def _run(model: Path, layout: Layout, name: str, meshes: Meshes, out: Path) -> None:
-    rank, dtype = dist.get_rank(), DTYPES[name]
+def _run(model: Path, layout: Layout, kind: str, meshes: Meshes, out: Path) -> None:
+    rank, is_adapted = dist.get_rank(), kind == ADAPTED
     ranks = Ranks(rank=rank, num=meshes.ranks.size(), device=torch.device("cpu"), meshes=meshes)
-    policy = make_policy(model, dtype, meshes, layout.activations)
+    policy = make_policy(model, DTYPES[kind], meshes, layout.activations, adapted=is_adapted)
     found = measure(policy, meshes, ranks, layout.optimizer)
     if rank == 0:
-        torch.save(found, out / f"{model.name}-{layout.name}-{name}.pt")
-    for fault in [fault for fault in faults_of(model.name) if FAULTS[fault][0] == layout.name]:
-        policy = make_policy(model, dtype, meshes)
+        torch.save(found, out / f"{model.name}-{layout.name}-{kind}.pt")
+    for fault in faults_of(model.name):
+        if FAULTS[fault][0] != layout.name or kind_of(fault) != kind:
+            continue
+        policy = make_policy(model, DTYPES[kind], meshes, adapted=is_adapted)
         with planted(fault, policy, meshes):
             found = measure(policy, meshes, ranks, layout.optimizer)
         if rank == 0:
-            torch.save(found, out / f"{model.name}-{fault}-{name}.pt")
+            torch.save(found, out / f"{model.name}-{fault}.pt")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `test_muon.py` runs: parameters of every layout, three steps of one optimizer. As a program, four ranks.
 
-Arguments of the program: where to write what was found.
+Then eight of them train a model whose matrices are split by tensor parallelism too. Arguments of the program: where to
+write what was found, and the model.
 """
 
 import sys
@@ -22,12 +23,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.multiprocessing import start_processes
 
+from palestra.model.places import share
 from palestra.train import muon
 from palestra.train.exchange import Exchange
 from palestra.train.moments import local
 from palestra.train.muon import Stored
 from palestra.train.optimizer import Optimizer, set_lr
+from palestra.train.ranks import Ranks
 from palestra.train.step import clip_gradients
+from tests.dist.layouts import Layout, make_policy, measure
 
 STEPS, SAVED_AT, LR, MAX_NORM = 3, 2, 0.05, 1.5
 ONE, PAIR, TURNS = Stored(), Stored(num=2), Stored(num=2, interleaved=True, transposed=True)
@@ -64,6 +68,8 @@ CASES = {
     "expert_bias": Case((4, 6), (2, 2), BOTH, None),
 }
 FSDP_EXPERTS = Case((8, 6, 4), (2, 2), STRIDED, PAIR)  # made by FSDP2 itself, of experts that are sharded already
+FSDP_TENSOR = Case((14, 6), (2, 2), STRIDED)  # and of a tensor axis' 7 rows each, which do not divide
+EIGHT = Layout("tp2-ulysses2-ep4-fsdp2", 8, {"tensor": 2, "context": 2, "shard": 2, "experts": 4})
 
 
 class Model(nn.Module):
@@ -77,21 +83,27 @@ class Model(nn.Module):
             self.cases[name] = nn.Parameter(
                 whole if meshes is None else distribute_tensor(whole, meshes[case.mesh], case.placements)
             )
-        self.experts = nn.ParameterDict()
-        whole = values("experts.fsdp", FSDP_EXPERTS.shape)
+        self.split = nn.ParameterDict()
+        for name, case in (("experts", FSDP_EXPERTS), ("tensor", FSDP_TENSOR)):
+            whole = values(f"split.{name}", case.shape)
+            if meshes is not None:
+                whole = distribute_tensor(whole, meshes[2, 2]["shard"], [Shard(0)])
+            self.split[name] = nn.Parameter(whole)
         if meshes is not None:
-            whole = distribute_tensor(whole, meshes[2, 2]["shard"], [Shard(0)])
-        self.experts["fsdp"] = nn.Parameter(whole)
-        if meshes is not None:
-            fully_shard(self.experts, mesh=meshes[2, 2]["replicate"])
+            fully_shard(self.split, mesh=meshes[2, 2]["replicate"])
 
     def stored(self) -> dict[str, Stored | None]:
-        return {"experts.fsdp": PAIR, **{f"cases.{name}": case.stored for name, case in CASES.items()}}
+        cases = {f"cases.{name}": case.stored for name, case in CASES.items()}
+        return {"split.experts": PAIR, "split.tensor": ONE, **cases}
 
     def set_gradients(self, step: int) -> None:
         for name, parameter in self.named_parameters():
             gradient = values(f"{name}.grad{step}", parameter.shape)
-            if isinstance(parameter, DTensor):
+            if isinstance(parameter, DTensor) and name.startswith("split."):  # torch cuts no uneven strided shards
+                where, part = parameter.device_mesh, share(gradient, parameter).contiguous()
+                like = {"shape": gradient.shape, "stride": gradient.stride()}
+                gradient = DTensor.from_local(part, where, parameter.placements, run_check=False, **like)
+            elif isinstance(parameter, DTensor):
                 gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
             parameter.grad = gradient
 
@@ -181,6 +193,18 @@ def main(rank: int, out: Path) -> None:
     dist.destroy_process_group()
 
 
+def policy_on_eight(rank: int, out: Path, model: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out / 'store-of-eight'}", rank=rank, world_size=8)
+    meshes = EIGHT.meshes()
+    ranks = Ranks(rank=rank, num=8, device=torch.device("cpu"), meshes=meshes)
+    found = measure(make_policy(model, torch.float64, meshes), meshes, ranks, EIGHT.optimizer)
+    if rank == 0:
+        torch.save(found, out / "eight.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def resume(model: Model, optimizer: Optimizer, directory: Path) -> None:
     weights, moments = get_state_dict(model, optimizer)
     load({"policy": weights, "optimizer": moments}, checkpoint_id=directory)
@@ -210,4 +234,6 @@ def _shard_key(parameter: Tensor) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    start_processes(main, (Path(sys.argv[1]),), nprocs=4, start_method="fork")  # what is imported is imported once
+    arguments = tuple(map(Path, sys.argv[1:]))
+    start_processes(main, arguments[:1], nprocs=4, start_method="fork")  # what is imported is imported once
+    start_processes(policy_on_eight, arguments, nprocs=8, start_method="fork")

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from palestra.wire.weights.files import ADAPTER_TENSORS
 from tests.dist.processes import run
 from tests.dist.test_layouts import worst
 from tests.unit.model import tiny
@@ -44,6 +47,8 @@ def test_on_the_same_layout_the_next_step_is_the_same_to_the_bit(found, layout):
         ("replicate2-shard2", "fsdp2", 3),
         ("ep2-ring2-fsdp2", "1", 3),
         ("tp2-fsdp2", "1", 3),
+        ("adapted", "tp2-fsdp2", 3),
+        ("adapted", "1", 3),
     ],
 )
 def test_on_another_layout_the_next_step_is_the_same(found, saver, reader, version):
@@ -52,7 +57,19 @@ def test_on_another_layout_the_next_step_is_the_same(found, saver, reader, versi
     assert gap < TOLERANCE, name
     biases = [value for name, value in straight.items() if name.endswith(BIAS)]
     assert len(biases) == 2
-    assert all(bias.any() for bias in biases)
+    assert all(bias.any() == (saver != "adapted") for bias in biases)
+
+
+def test_an_adapter_is_published_whole_from_wherever_it_lies(found):
+    noted = read(found, "adapted", "straight-4")
+    staged = load_file(found / "adapted/staged/v000004" / ADAPTER_TENSORS)
+    assert staged.keys() == {name for name in noted if "lora_" in name}
+    assert all(torch.equal(staged[name], noted[name]) for name in staged)
+    assert all(tensor.any() for tensor in staged.values())
+    saved = FileSystemReader(found / "adapted/run/checkpoints/000002/trainer").read_metadata().state_dict_metadata
+    kept = [name for name in saved if name.startswith("policy.")]
+    assert any("experts" in name for name in kept)
+    assert all("lora_" in name or name.endswith(BIAS) for name in kept)  # no frozen weight is in it
 
 
 def test_what_leaves_a_tensor_axis_is_what_leaves_any_layout(found):

@@ -12,12 +12,23 @@ from torch import Tensor
 from palestra.model.mesh import make_meshes
 from palestra.train.ranks import Ranks
 from tests.dist.processes import run
-from tests.dist.layouts import FAMILIES, FAULTS, LAYOUTS, Layout, faults_of, is_split, make_policy, measure
+from tests.dist.layouts import (
+    ADAPTED,
+    DTYPES,
+    FAMILIES,
+    FAULTS,
+    LAYOUTS,
+    Layout,
+    faults_of,
+    is_split,
+    kind_of,
+    make_policy,
+    measure,
+)
 from tests.unit.model import tiny
 from tests.one_rank import ranks_of_one
 
-TOLERANCE = {"float64": 1e-8, "float32": 1e-4}
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
+TOLERANCE = {"float64": 1e-8, "float32": 1e-4, ADAPTED: 1e-8}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1300)]
 
@@ -44,19 +55,19 @@ def alone(models):
     ranks = ranks_of_one()
 
     @cache
-    def found(family: str, precision: str, optimizer: str) -> dict[str, Any]:
-        return measure(make_policy(models / family, DTYPES[precision], None), None, ranks, optimizer)
+    def found(family: str, kind: str, optimizer: str) -> dict[str, Any]:
+        policy = make_policy(models / family, DTYPES[kind], None, adapted=kind == ADAPTED)
+        return measure(policy, None, ranks, optimizer)
 
     return found
 
 
 def cases() -> list[Any]:
     return [
-        pytest.param(family, layout, precision, id=f"{family}-{layout.name}-{precision}")
+        pytest.param(family, layout, kind, id=f"{family}-{layout.name}-{kind}")
         for family in FAMILIES
         for layout in LAYOUTS
-        for precision in layout.precisions
-        if layout.suits(family)
+        for kind in layout.kinds(family)
     ]
 
 
@@ -69,10 +80,10 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, st
     return max(gaps)
 
 
-@pytest.mark.parametrize(("family", "layout", "precision"), cases())
-def test_a_layout_equals_one_process(family, layout: Layout, precision, alone, found, record_layout):
-    reference = alone(family, precision, layout.optimizer)
-    ours = torch.load(found / f"{family}-{layout.name}-{precision}.pt")
+@pytest.mark.parametrize(("family", "layout", "kind"), cases())
+def test_a_layout_equals_one_process(family, layout: Layout, kind, alone, found, record_layout):
+    reference = alone(family, kind, layout.optimizer)
+    ours = torch.load(found / f"{family}-{layout.name}-{kind}.pt")
     gaps = {
         "gradient": worst(ours["gradients"], reference["gradients"]),
         "weight": worst(ours["weights"], reference["weights"]),
@@ -82,9 +93,9 @@ def test_a_layout_equals_one_process(family, layout: Layout, precision, alone, f
         experts = {name: value for name, value in theirs.items() if name.startswith("train/experts/")}
         assert bool(experts) == is_split(family)
         assert {name: ours_of_step[name] for name in experts} == pytest.approx(experts, rel=1e-4, abs=1e-9)
-    record_layout(family, layout.name, precision, {what: gap for what, (gap, _) in gaps.items()})
+    record_layout(family, layout.name, kind, {what: gap for what, (gap, _) in gaps.items()})
     for what, (gap, name) in gaps.items():
-        assert gap <= TOLERANCE[precision], f"{what} of {name} differs by {gap:.2e}"
+        assert gap <= TOLERANCE[kind], f"{what} of {name} differs by {gap:.2e}"
 
 
 LOSS = "train/rl/loss"
@@ -92,7 +103,7 @@ LOSS = "train/rl/loss"
 
 @pytest.mark.parametrize(("family", "fault"), [(family, fault) for family in FAMILIES for fault in faults_of(family)])
 def test_a_planted_fault_is_seen(family, fault, alone, found):
-    ours = torch.load(found / f"{family}-{fault}-float64.pt")
+    ours = torch.load(found / f"{family}-{fault}.pt")
     where, what = FAULTS[fault]
     layout = next(layout for layout in LAYOUTS if layout.name == where)
-    assert worst(ours[what], alone(family, "float64", layout.optimizer)[what])[0] > 1e-3
+    assert worst(ours[what], alone(family, kind_of(fault), layout.optimizer)[what])[0] > 1e-3

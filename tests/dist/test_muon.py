@@ -8,10 +8,15 @@ import torch.distributed as dist
 
 from tests.dist.processes import run
 from tests.dist import muon_worker
+from tests.dist.layouts import make_policy, measure
 from tests.dist.muon_worker import CASES, MAX_NORM, SAVED_AT, STEPS, Model, train
-from tests.one_rank import join_alone
+from tests.dist.test_layouts import worst
+from tests.one_rank import join_alone, ranks_of_one
+from tests.unit.model import tiny
 
-NAMES = ["experts.fsdp", *(f"cases.{name}" for name in CASES)]
+NAMES = ["split.experts", "split.tensor", *(f"cases.{name}" for name in CASES)]
+
+SHOWN_BY_ORDER = ("rows", "uneven", "columns", "replicas", "rectangles", "strided", "cut_experts")
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +27,15 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def four_ranks(out) -> dict:
-    run("muon_worker.py", out, timeout_s=120)
+def model_path(tmp_path_factory) -> Path:
+    """Of whose matrices two tensor ranks have an odd number of rows, and whose rows four shards do not divide."""
+    odd = {"hidden_size": 34, "intermediate_size": 70, "moe_intermediate_size": 18}
+    return tiny.build(tmp_path_factory.mktemp("models"), "Glm4MoeForCausalLM", **odd)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(out, model_path) -> dict:
+    run("muon_worker.py", out, model_path, timeout_s=120)
     return torch.load(out / "found.pt")
 
 
@@ -45,7 +57,19 @@ def test_four_ranks_equal_one(name, four_ranks, one_rank):
 def test_every_kind_of_layout_was_compared(four_ranks):
     placements = " ".join(four_ranks["placements"].values())
     assert all(kind in placements for kind in ("Shard(dim=0)", "Shard(dim=1)", "Replicate", "_StridedShard"))
-    assert "_StridedShard" in four_ranks["placements"]["experts.fsdp"]
+    assert all("_StridedShard" in four_ranks["placements"][f"split.{name}"] for name in ("experts", "tensor"))
+
+
+def test_eight_ranks_with_a_tensor_axis_equal_one(four_ranks, out, model_path):
+    """A policy on shard 2 x context 2 x tensor 2, experts over 4 of them, with shards that are not alike."""
+    eight = torch.load(out / "eight.pt")
+    one, by_adamw = (
+        measure(make_policy(model_path, torch.float64, None), None, ranks_of_one(), optimizer)
+        for optimizer in ("muon", "adamw")
+    )
+    for what in ("gradients", "weights"):
+        assert worst(eight[what], one[what])[0] < 1e-8
+    assert worst(eight["weights"], by_adamw["weights"])[0] > 1e-3  # the control
 
 
 def test_a_matrix_orthogonalized_in_pieces_would_be_seen(four_ranks):
@@ -55,8 +79,8 @@ def test_a_matrix_orthogonalized_in_pieces_would_be_seen(four_ranks):
 
 
 def test_shards_put_together_in_the_wrong_order_would_be_seen(four_ranks, one_rank):
-    for name in ("rows", "uneven", "columns", "replicas", "rectangles", "strided", "cut_experts"):
-        assert _distance(four_ranks["faulty"][f"cases.{name}"], one_rank[f"cases.{name}"]) > 1e-3, name
+    for name in ("split.tensor", *(f"cases.{name}" for name in SHOWN_BY_ORDER)):
+        assert _distance(four_ranks["faulty"][name], one_rank[name]) > 1e-3, name
 
 
 def test_replicas_have_the_same_bits(four_ranks):

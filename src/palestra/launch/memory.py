@@ -5,6 +5,7 @@ Estimates, for a plan and for refusing what cannot fit. Legend: D model, L layer
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from palestra.config import RunConfig
 from palestra.config.model_fields import experts_field
 from palestra.config.schema import Build
+from palestra.launch.budget import CHANGED, PLACE_BYTES
+from palestra.wire.weights.manifest import KEPT_VERSIONS, MAX_CHAIN
 
 GIB = 1024**3
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -49,15 +52,20 @@ def parameters_in(path: str) -> int | None:
 
 def stored_parameters(path: Path) -> int:
     """From the header of a safetensors file; 0 for a file that is something else."""
+    return sum(math.prod(entry["shape"]) for entry in _header(path).values())
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Of a safetensors file, its tensors; none for a file that is something else."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > _MAX_HEADER_BYTES:
-            return 0
+            return {}
         try:
             header = json.loads(file.read(size))
         except ValueError:
-            return 0
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+            return {}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def built_parameters(build: Build) -> int | None:
@@ -93,10 +101,12 @@ def of_trainer(config: RunConfig, parameters: int | None) -> Memory:
     """All ranks together: each copy of the weights is spread over its shard ranks."""
     copies = config.train.replicate
     known = parameters or 0
-    trained = _TRAINED_BYTES if config.model.lora is None else _BYTES[config.model.dtype]  # adapters are small
+    trained, what = (known, "weights") if config.model.lora is None else (adapter_parameters(config) or 0, "adapters")
+    frozen = 0 if config.model.lora is None else known * _BYTES[config.model.dtype]
     parts = (
         ("ranks", config.train.num_ranks * _TORCH_BYTES),
-        ("weights, gradients, AdamW", known * trained * copies),
+        ("frozen weights", frozen * copies),
+        (f"{what}, gradients, AdamW", trained * _TRAINED_BYTES * copies),
         ("weights in use", known * _BYTES[config.model.dtype] * copies if config.model.dtype != "float32" else 0),
     )
     return Memory(parts, unknown=parameters is None)
@@ -111,8 +121,49 @@ def of_state(config: RunConfig, parameters: int) -> int:
 
 
 def of_staging(config: RunConfig, parameters: int | None) -> int:
-    """Room for a version in use, one on its way and one being written."""
-    return 3 * (parameters or GIB // 4) * _BYTES[config.model.dtype]
+    """Room for the versions that lie there at once."""
+    sync, itemsize = config.sync, _BYTES[config.model.dtype]
+    whole = (parameters or GIB // 4) * itemsize
+    if config.model.lora is not None:
+        adapters = adapter_parameters(config)
+        return KEPT_VERSIONS * (whole if adapters is None else adapters * itemsize)
+    if sync.kind == "ipc":
+        return 0  # handles of what is on the GPU
+    if sync.is_sent:
+        return 2 * whole  # the first, and one for an engine that joins later
+    return int(whole * (_with_differences(itemsize, sync.full_every) if sync.difference else KEPT_VERSIONS))
+
+
+def _with_differences(itemsize: int, full_every: int) -> float:
+    """In whole versions, at the worst moment: engines hold the last difference from one whole version, and the next
+    whole one lies there with what was told from it since."""
+    each = CHANGED[1] * (itemsize + PLACE_BYTES) / itemsize
+    older = min(MAX_CHAIN + each, (full_every - 1) * each)
+    return 1 + older + 1 + (KEPT_VERSIONS - 2) * each
+
+
+def adapter_parameters(config: RunConfig) -> int | None:
+    """Of `model.lora`, from the shapes of a directory in Hugging Face layout; None for anything else."""
+    directory, lora = Path(config.model.path or "").expanduser(), config.model.lora
+    if lora is None or config.model.build is not None or not directory.is_dir():
+        return None
+    shapes = [shape for path in directory.glob("*.safetensors") for shape in _adapted(_header(path), lora.targets)]
+    return sum(lora.rank * sum(shape) for shape in shapes) or None
+
+
+def _adapted(header: dict[str, Any], targets: str | tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Matrices of layers, without what decides where tokens go; of experts where they are named."""
+    for tensor, entry in header.items():
+        name = tensor.removesuffix(".weight")
+        if name == tensor or ".layers." not in name or len(entry["shape"]) != 2:
+            continue
+        if ".experts." in name:
+            is_adapted = "experts" in targets
+        else:
+            is_named = targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in targets)
+            is_adapted = is_named and "router" not in name and not name.endswith("gate")
+        if is_adapted:
+            yield tuple(entry["shape"])
 
 
 def of_python() -> Memory:

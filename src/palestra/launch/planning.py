@@ -149,13 +149,13 @@ def dissected(model: Model) -> Anatomy:
 
 def as_dict(planned: Planned) -> dict[str, Any]:
     anatomy, budget, train = planned.anatomy, planned.budget, planned.config.train
-    low, high = difference_bytes(anatomy, is_sent=_sends_changes(planned.config))
     return {
         "fits": budget.fits,
         "model": {
             "architecture": anatomy.architecture,
             "shapes_from": planned.origin,
             "parameters": anatomy.parameters,
+            "trained_parameters": anatomy.adapters or anatomy.parameters,
             "active_parameters": anatomy.active,
             "layers": len(anatomy.layers),
             "experts": anatomy.num_experts,
@@ -181,7 +181,7 @@ def as_dict(planned: Planned) -> dict[str, Any]:
         "host_bytes_per_device": budget.host_bytes,
         "longest_pack_tokens": planned.longest_pack,
         "publish_bytes": published_bytes(anatomy),
-        "publish_difference_bytes_expected": [low, high],
+        "publish_difference_bytes_expected": difference_bytes(anatomy, is_sent=_sends_changes(planned.config)),
         "step": _step_as_dict(planned),
         "changes": [
             {
@@ -234,9 +234,11 @@ def _lines(planned: Planned) -> list[str]:
     layout += f" x context {train.context_parallel}" if train.context_parallel > 1 else ""
     layout += f" x tensor {train.tensor_parallel} ({_heads_words(planned)})" if train.tensor_parallel > 1 else ""
     layout += f", experts over {train.expert_parallel}" if train.expert_parallel > 1 else ""
+    adapters = f"; trained: {anatomy.adapters / 1e6:.2f} M of adapters beside it" if anatomy.adapters else ""
     return [
         f"model:  {anatomy.architecture}, {anatomy.parameters / 1e9:.2f} B parameters, {anatomy.active / 1e9:.2f} B "
-        f"active, {len(anatomy.layers)} layers{experts if anatomy.num_experts else ''} (from {planned.origin})",
+        f"active, {len(anatomy.layers)} layers{experts if anatomy.num_experts else ''} (from {planned.origin})"
+        f"{adapters}",
         f"layout: {train.num_ranks} ranks on {planned.num_nodes} nodes of {planned.node_ranks} {layout}",
     ]
 
@@ -308,9 +310,12 @@ def _settings(change: Change) -> str:
 
 def _publish_words(planned: Planned) -> str:
     anatomy = planned.anatomy
-    low, high = difference_bytes(anatomy, is_sent=_sends_changes(planned.config))
+    size, difference = published_bytes(anatomy), difference_bytes(anatomy, is_sent=_sends_changes(planned.config))
+    if difference is None:
+        return f"publish: {size / 1024**2:,.1f} MiB of adapters, whole each time"
+    low, high = map(_gib, difference)
     return (
-        f"publish: {_gib(published_bytes(anatomy))} GiB; the difference is about {_gib(low)} to {_gib(high)}, "
+        f"publish: {_gib(size)} GiB; the difference is about {low} to {high}, "
         f"if {CHANGED[0]:.0%} to {CHANGED[1]:.0%} of the weights change"
     )
 

@@ -16,6 +16,7 @@ from palestra.core.ledger import Ledger, LedgerSelector
 from palestra.core.process import started_at
 from palestra.env.sandbox import require_backend
 from palestra.launch import start
+from palestra.launch.adapters import require_adapters
 from palestra.launch.layout import require_layout
 from palestra.launch.live import view_of
 from palestra.launch.machine import this_machine
@@ -36,6 +37,7 @@ def plan_of(config: RunConfig) -> Plan:
     for name, frozen in config.algo.frozen.items():
         require_model(frozen.path, field=f"algo.{name}.path")
     require_layout(config)
+    require_adapters(config)
     require_pythons(config)
     require_keys(config)
     require_backend(config.env.sandbox)

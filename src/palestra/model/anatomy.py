@@ -2,7 +2,7 @@
 
 Counted by `dissect` on the meta device; this module alone imports no torch. FLOPs are those of the definition: a
 product of [m, k] and [k, n] is 2 m k n, a backward pass twice its forward; nothing that is computed again counts, and
-padding is not there.
+padding is not there. With adapters weights are frozen: the backward pass of their products is one forward long.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from msgspec import Struct
 
 TRAINING = 3
 """Forward and backward, in forwards."""
+FROZEN = 2
+"""Of products with frozen weights, which have no gradient."""
 
 
 class Attention(Struct, frozen=True, kw_only=True):
@@ -35,7 +37,9 @@ class Layer(Struct, frozen=True, kw_only=True):
     `routed_bytes` of the hidden states that travel to experts.
 
     Of all that a tensor axis divides `split` parameters, beside experts, `split_saved_bytes` and `split_product_bytes`;
-    `sums` are the sums over its ranks that a forward needs.
+    `sums` are the sums over its ranks that a forward needs. `adapters` are parameters beside all these, each token is
+    multiplied by all of them; `split_adapters` those of them that a tensor axis divides. `expert_adapters` are those of
+    all routed experts, of which `twice_published` are shared by two matrices of an engine.
     """
 
     parameters: int
@@ -52,11 +56,19 @@ class Layer(Struct, frozen=True, kw_only=True):
     split_saved_bytes: float = 0.0
     split_product_bytes: float = 0.0
     sums: int = 0
+    adapters: int = 0
+    split_adapters: int = 0
+    expert_adapters: int = 0
+    twice_published: int = 0
 
     @property
     def whole(self) -> int:
-        """Parameters that each rank of a tensor axis has."""
+        """Parameters that each rank of a tensor axis has, without adapters."""
         return self.parameters - self.experts - self.split
+
+    @property
+    def whole_adapters(self) -> int:
+        return self.adapters - self.split_adapters
 
 
 class Anatomy(Struct, frozen=True, kw_only=True):
@@ -83,6 +95,21 @@ class Anatomy(Struct, frozen=True, kw_only=True):
         return self.root + sum(layer.parameters for layer in self.layers)
 
     @property
+    def adapters(self) -> int:
+        """What is trained, if there is any: all else is frozen then."""
+        return sum(layer.adapters + layer.expert_adapters for layer in self.layers)
+
+    @property
+    def published_adapters(self) -> int:
+        return self.adapters + sum(layer.twice_published for layer in self.layers)
+
+    @property
+    def met_adapters(self) -> int:
+        """What one token is multiplied by."""
+        share = self.num_experts_per_token / max(self.num_experts, 1)
+        return sum(layer.adapters + round(layer.expert_adapters * share) for layer in self.layers)
+
+    @property
     def active(self) -> int:
         """What one token meets: its layers, the head, one row of the embeddings."""
         return sum(layer.met for layer in self.layers) + self.head + self.width
@@ -100,10 +127,17 @@ class Anatomy(Struct, frozen=True, kw_only=True):
         num_tokens = sum(lengths)
         scored = num_tokens if num_scored is None else num_scored
         seen = sum(layer.attention.flops(length) for layer in self.layers for length in lengths)
-        return 2 * (self.products * num_tokens + self.head * scored) + seen
+        return 2 * ((self.products + self.met_adapters) * num_tokens + self.head * scored) + seen
 
     def train_flops(self, lengths: Sequence[int], *, num_scored: int | None = None) -> int:
-        return TRAINING * self.forward_flops(lengths, num_scored=num_scored)
+        """Gradients of hidden states are counted in every layer: in the first, below which nothing is trained, there
+        are a little fewer with adapters."""
+        flops = TRAINING * self.forward_flops(lengths, num_scored=num_scored)
+        if not self.adapters:
+            return flops
+        num_tokens = sum(lengths)
+        scored = num_tokens if num_scored is None else num_scored
+        return flops - (TRAINING - FROZEN) * 2 * (self.products * num_tokens + self.head * scored)
 
 
 def pairs(length: int, window: int | None = None) -> int:

@@ -8,7 +8,7 @@ experts, E experts, I width of one.
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from palestra.config.schema import Model
+from palestra.config.schema import Lora, Model
 from palestra.core.errors import UserError
 from palestra.core.process import exit_with
 from palestra.model.anatomy import Anatomy, Attention, Layer
-from palestra.model.experts import expert_modules
+from palestra.model.expert_adapters import TWICE_PUBLISHED, expert_modules
+from palestra.model.lora import add_adapter, is_adapter
 from palestra.model.policy import Policy
 from palestra.model.recompute import PRODUCTS
 from palestra.model.tensor import IN, SPLIT, Pretended
@@ -35,12 +36,14 @@ PROBE_TOKENS = 512
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
 
 
-def dissect(config: PretrainedConfig, dtype: torch.dtype) -> Anatomy:
-    """Errors: UserError for a family whose forward needs more than shapes."""
+def dissect(config: PretrainedConfig, dtype: torch.dtype, lora: Lora | None = None) -> Anatomy:
+    """Errors: UserError for a family whose forward needs more than shapes, or without the layers to be adapted."""
     model = _on_meta(config, dtype)
+    if lora is not None:
+        add_adapter(model, lora, dtype=dtype)
     layers = Policy(model, head_chunk_tokens=1).decoder_layers
     kept = _keep(model, layers)
-    divisor, are_heads_split, parts = _parts(model, config, dtype, kept)
+    divisor, are_heads_split, parts = _parts(config, dtype, lora, kept)
     head: Any = model.get_output_embeddings()
     in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
     text = model.config.get_text_config()
@@ -52,7 +55,7 @@ def dissect(config: PretrainedConfig, dtype: torch.dtype) -> Anatomy:
             )
             for index, layer in enumerate(layers)
         ),
-        root=sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_layers),
+        root=_num(parameter for parameter in model.parameters() if id(parameter) not in in_layers),
         head=head.weight.numel(),
         vocab_size=text.vocab_size,
         width=head.weight.shape[1],
@@ -106,6 +109,8 @@ def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrained
     total = routed = matrices = products = 0
     met = 0.0
     for name, parameter in layer.named_parameters():
+        if is_adapter(name):
+            continue
         module, size = experts.get(id(parameter)), parameter.numel()
         share = top_k / module.num_experts if module is not None else 1.0
         is_matrix = parameter.dim() == (2 if module is None else 3)
@@ -114,6 +119,7 @@ def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrained
         routed += size if module is not None else 0
         products += int(size * share) if is_matrix else 0
         matrices += size if is_matrix and not _is_router(name, parameter, experts) else 0
+    of_experts = _num(p for p in _adapters(layer) if id(p) in experts)
     width = model.get_output_embeddings().weight.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
     return Layer(
         parameters=total,
@@ -126,7 +132,18 @@ def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrained
         saved_bytes=kept.saved / kept.tokens,
         product_bytes=kept.products / kept.tokens + attention.heads * (attention.v_width * kept.itemsize + 4),
         routed_bytes=top_k * width * kept.itemsize if experts else 0.0,
+        adapters=_num(_adapters(layer)) - of_experts,
+        expert_adapters=of_experts,
+        twice_published=_num(p for name, p in layer.named_parameters() if name.endswith(TWICE_PUBLISHED)),
     )
+
+
+def _adapters(layer: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for name, parameter in layer.named_parameters() if is_adapter(name))
+
+
+def _num(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _is_router(name: str, parameter: nn.Parameter, experts: dict[int, Any]) -> bool:
@@ -147,13 +164,14 @@ class _Kept:
 
 
 def _parts(
-    model: PreTrainedModel, config: PretrainedConfig, dtype: torch.dtype, kept: list["_Kept"]
+    config: PretrainedConfig, dtype: torch.dtype, lora: Lora | None, kept: list["_Kept"]
 ) -> tuple[int, bool, list[dict[str, Any]]]:
     """What sizes of a tensor axis divide, whether heads are split, and what an axis divides of each layer.
 
     A rank of n keeps a + b / n: what b is, a second forward says, as if there were the fewest ranks that divide.
     """
-    divisor = tensor_divisor(model)
+    one = _on_meta(config, dtype)
+    divisor = tensor_divisor(one)
     size = next((n for n in range(2, divisor + 1) if divisor % n == 0), 0)
     try:
         split = split_of(config, size) if size else None
@@ -161,11 +179,14 @@ def _parts(
         split = None
     if split is None:
         return 1, False, [{} for _ in kept]
-    one = _on_meta(config, dtype)
     layers = Policy(one, head_chunk_tokens=1).decoder_layers
+    ours = {id(parameter) for parameter in split_parameters(one, split.styles)}
+    whole_split = [_num(p for p in layer.parameters() if id(p) in ours) for layer in layers]
+    if lora is not None:
+        add_adapter(one, lora, dtype=dtype)
+    adapters = [_num(_adapters(layer)) for layer in layers]
     apply(one, split, Pretended(0, size))
     part_experts(one, Pretended(0, size))
-    ours = {id(parameter) for parameter in split_parameters(one, split.styles)}
     text, found = one.config.get_text_config(), list[dict[str, Any]]()
     is_by_head = split.heads < _attention(text, 0).heads
     for index, (layer, whole, part) in enumerate(zip(layers, kept, _keep(one, layers), strict=True)):
@@ -174,7 +195,8 @@ def _parts(
         by_head = attention.heads * (attention.v_width * whole.itemsize + 4) if is_by_head else 0
         found.append(
             {
-                "split": size * sum(p.numel() for p in layer.parameters() if id(p) in ours),
+                "split": whole_split[index],
+                "split_adapters": (adapters[index] - _num(_adapters(layer))) * size // (size - 1),
                 "split_saved_bytes": share * (whole.saved - part.saved),
                 "split_product_bytes": share * (whole.products - part.products) + by_head,
                 "sums": sum(
@@ -293,7 +315,7 @@ def main(model_json: str) -> int:
     set_verbosity_error()
     model = Model.model_validate_json(model_json)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
-    sys.stdout.buffer.write(msgspec.json.encode(dissect(config_of(model), dtype)) + b"\n")
+    sys.stdout.buffer.write(msgspec.json.encode(dissect(config_of(model), dtype, model.lora)) + b"\n")
     return 0
 
 

@@ -9,7 +9,7 @@ the rows is one of transformers' own implementations, given the owned experts in
 and the layout of the weights stay the family's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from palestra.model.expert_adapters import adapted_experts, expert_modules, is_adapted
 from palestra.model.tensor import ALONE, Axis
 
 NAME = "palestra_experts"
-
-
-def expert_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Those whose forward goes through transformers' registry."""
-    return (module for module in model.modules() if hasattr(module, "_is_expert_parallel"))
 
 
 @dataclass(frozen=True)
@@ -126,6 +122,8 @@ def _compute(owned: _Owned, rows_RD: Tensor, expert_R: Tensor, compute: str) -> 
 
 
 def _implementation(owned: _Owned, compute: str) -> Callable[..., Tensor]:
+    if is_adapted(owned._module):
+        return adapted_experts
     own = type(owned._module).forward.__wrapped__  # what transformers' registry falls back to
     return own if compute == "eager" else ALL_EXPERTS_FUNCTIONS[compute]
 

@@ -68,7 +68,7 @@ class _TokenLogprobs(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_KD, weight_VD, target_K, temperature_K, logz_K = ctx.saved_tensors
         grad_hidden_KD = torch.empty_like(hidden_KD)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=logz_K.dtype)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=logz_K.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(target_K), ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
             per_token = (logz_K[chunk], target_K[chunk], temperature_K[chunk], grads[0][chunk])
@@ -76,8 +76,10 @@ class _TokenLogprobs(Function):
                 _product(hidden_KD[chunk], weight_VD), *per_token, ctx.logit_map, weight_VD.dtype
             )
             grad_hidden_KD[chunk] = grad_CV @ weight_VD
-            _add_product(grad_weight_VD, grad_CV.T, hidden_KD[chunk])
-        return grad_hidden_KD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None
+            if grad_weight_VD is not None:
+                _add_product(grad_weight_VD, grad_CV.T, hidden_KD[chunk])
+        grad_weight = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_KD, grad_weight, None, None, None, None
 
 
 def _read(

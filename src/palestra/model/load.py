@@ -13,7 +13,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from palestra.config.schema import Lora
 from palestra.core.errors import UserError
-from palestra.model.experts import expert_modules, split_experts
+from palestra.model.expert_adapters import expert_modules
+from palestra.model.experts import split_experts
 from palestra.model.files import model_directory
 from palestra.model.fill import empty_model, fill, in_one_line
 from palestra.model.float8 import require_float8, use_float8

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from palestra.config.schema import Lora
 from palestra.core.errors import UserError
+from palestra.model.expert_adapters import TARGET, A, B, adapt_experts, as_published, why_not
+from palestra.model.expert_adapters import folded as folded_experts
 from palestra.model.places import Places
 from palestra.wire.weights.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 
@@ -55,11 +57,13 @@ def add_adapter(model: PreTrainedModel, lora: Lora, *, dtype: torch.dtype) -> Ad
     """
     from peft import inject_adapter_in_model
 
-    adapter = Adapter(lora, _targets(model, lora))
+    adapter = Adapter(lora, targets_of(model, lora))
     model.requires_grad_(False)
     layers = _layers(model)  # not the model: of some families peft would adapt experts in its place
-    config = _peft_config(lora, tuple(_adapted(layers, adapter.targets)))
-    inject_adapter_in_model(config, layers, low_cpu_mem_usage=True)
+    if dense := tuple(_adapted(layers, adapter.targets)):
+        inject_adapter_in_model(_peft_config(lora, dense), layers, low_cpu_mem_usage=True)
+    if TARGET in adapter.targets:
+        adapt_experts(model, layers, rank=lora.rank, scale=adapter.scale)
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -71,11 +75,16 @@ def begin_adapter(model: nn.Module, *, seed: int, device: torch.device) -> None:
     """The same on every rank, however it is sharded: A as peft draws it, from a generator of its own, and B zero."""
     generator, places = torch.Generator().manual_seed(seed), Places(model)
     for name, parameter in list(model.named_parameters()):
-        if _A in name:
-            bound = 1 / math.sqrt(parameter.shape[1])  # Kaiming's, with a = sqrt(5)
+        if _A in name or name.endswith(A):
+            bound = 1 / math.sqrt(parameter.shape[-1])  # Kaiming's, with a = sqrt(5)
             places.give(name, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator), device)
-        elif _B in name:
+        elif is_adapter(name):
             places.give(name, torch.zeros(parameter.shape), device)
+
+
+def is_adapter(name: str) -> bool:
+    """Of a parameter."""
+    return _A in name or _B in name or name.endswith((A, B))
 
 
 def plain_name(name: str) -> str:
@@ -97,12 +106,16 @@ def _peft_config(lora: Lora, targets: tuple[str, ...]) -> "LoraConfig":
     )
 
 
-def _targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
+def targets_of(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
+    """Ends of names. Errors: UserError for those that the model does not have, or that cannot be adapted."""
     linear = list(_linear_layers(_layers(model)))
     if lora.targets == "all-linear":
         return tuple(sorted({name.rpartition(".")[2] for name in linear}))
     for target in lora.targets:
-        if not any(_ends_with(name, target) for name in linear):
+        if target == TARGET:
+            if why := why_not(_layers(model)):
+                raise UserError(f"model.lora.targets: {type(model).__name__} has {why}; leave {TARGET} out")
+        elif not any(_ends_with(name, target) for name in linear):
             raise UserError(f"model.lora.targets: {_why_not(model, target)}")
     return lora.targets
 
@@ -114,8 +127,8 @@ def _why_not(model: PreTrainedModel, target: str) -> str:
         f".experts.{target}." in f"{name}." or f".{target}." in f"{name}." for name in parameters if "expert" in name
     ):
         return (
-            f"{target} are routed experts of {type(model).__name__}, for which adapters are not supported (engines "
-            f"have no kernel for them on CPUs); choose among {leaves}"
+            f"{target} are routed experts of {type(model).__name__}, which are adapted together or not at all: say "
+            f"{TARGET} (engines have a kernel for them on GPUs only), or choose among {leaves}"
         )
     return f"{type(model).__name__} has no linear layer {target} in its decoder layers; choose among {leaves}"
 
@@ -142,10 +155,17 @@ def _ends_with(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def iterate_adapter(model: nn.Module, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def iterate_adapter(model: PreTrainedModel, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The adapter's tensors under peft's names, whole. A collective: every rank must iterate to the end."""
+    of_experts: dict[str, Tensor] = {}  # of the module that is being read
     for name, tensor in model.state_dict().items():
-        if _A in name or _B in name:
+        prefix, _, leaf = name.rpartition(".")
+        if name.endswith((A, B)):
+            of_experts[leaf] = whole(tensor).to(dtype)
+            if len(of_experts) == 4:  # both factors of both matrices
+                yield from ((f"base_model.model.{n}", t) for n, t in as_published(model, prefix, of_experts))
+                of_experts = {}
+        elif is_adapter(name):
             yield f"base_model.model.{name.replace(f'.{_NAME}.', '.')}", whole(tensor).to(dtype)
 
 
@@ -157,10 +177,13 @@ def fold(group: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """
     folded: dict[str, Tensor] = {}
     for name, tensor in group.items():
-        if _A in name or _B in name:
+        if is_adapter(name):
             continue
         plain = plain_name(name)
         folded[plain] = tensor
+        if (a := group.get(f"{name}{A}")) is not None:
+            factors = whole(tensor), whole(a), whole(group[f"{name}{B}"])
+            folded[plain] = nn.Parameter(folded_experts(*factors, adapter.scale), requires_grad=False)
         if (a := group.get(name.replace(_BASE, _A))) is not None and _BASE in name and name.endswith("weight"):
             delta_OI = whole(group[name.replace(_BASE, _B)]).float() @ whole(a).float()
             folded[plain] = nn.Parameter(whole(tensor).float() + adapter.scale * delta_OI, requires_grad=False)

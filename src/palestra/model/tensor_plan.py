@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from palestra.config.schema import nearest_divisors
 from palestra.core.errors import UserError
-from palestra.model.experts import expert_modules
+from palestra.model.expert_adapters import adapted_experts, expert_modules, is_adapted
 from palestra.model.tensor import (
     IN,
     LATENT,
@@ -298,9 +298,8 @@ def part_experts(model: PreTrainedModel, axis: Axis) -> None:
 
 
 def _parted_experts(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    part = ALL_EXPERTS_FUNCTIONS["grouped_mm"](
-        module, *(module.parted.part(x) for x in (hidden_TD, index_TK, weight_TK))
-    )
+    whole = adapted_experts if is_adapted(module) else ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    part = whole(module, *(module.parted.part(x) for x in (hidden_TD, index_TK, weight_TK)))
     return module.parted.gather(part, len(hidden_TD))
 
 

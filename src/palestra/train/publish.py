@@ -15,14 +15,12 @@ from palestra.model.lora import iterate_adapter
 from palestra.model.policy import Policy
 from palestra.train.ranks import Ranks
 from palestra.wire.weights import files
-from palestra.wire.weights.manifest import Probe, Staged, WeightsManifest, chain, record
+from palestra.wire.weights.manifest import KEPT_VERSIONS, MAX_CHAIN, Probe, Staged, WeightsManifest, chain, record
 
 if TYPE_CHECKING:
     from palestra.wire.weights.sender import Sender
 
-KEPT_VERSIONS = 3
 KEPT_COPIES = 2  # where each is a copy of the model in the GPU's memory: one that engines hold, one on its way
-MAX_CHAIN = 0.5  # of a whole version's bytes: so much may lie in differences before the next version is whole
 
 
 @dataclass

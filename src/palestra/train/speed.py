@@ -82,7 +82,7 @@ def _measure(job: Job, config: RunConfig, ranks: Ranks) -> Speed:
     if job.profile:
         _profile(trainer, job)
     dtype = DTYPES[config.model.dtype]
-    anatomy = dissect(read_config(config.model_dir), dtype)
+    anatomy = dissect(read_config(config.model_dir), dtype, config.model.lora)
     return Speed(
         who="palestra",
         device=torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",

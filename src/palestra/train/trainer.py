@@ -189,11 +189,6 @@ def _told(policy: Policy, device: torch.device) -> str:
 def _require_balance(policy: Policy, balance: Balance) -> None:
     """Errors: UserError for what the model has nothing to balance by."""
     name = type(policy.model).__name__
-    if balance.bias_rate and policy.adapter is not None:
-        raise UserError(
-            f"train.balance.bias_rate={balance.bias_rate:g} changes what is no part of an adapter (model.lora), so "
-            "that engines would not hear of it; set it to 0"
-        )
     if balance.aux_loss and not len(policy.routers):
         raise UserError(f"train.balance.aux_loss={balance.aux_loss:g}, but {name} has no routers; set it to 0")
     if balance.bias_rate and not policy.routers.biases:

@@ -185,6 +185,11 @@ def test_adapters_go_by_files(recipe: Path, override: str):
         load(recipe, ["model.lora.rank=8", override])
 
 
+def test_biases_of_routers_are_no_part_of_an_adapter(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"train.balance.bias_rate=0.1 changes what is no part of an adapter"):
+        load(recipe, ["model.lora.rank=8", "train.balance.bias_rate=0.1"])
+
+
 def test_every_mistake_is_named_at_once(recipe: Path):
     with pytest.raises(UserError, match="the config has 2 errors") as raised:
         load(recipe, ["train.steps=0", "trian.lr=1"])

@@ -85,6 +85,7 @@ def test_an_engine_for_adapters_makes_room_for_one_and_names_the_layers() -> Non
     own = argv(lora=Lora(rank=512, targets=("self_attn.q_proj", "mlp.down_proj")))
     start = own.index("--lora-target-modules") + 1
     assert own[start : start + 2] == ["q_proj", "down_proj"]
+    assert "experts" in argv(lora=Lora(rank=8, targets=("q_proj", "experts")))
     assert "--enable-lora" not in argv()
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in engine_environment(model="m", device="cpu")
     allowed = engine_environment(model="m", device="cpu", loads_adapters=True)

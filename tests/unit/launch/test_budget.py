@@ -167,6 +167,64 @@ def test_seconds_of_a_step():
     assert split.seconds.to_experts == pytest.approx(4 * 40 * 200 * 4 / 2 / 1e5)
 
 
+# --- adapters
+
+
+ADAPTED = msgspec.structs.replace(MODEL, layers=(msgspec.structs.replace(LAYER, adapters=50, split_adapters=20),) * 4)
+
+
+def test_every_part_with_adapters_by_hand():
+    layer = 50 * (2 + 4) + 200 * 100 * 0.5  # gradients of adapters alone
+    told = dict(budget_of(train(), ADAPTED, DEVICE, WORK).parts)
+    assert told == {
+        "runtime": 50,
+        "frozen weights": 2 * 4600,
+        "weights (float32)": 4 * 200,
+        "gradients (float32)": 4 * 200,
+        "optimizer": 8 * 200,
+        "weights in use": 2 * (600 + 2 * 1050),
+        "activations": 4 * 200 * 100 + 2 * 10 * 100 * 2,
+        "at work": layer,
+    }
+    muon = dict(budget_of(train(optimizer="muon"), ADAPTED, DEVICE, WORK).parts)
+    assert muon["optimizer"] == 4 * 200
+
+
+def test_a_tensor_axis_has_the_whole_halves_of_adapters_twice():
+    model = msgspec.structs.replace(ADAPTED, tensor_divisor=2)
+    told = dict(budget_of(train(tensor_parallel=2), model, DEVICE, WORK).parts)
+    assert told["optimizer"] == 8 * (200 + 4 * 30) / 2
+    assert told["frozen weights"] == 2 * (4600 + 4 * 200) / 2
+    assert told["weights in use"] == 2 * (600 + 2 * (200 + 800 + 30 + 20 / 2))
+
+
+def test_adapters_of_experts_are_where_the_experts_are():
+    layer = msgspec.structs.replace(LAYER, expert_adapters=80)
+    model = msgspec.structs.replace(MODEL, layers=(layer,) * 4)
+    told = dict(budget_of(train(shard=4, expert_parallel=4), model, DEVICE, WORK).parts)
+    assert told["optimizer"] == 8 * 4 * 80 / 4
+    assert told["weights in use"] == 2 * (600 + 2 * (200 + 800 / 4 + 80 / 4))
+    met = 80 * 2 // 8  # a token meets two experts of eight
+    assert step_flops(model, WORK) - 2 / 3 * step_flops(MODEL, WORK) == pytest.approx(
+        3 * 2 * 400 * 4 * met + 8 * 4 * 2 * 2 * 8 * (50 * 51 // 2)
+    )
+
+
+def test_what_is_published_are_adapters():
+    assert published_bytes(ADAPTED) == 2 * 200
+    assert difference_bytes(ADAPTED) is None
+
+
+def test_seconds_of_a_step_of_adapters():
+    flops = 2 * 2 * 400 * (4 * 300 + 300) + 3 * (2 * 400 * 200 + 8 * 4 * 2 * 2 * 8 * (50 * 51 // 2))
+    assert step_flops(ADAPTED, WORK) == pytest.approx(flops)
+    assert step_flops(MODEL, WORK) + 3 * 2 * 400 * 200 - flops == 2 * 400 * 1500  # no gradients of frozen weights
+    told = budget_of(train(shard=2), ADAPTED, DEVICE, WORK, node_ranks=2).seconds
+    assert told.compute == pytest.approx(flops / 2 / 5e5)
+    assert told.communication == pytest.approx(2 * (2 * 2 * 4800 + 4 * 200) / 2 / 1e5)
+    assert told.optimizer == pytest.approx(28 * 200 / 2 / 1e6)
+
+
 def test_changes_say_what_each_setting_frees():
     found = {
         tuple(change.settings.items()): change for change in changes(train(shard=4), MODEL, DEVICE, WORK, node_ranks=8)

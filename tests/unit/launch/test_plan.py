@@ -14,6 +14,8 @@ from palestra.core.errors import UserError
 from palestra.launch.machine import Gpu, Machine
 from palestra.launch.memory import GIB, built_parameters, count_parameters, stored_parameters
 from palestra.launch.plan import Role, make_plan, require_fit
+from palestra.train.publish import Differences
+from palestra.wire.weights.manifest import KEPT_VERSIONS, WeightsManifest
 
 LAPTOP = Machine(cpus=2, memory_bytes=24 * GIB)
 
@@ -87,6 +89,62 @@ def test_a_supervised_run_is_led_by_its_trainer():
     plan = make_plan(config(env={}, data={"sources": [{"path": "x.jsonl"}]}), LAPTOP)
     assert [(program.name, program.role) for program in plan.programs] == [("trainer", Role.LEAD)]
     assert plan.staging_bytes == 0
+
+
+# --- staging
+
+
+def stored_model(directory: Path) -> Path:
+    """300 K parameters: 128 K embedded, and one layer."""
+    attention = {f"self_attn.{name}_proj.weight": [200, 200] for name in "qkvo"}
+    others = {"mlp.gate.weight": [4, 200], "mlp.experts.0.up_proj.weight": [10, 1000], "input_layernorm.weight": [1200]}
+    tensors = {"model.embed_tokens.weight": [640, 200]}
+    tensors |= {f"model.layers.0.{name}": shape for name, shape in (attention | others).items()}
+    header = {name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()}
+    encoded = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded)
+    return directory
+
+
+WHOLE = 2 * 300_000  # bytes of a version
+
+
+@pytest.mark.parametrize(
+    ("sync", "lora", "kept"),
+    [
+        ({}, None, 3 * WHOLE),
+        ({"kind": "ipc"}, None, 0),  # copies are on the GPU
+        ({"kind": "nccl"}, None, 2 * WHOLE),
+        # a whole version, half of one and a difference of 4 %; a whole version and a difference
+        ({"difference": True}, None, (1 + 0.5 + 0.04 + 1 + 0.04) * WHOLE),
+        ({"difference": True, "full_every": 3}, None, (1 + 2 * 0.04 + 1 + 0.04) * WHOLE),
+        ({}, {"rank": 10}, 3 * 2 * 4 * 10 * (200 + 200)),
+        ({}, {"rank": 10, "targets": ["self_attn.q_proj"]}, 3 * 2 * 10 * (200 + 200)),
+        ({}, {"rank": 8, "targets": ["o_proj", "experts"]}, 3 * 2 * 8 * (200 + 200 + 10 + 1000)),
+    ],
+)
+def test_what_lies_in_staging(tmp_path, sync, lora, kept):
+    wanted = config(model={"path": str(stored_model(tmp_path)), "lora": lora}, sync=sync)
+    assert make_plan(wanted, gpus(8)).staging_bytes == pytest.approx(kept, abs=1)
+
+
+@pytest.mark.parametrize("full_every", [2, 3, 16, 100])
+def test_so_much_lies_in_staging_as_the_publisher_keeps(tmp_path, full_every):
+    """Played with its own rule for 300 versions, each of which changes as much as is planned."""
+    differences, links = Differences(full_every), list[tuple[int, int]]()  # bytes, and the first version of its chain
+    most = 0.0
+    for version in range(300):
+        is_whole = differences.previous is None
+        size = WHOLE if is_whole else WHOLE // 25
+        links.append((size, version if is_whole else links[-1][1]))
+        manifest = WeightsManifest(
+            version=version, attempt=1, tensors=(), previous="" if is_whole else "v", sent_bytes=size, full_bytes=WHOLE
+        )
+        differences.staged(tmp_path, manifest)
+        oldest = links[max(version + 1 - KEPT_VERSIONS, 0)][1]
+        most = max(most, sum(size for size, _ in links[oldest:]))
+    planned = config(model={"path": str(stored_model(tmp_path))}, sync={"difference": True, "full_every": full_every})
+    assert make_plan(planned, LAPTOP).staging_bytes == pytest.approx(most, rel=0.02)
 
 
 def test_a_built_model_is_prepared_once():

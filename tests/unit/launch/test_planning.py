@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from palestra.config import RunConfig, load
-from palestra.config.schema import Train
+from palestra.config.schema import Lora, Train
 from palestra.core.errors import UserError
 from palestra.launch import planning
 from palestra.launch.bench import trainer as bench
@@ -99,6 +99,20 @@ def test_planned_bytes_are_those_of_a_trainer_here(monkeypatch):
     anatomy = dissect(AutoConfig.for_model(**SHAPES["small"]), torch.float32)
     assert planned_bytes(anatomy, tokens) == pytest.approx(measured, rel=0.1)
     assert planned_bytes(anatomy, tokens, optimizer="muon") != pytest.approx(measured, rel=0.1)  # 4 bytes less of each
+
+
+def test_planned_bytes_of_adapters_are_those_of_a_trainer_here(monkeypatch):
+    """Most of it is frozen weights and activations, which grow with the tokens."""
+    tokens, rank = 128, 64
+    monkeypatch.setattr(bench, "build", lambda fields, directory, threads: build(fields, directory))
+    overrides = ["model.dtype=float32", f"model.lora.rank={rank}"]
+    wish = bench.Wish(model="small", tokens=tokens, documents=2, packs=2, steps=1, overrides=overrides)
+    measured = bench.measure(wish)["peak_bytes"]
+    config = AutoConfig.for_model(**SHAPES["small"])
+    anatomy = dissect(config, torch.float32, Lora(rank=rank))
+    print(measured, planned_bytes(anatomy, tokens), planned_bytes(dissect(config, torch.float32), tokens))
+    assert planned_bytes(anatomy, tokens) == pytest.approx(measured, rel=0.1)
+    assert planned_bytes(dissect(config, torch.float32), tokens) > 1.5 * measured  # the control: all of it trained
 
 
 def test_a_recipe_is_planned_as_it_is(anatomy):

@@ -3,16 +3,20 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from palestra.config.schema import Lora
 from palestra.model import attention
 from palestra.model.anatomy import Anatomy, Attention, pairs
 from palestra.model.dissect import dissect
 from palestra.model.documents import documents_of
+from palestra.model.lora import add_adapter
 from palestra.model.policy import Policy
 
 SHAPES = Path(__file__).parents[3] / "recipes/intellect-3/GLM-4.5-Air.config.json"
@@ -45,8 +49,8 @@ ATTENTION = 32 * 32 + 2 * 32 * 16 + 32 * 32  # q, k and v, o
 NORMS = 2 * 32
 
 
-def anatomy_of(fields: dict, dtype: torch.dtype = torch.float32) -> Anatomy:
-    return dissect(AutoConfig.for_model(**fields), dtype)
+def anatomy_of(fields: dict, dtype: torch.dtype = torch.float32, lora: Lora | None = None) -> Anatomy:
+    return dissect(AutoConfig.for_model(**fields), dtype, lora)
 
 
 def test_a_dense_model():
@@ -115,6 +119,46 @@ def test_the_models_of_the_report():
     assert found.active == pytest.approx(12e9, rel=0.07)
 
 
+def test_adapters_lie_beside_what_is_there():
+    plain, adapted = anatomy_of(QWEN), anatomy_of(QWEN, lora=Lora(rank=4))
+    ends = 2 * 32 + 2 * (32 + 16) + 2 * 32 + 3 * (32 + 64)  # in and out of q, k and v, o, and three of the MLP
+    assert [layer.adapters for layer in adapted.layers] == 3 * [4 * ends]
+    split = 32 + 2 * 16 + 2 * 64  # B of q, k, v, gate and up
+    assert adapted.layers[0].split_adapters == 4 * (split + 32 + 64)  # and A of o and down
+    for ours, theirs in zip(adapted.layers, plain.layers, strict=True):
+        same = ("parameters", "matrices", "met", "products", "split", "sums", "input_bytes")
+        assert all(getattr(ours, name) == getattr(theirs, name) for name in same)
+    assert anatomy_of(GLM, lora=Lora(targets=("q_proj",))).adapters == 3 * 16 * 64
+
+
+def test_adapters_of_experts_are_met_by_a_token_as_its_experts_are():
+    found = anatomy_of(GLM, lora=Lora(rank=8, targets=("o_proj", "experts")))
+    one = 8 * (32 + 2 * 16) + 8 * (16 + 32)  # gate and up, which share an A; down
+    assert [layer.expert_adapters for layer in found.layers] == [0, 8 * one, 8 * one]
+    assert [layer.adapters for layer in found.layers] == 3 * [8 * 64]
+    assert found.adapters == 3 * 8 * 64 + 2 * 8 * one
+    assert found.met_adapters == 3 * 8 * 64 + 2 * 2 * one
+    plain = anatomy_of(GLM)
+    assert found.parameters == plain.parameters
+    assert found.layers[1].experts == plain.layers[1].experts
+    assert found.published_adapters - found.adapters == 2 * 8 * 8 * 32  # the A that gate and up share, once more
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=8)], ids=["all weights", "adapters"])
+def test_flops_are_those_that_torch_counts(lora):
+    """Of products; the first layer's have fewer gradients of hidden states where all below is frozen."""
+    num, fields = 64, dict[str, Any](QWEN, num_hidden_layers=8)
+    anatomy = anatomy_of(fields, lora=lora)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), attn_implementation="eager").eval()
+    if lora is not None:
+        add_adapter(model, lora, dtype=torch.float32)
+        model.to_empty(device="cpu")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, num, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    squares = sum(3 * 2 * layer.attention.heads * 16 * (num * num - pairs(num)) for layer in anatomy.layers)
+    assert counter.get_total_flops() - squares == pytest.approx(anatomy.train_flops([num]), rel=0.05)
+
+
 # --- what a forward pass keeps
 
 
@@ -123,10 +167,13 @@ class Saved:
     count: int = 0
 
 
-def saved_in_layers(fields: dict, lengths: list[int]) -> int:
+def saved_in_layers(fields: dict, lengths: list[int], lora: Lora | None = None) -> int:
     """Bytes that autograd keeps in a real forward pass over the layers, without parameters; each storage once."""
     config = AutoConfig.for_model(**fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+    if lora is not None:
+        add_adapter(model, lora, dtype=torch.float32)
+        model.to_empty(device="cpu")
     known = {parameter.untyped_storage()._cdata: None for parameter in model.parameters()}
     saved, inside = Saved(), []
     documents = documents_of(lengths)
@@ -147,10 +194,13 @@ def saved_in_layers(fields: dict, lengths: list[int]) -> int:
     return saved.count
 
 
-@pytest.mark.parametrize("fields", [QWEN, GLM], ids=["dense", "experts"])
-def test_what_autograd_keeps_is_what_the_anatomy_says(fields):
-    told = 256 * sum(layer.saved_bytes for layer in anatomy_of(fields).layers)
-    assert saved_in_layers(fields, [128, 128]) == pytest.approx(told, rel=0.06)
+KEPT = [(QWEN, None), (QWEN, Lora(rank=8)), (GLM, None), (GLM, Lora(rank=8, targets=("o_proj", "experts")))]
+
+
+@pytest.mark.parametrize(("fields", "lora"), KEPT, ids=["dense", "dense, adapted", "experts", "experts, adapted"])
+def test_what_autograd_keeps_is_what_the_anatomy_says(fields, lora):
+    told = 256 * sum(layer.saved_bytes for layer in anatomy_of(fields, lora=lora).layers)
+    assert saved_in_layers(fields, [128, 128], lora) == pytest.approx(told, rel=0.06)
 
 
 def test_what_is_kept_without_the_products_is_less():

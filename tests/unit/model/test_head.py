@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from palestra.core.errors import UserError
+from palestra.model import head
 from palestra.model.head import LogitMap, token_logprobs
 
 NUM, VOCAB, WIDTH = 23, 11, 6
@@ -36,6 +37,15 @@ def test_equals_full_logits(chunk_tokens, logit_map):
     expected_grads = torch.autograd.grad((expected_logp * direction).sum(), (hidden, weight))
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad)
+
+
+def test_a_frozen_head_costs_no_gradient(monkeypatch):
+    hidden, weight, target, temperature = _inputs()
+    trained, _ = token_logprobs(hidden, weight, target, temperature, LogitMap(), 7)
+    expected = torch.autograd.grad(trained.sum(), (hidden, weight))
+    monkeypatch.setattr(head, "_add_product", lambda *_: pytest.fail("a gradient that nobody wants"))
+    logp, _ = token_logprobs(hidden, weight.detach(), target, temperature, LogitMap(), 7)
+    assert torch.equal(torch.autograd.grad(logp.sum(), hidden)[0], expected[0])
 
 
 def test_by_hand():

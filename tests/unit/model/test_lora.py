@@ -6,6 +6,7 @@ import math
 import peft
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +94,59 @@ def test_the_export_is_the_adapted_model_in_both_layouts(tmp_path, adapt, archit
     assert (alone - expected).abs().max() > 0.1
 
 
+DENSE_AND_EXPERTS = Lora(rank=8, alpha=12, targets=("q_proj", "down_proj", "experts"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lora"),
+    [
+        ("Glm4MoeForCausalLM", DENSE_AND_EXPERTS),
+        ("Qwen3MoeForCausalLM", Lora(rank=8, targets=("experts",))),
+        ("MiniMaxM2ForCausalLM", Lora(rank=8, targets=("experts",))),
+    ],
+)
+def test_adapters_of_experts(tmp_path, load, adapt, architecture, lora):
+    """Version 0 is the model to a rounding; folded into the weights they compute what they compute beside them; and
+    what is published has two matrices for each projection of each expert, under the names that the weights have."""
+    path, out = tiny.build(tmp_path, architecture), tmp_path / "out"
+    policy = adapt(path, lora)
+    torch.testing.assert_close(policy.score(IDS), load(path).score(IDS), atol=1e-5, rtol=1e-5)
+    move(policy)
+    expected = policy.score(IDS)
+    save_huggingface(policy, out, dtype=torch.float32, source=str(path))
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+    torch.testing.assert_close(own_logprobs(merged), expected, atol=1e-4, rtol=1e-4)
+    base, folded = (load_file(where / "model.safetensors") for where in (path, out))
+    published = load_file(out / "adapter/adapter_model.safetensors")
+    names = [name for name in base if ".experts." in name]
+    assert names
+    for name in names:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        a, b = (published.pop(f"{module}.lora_{which}.weight") for which in "AB")
+        torch.testing.assert_close(folded[name] - base[name], policy.adapter.scale * b @ a, atol=1e-5, rtol=1e-5)
+        assert (b @ a).abs().max() > 0.1
+    assert not any(".experts." in name for name in published)
+
+
+def test_gradients_of_adapters_of_experts_are_those_of_the_product(tmp_path, adapt):
+    """By the chain rule from the gradients of weights that the adapters are folded into; frozen ones have none."""
+    path, out = tiny.build(tmp_path, "Glm4MoeForCausalLM"), tmp_path / "out"
+    policy = adapt(path, DENSE_AND_EXPERTS)
+    move(policy)
+    save_huggingface(policy, out, dtype=torch.float32, source=str(path))
+    logprobs(policy).sum().backward()
+    whole = tiny.unsharded(out)
+    logprobs(whole).sum().backward()
+    for layer in (1, 2):
+        ours, theirs = (one.model.get_decoder().layers[layer].mlp.experts for one in (policy, whole))
+        for name in ("gate_up_proj", "down_proj"):
+            a, b, weight = (getattr(ours, f"{name}{end}") for end in ("_lora_A", "_lora_B", ""))
+            product = policy.adapter.scale * getattr(theirs, name).grad
+            for factor, expected in ((a, b.full_tensor().mT @ product), (b, product @ a.full_tensor().mT)):
+                torch.testing.assert_close(factor.grad.full_tensor(), expected, atol=1e-3, rtol=1e-3)
+            assert weight.grad is None
+
+
 @torch.no_grad()
 def own_logprobs(model):
     return model.eval()(input_ids=IDS[None]).logits[0, :-1].float().log_softmax(-1).gather(1, IDS[1:, None])[:, 0]
@@ -141,8 +195,10 @@ def test_the_layers_that_are_adapted(tmp_path, adapt):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("gate_up_proj", "gate_up_proj are routed experts of Glm4MoeForCausalLM"),
-        ("experts", "experts are routed experts"),
+        (
+            "gate_up_proj",
+            "gate_up_proj are routed experts of Glm4MoeForCausalLM, which are adapted together .* say experts",
+        ),
         ("lm_head", "has no linear layer lm_head in its decoder layers; choose among down_proj"),
         ("proj", "has no linear layer proj"),
     ],
@@ -150,3 +206,11 @@ def test_the_layers_that_are_adapted(tmp_path, adapt):
 def test_targets_that_cannot_be_adapted_are_refused(tmp_path, adapt, target, words):
     with pytest.raises(UserError, match=words):
         adapt(tiny.build(tmp_path, "Glm4MoeForCausalLM"), Lora(targets=("q_proj", target)))
+
+
+def test_experts_that_cannot_be_adapted_are_refused(tmp_path, adapt):
+    for architecture, words in (("Qwen3ForCausalLM", "has no experts"), ("GptOssForCausalLM", "one transposed matrix")):
+        with pytest.raises(UserError, match=words):
+            adapt(tiny.build(tmp_path, architecture), Lora(targets=("q_proj", "experts")))
+    with pytest.raises(ValidationError, match=r"model\.lora\.rank=12.* set it to 16"):
+        Lora(rank=12, targets=("experts",))

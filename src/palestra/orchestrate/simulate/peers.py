@@ -8,8 +8,7 @@ from palestra.orchestrate.simulate.clock import Clock
 from palestra.orchestrate.simulate.curves import PublishCurve, TrainerCurve
 from palestra.orchestrate.simulate.fleet import Fleet
 from palestra.orchestrate.simulate.rules import Rules
-
-_KEPT_VERSIONS = 3  # staged at once, at most: `train/publish.py`
+from palestra.wire.weights.manifest import KEPT_VERSIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class Trainer:
 
     def loaded(self, version: int) -> None:
         self._kept = [kept for kept in self._kept if kept >= version]
-        if (batch := self._to_stage) is not None and len(self._kept) < _KEPT_VERSIONS:
+        if (batch := self._to_stage) is not None and len(self._kept) < KEPT_VERSIONS:
             self._to_stage = None
             self._waited_s += self._clock.now - self._idle_since
             self._stage(batch)
@@ -76,7 +75,7 @@ class Trainer:
         self.version = batch.step + 1
         if not self._rules.schedule.publishes(batch.step):
             self._save(batch)
-        elif len(self._kept) >= _KEPT_VERSIONS:
+        elif len(self._kept) >= KEPT_VERSIONS:
             self._to_stage, self._idle_since = batch, self._clock.now
         else:
             self._stage(batch)

@@ -12,6 +12,8 @@ from palestra.core.files import write_atomically
 from palestra.wire.rundir import link_or_copy
 
 MANIFEST, STAGED = "manifest.json", "staged.json"
+KEPT_VERSIONS = 3  # in staging at once, at most: in use, on its way, being written
+MAX_CHAIN = 0.5  # of a whole version's bytes: so much may lie in differences before the next version is whole
 
 
 class TensorEntry(Struct, frozen=True, kw_only=True):
