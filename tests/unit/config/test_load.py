@@ -139,7 +139,6 @@ def test_turns_are_for_one_of_each(recipe: Path, overrides: list[str], said: str
     assert not supervised.takes_turns, "there is no engine to take turns with"
 
 
-@pytest.mark.parametrize("kind", ["nccl", "sparse_nccl"])
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -155,6 +154,7 @@ def test_routers_are_replayed_where_engines_say_what_they_chose(recipe: Path, ov
         load(recipe, [*overrides, "train.router_replay=true"])
 
 
+@pytest.mark.parametrize("kind", ["nccl", "sparse_nccl"])
 @pytest.mark.parametrize(
     ("override", "said"),
     [
