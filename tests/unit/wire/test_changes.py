@@ -21,22 +21,20 @@ from palestra.model.export import iterate_weights
 from palestra.wire.weights import files
 from palestra.wire.weights.changes import Past
 from palestra.wire.weights.manifest import read_manifest
-from tests.one_rank import join_alone
 from tests.unit.model import tiny
 from tests.unit.wire.meeting import CPU, Group, Trainer, stand_in
+from tests.unit.wire.real_model import change_some, configured, model_of, same
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch, as vLLM's layers are imported
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import VllmConfig
     from vllm.distributed import parallel_state
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
     from vllm.model_executor.model_loader import reload
-    from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, default_weight_loader
 
     from palestra.wire.weights import vllm_engine, vllm_plugin
@@ -121,26 +119,8 @@ def glm(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def vllm_config(glm) -> Iterator[VllmConfig]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        arguments = EngineArgs(model=str(glm), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True)
-        config = arguments.create_engine_config()
-        join_alone()
-        with set_current_vllm_config(config):
-            parallel_state.init_distributed_environment(1, 0, "env://", 0, "gloo")
-            parallel_state.initialize_model_parallel(1)
-            yield config
-            parallel_state.destroy_model_parallel()
-            parallel_state._WORLD = None
-
-
-def model_of(config: VllmConfig) -> nn.Module:
-    config.compilation_config.static_forward_context.clear()  # of the one before
-    torch.set_default_dtype(BF16)
-    try:
-        return initialize_model(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with configured(glm) as config:
+        yield config
 
 
 @pytest.fixture
@@ -154,15 +134,10 @@ def second_of_two(vllm_config, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def versions(glm) -> list[Weights]:
     """Five, each with one element in fifty of every tensor changed since the one before."""
-    policy = tiny.unsharded(glm)
+    policy, generator = tiny.unsharded(glm), torch.Generator().manual_seed(0)
     found = [{name: tensor.clone() for name, tensor in iterate_weights(policy, dtype=BF16)}]
-    generator = torch.Generator().manual_seed(0)
     for _ in range(4):
-        found.append({name: tensor.clone() for name, tensor in found[-1].items()})
-        for tensor in found[-1].values():
-            flat = tensor.view(-1)
-            at = torch.randperm(flat.numel(), generator=generator)[: max(1, flat.numel() // 50)]
-            flat[at] = torch.randn(len(at), generator=generator).to(flat.dtype)
+        found.append(change_some(found[-1], generator))
     return found
 
 
@@ -236,18 +211,6 @@ def bench(vllm_config, versions, tmp_path, monkeypatch) -> Bench:
     plain = SimpleNamespace(require_complete=lambda names: None, fed_by_others=list)
     monkeypatch.setattr(vllm_engine, "Coverage", lambda model: plain)
     return Bench(vllm_config, versions, tmp_path)
-
-
-def same(ours: Weights, theirs: Weights) -> bool:
-    """To the bit."""
-    return ours.keys() == theirs.keys() and all(
-        ours[name].dtype == tensor.dtype and torch.equal(_words(ours[name]), _words(tensor))
-        for name, tensor in theirs.items()
-    )
-
-
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 async def test_after_changes_an_engine_holds_what_the_trainer_has(bench):
