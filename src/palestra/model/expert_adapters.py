@@ -42,13 +42,14 @@ def why_not(layers: nn.Module) -> str | None:
 def adapt_experts(model: PreTrainedModel, layers: nn.Module, *, rank: int, scale: float) -> None:
     """On the meta device, before sharding."""
     compute = model.config._experts_implementation
-    for module in expert_modules(layers):
+    modules: list[Any] = list(expert_modules(layers))
+    for module in modules:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dim() == 3:
                 num, outputs, inputs = parameter.shape
                 for end, shape in ((A, (num, rank, inputs)), (B, (num, outputs, rank))):
                     module.register_parameter(f"{name}{end}", nn.Parameter(torch.empty(shape, device="meta")))
-        module.adapter_scale, module.adapter_compute = scale, compute  # pyright: ignore[reportAttributeAccessIssue]
+        module.adapter_scale, module.adapter_compute = scale, compute
     model.config._experts_implementation = NAME
 
 
