@@ -41,6 +41,7 @@ def dissect(config: PretrainedConfig, dtype: torch.dtype, lora: Lora | None = No
     model = _on_meta(config, dtype)
     if lora is not None:
         add_adapter(model, lora, dtype=dtype)
+        nn.Module.to(model, dtype)  # as FSDP hands out what has masters
     layers = Policy(model, head_chunk_tokens=1).decoder_layers
     kept = _keep(model, layers)
     divisor, are_heads_split, parts = _parts(config, dtype, lora, kept)
@@ -184,6 +185,7 @@ def _parts(
     whole_split = [_num(p for p in layer.parameters() if id(p) in ours) for layer in layers]
     if lora is not None:
         add_adapter(one, lora, dtype=dtype)
+        nn.Module.to(one, dtype)
     adapters = [_num(_adapters(layer)) for layer in layers]
     apply(one, split, Pretended(0, size))
     part_experts(one, Pretended(0, size))

@@ -203,6 +203,15 @@ def test_what_autograd_keeps_is_what_the_anatomy_says(fields, lora):
     assert saved_in_layers(fields, [128, 128], lora) == pytest.approx(told, rel=0.06)
 
 
+def test_adapters_keep_no_wider_precision_than_the_model():
+    """Their masters are float32, but they compute in the precision of the forward pass."""
+    lora = Lora(rank=8, targets=("o_proj", "experts"))
+    for half, single in zip(
+        anatomy_of(GLM, torch.bfloat16, lora).layers, anatomy_of(GLM, lora=lora).layers, strict=True
+    ):
+        assert half.saved_bytes < 0.75 * single.saved_bytes
+
+
 def test_what_is_kept_without_the_products_is_less():
     for layer in anatomy_of(GLM).layers:
         assert layer.input_bytes < layer.input_bytes + layer.product_bytes < layer.saved_bytes
