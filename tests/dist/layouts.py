@@ -87,7 +87,7 @@ LAYOUTS = [
     Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}, BOTH, NORMED, adapted=NORMED[:1]),
     Layout("tp2-ulysses2", 4, {"tensor": 2, "context": 2}, families=NORMED[1:]),
     Layout("tp2-ep2", 2, {"tensor": 2, "experts": 2}, families=NORMED[1:], optimizer="adamw", adapted=NORMED[1:]),
-    Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH, adapted=ALL[3:]),
+    Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH),
     Layout(
         "ep2-ring2-fsdp2",
         4,

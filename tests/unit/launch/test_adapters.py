@@ -29,6 +29,7 @@ def test_experts_beside_adapters_are_served_on_gpus_only(tmp_path):
         require_adapters(config_of(tmp_path, {}, device="cpu", model=built, **RL))
 
 
+@pytest.mark.slow
 def test_layers_that_the_model_does_not_have_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"Glm4MoeForCausalLM has no linear layer qkv_proj .*; choose among down_proj"):
         require_adapters(config_of(tmp_path, MOE, lora={"targets": ["o_proj", "qkv_proj"]}))
