@@ -86,6 +86,13 @@ def lost(events: Iterable[Event], noted: Iterable[int], in_batches: dict[int, se
     return sorted(rollout_id for rollout_id in {*ended, *noted} if not has_a_fate(rollout_id))
 
 
+def _ended(events: Iterable[Event]) -> set[int]:
+    """By the journal."""
+    records = [event.record for event in events if isinstance(event, RolloutEnded)]
+    records += [record for event in events if isinstance(event, GroupClosed) for record in event.records]
+    return {record.rollout_id for record in records}
+
+
 def _members(group: GroupOpened) -> range:
     return range(group.group_id * group.size, (group.group_id + 1) * group.size)
 
@@ -152,7 +159,7 @@ def count(run: RunDir, witness: Witness, *, max_age: int) -> Counts:
     served = [(note["engine"], int(note["version"])) for note in witness.read("served") if note["version"].isdigit()]
     served += [("the fleet", event.version) for event in events if isinstance(event, Published)]
     return Counts(
-        finished=len(set(noted)),
+        finished=len({*noted, *_ended(events)}),  # a process may die between its journal and its note
         trained=sum(map(len, lineage.values())),
         lost=lost(events, noted, in_training, max_age=max_age),
         ended_twice=sorted({*ended_twice(events), *_repeated(noted)}),

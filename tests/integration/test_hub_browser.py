@@ -86,6 +86,7 @@ def test_an_environment_is_found_opened_and_yanked_by_its_form(page, hub, tmp_pa
     """PALESTRA_IMAGES=docs/images takes the picture of the manual anew."""
     log_in(page, hub)
     page.click("a.brand")
+    page.wait_for_url("**/environments")
     page.keyboard.press("/")
     page.keyboard.type("hidden letters")
     page.keyboard.press("Enter")
@@ -128,15 +129,15 @@ def test_an_organisation_is_founded_and_a_member_let_in_changed_and_taken_out(pa
     log_in(page, hub)
     page.fill("form[action='/api/owners'] input[name=name]", "team")
     page.click("button:text-is('Found it')")
-    page.click("a:text-is('team')")
+    page.click("main a:text-is('team')")
     page.fill("input[name=person]", "bob")
     page.select_option("form.filters select", "read")
     page.click("button:text-is('Let in')")
     bob = page.locator("tr", has_text="bob")
     assert bob.locator("select").input_value() == "read"
     bob.locator("select").select_option("admin")
-    bob.locator("button:text-is('Set')").click()
-    page.wait_for_load_state()
+    with page.expect_navigation():
+        bob.locator("button:text-is('Set')").click()
     assert page.locator("select[aria-label='Role of bob']").input_value() == "admin"
     page.screenshot(path=tmp_path / "members.png")
     page.click("button:text-is('Take bob out')")

@@ -43,6 +43,13 @@ def test_it_is_first_fit_decreasing(lengths):
     assert _first_fit_decreasing(np.array(lengths, dtype=np.int64), CAPACITY) == one_by_one_first_fit(lengths, CAPACITY)
 
 
+def test_a_pack_that_first_fit_would_need_is_saved():
+    """First-fit fills 33 + 20, 32 + 20, 20 + 15 and 15; 33 + 15 + 15, 32 + 20 and 20 + 20 + 15 do with one fewer."""
+    lengths = [15, 15, 15, 20, 20, 20, 33, 32]
+    assert len(one_by_one_first_fit(lengths, CAPACITY)) == 4
+    assert pack(lengths, max_tokens=CAPACITY, num_ranks=1).num_packs == 3
+
+
 @given(lengths_st, ranks_st, st.data())
 @law
 def test_nothing_is_lost_doubled_or_too_large(lengths, num_ranks, data):
@@ -70,10 +77,11 @@ def test_a_rollout_is_in_one_pack_or_named_as_split(lengths, num_ranks, data):
 
 @given(lengths_st.filter(bool), ranks_st)
 @law
-def test_as_many_packs_as_first_fit_rounded_up_to_the_ranks(lengths, num_ranks):
+def test_no_more_packs_than_first_fit_and_no_fewer_than_the_tokens_fill(lengths, num_ranks):
     packing = pack(lengths, max_tokens=CAPACITY, num_ranks=num_ranks)
-    needed = len(one_by_one_first_fit(lengths, CAPACITY))
-    assert packing.num_packs == math.ceil(needed / num_ranks) * num_ranks
+    most, least = len(one_by_one_first_fit(lengths, CAPACITY)), math.ceil(sum(lengths) / CAPACITY)
+    assert least <= packing.num_microbatches * num_ranks == packing.num_packs
+    assert packing.num_microbatches <= math.ceil(most / num_ranks)
     assert sum(not samples for samples in packs_of(packing)) == max(0, packing.num_packs - len(lengths))
     assert packing.fill == sum(lengths) / (packing.num_packs * CAPACITY)
 

@@ -26,7 +26,7 @@ from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import RunLog
 from tests.unit.hub.written import record, scan, write, write_some
 
-ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}</pre>"
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7**20}}</pre>"
 PATHS = {
     "/runs": "",
     "/compare": "?runs=demo,other",

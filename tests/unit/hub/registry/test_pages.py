@@ -78,7 +78,7 @@ def test_nothing_of_an_upload_acts(served):
         assert not re.search(r"<script(?! src=\"/static/)|<img|onerror=alert\(2\)>(?!.*&)|href=\"javascript", text), (
             path
         )
-        assert "49" not in re.sub(r"\d{3,}|\d-\d", "", text)
+        assert str(7**20) not in text  # what a template would make of it
     assert ATTACK in unescape(served.get("/alice/words/source?path=x.html").text)
 
 
