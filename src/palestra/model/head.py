@@ -86,8 +86,11 @@ def _read(
     product_CV: Tensor, target_C: Tensor, temperature_C: Tensor, logit_map: LogitMap
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logarithm of the sum, log-probability of the target, entropy."""
-    logits_CV = logit_map(product_CV) / temperature_C[:, None]
-    del product_CV
+    logits_CV = logit_map(product_CV)
+    if torch.compiler.is_compiling():
+        logits_CV = logits_CV / temperature_C[:, None]
+    else:  # a caller holds the product: no other as large beside it
+        logits_CV = logits_CV.div_(temperature_C[:, None])
     logz_C = logits_CV.logsumexp(-1)
     logp_C = logits_CV.gather(1, target_C[:, None])[:, 0] - logz_C
     probability_CV = (logits_CV - logz_C[:, None]).exp_()
