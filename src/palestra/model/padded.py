@@ -45,11 +45,12 @@ class _Collect(Function):
 
 def attend(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, scores: Scores) -> Tensor:
     """[T, H, D]. With a cap or sinks the scores of a group are in memory."""
-    q_S, k_S, v_S = (_Spread.apply(x, documents) for x in (q_THD, k_TGD, v_TGD))
-    outs, start = [], 0
-    for num, longest in documents.groups:
-        block = slice(start, start := start + num * longest)
-        q, k, v = (x[block].unflatten(0, (num, longest)).transpose(1, 2) for x in (q_S, k_S, v_S))
+    sizes = [num * longest for num, longest in documents.groups]
+    # Split, not sliced: the gradient of a slice is as large as all slots.
+    blocks = zip(*(_Spread.apply(x, documents).split(sizes) for x in (q_THD, k_TGD, v_TGD)), strict=True)
+    outs = []
+    for (num, longest), block in zip(documents.groups, blocks, strict=True):
+        q, k, v = (x.unflatten(0, (num, longest)).transpose(1, 2) for x in block)
         out = _fused(q, k, v, scores) if scores.is_plain else _explicit(q, k, v, scores)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return _Collect.apply(torch.cat(outs), documents)

@@ -6,8 +6,10 @@ mfu           FLOPs of the definition / seconds / peak FLOP/s of the ranks. FLOP
               + sum over layers of 2 x heads x (width of keys + width of values) x visible pairs;
               nothing that is computed again counts. The peak is the data sheet's where the device is known, otherwise
               what a large matrix product reaches there
-peak_bytes    most that was in use during the steps, over what the process had before the model. On a CPU the process's
-              own memory, on a GPU torch's
+peak_bytes    most that was in use during the steps, over what the process had before the model. On a GPU torch's, on a
+              CPU that of a process of its own, whose allocator gives back what is free and is slower for it
+
+Those that are compared take turns, so that what else the machine does falls on all of them.
 """
 
 import json
@@ -34,6 +36,8 @@ from palestra.train.job import Job, Speed
 
 _DEADLINE_S = 3600.0
 _SPREAD = 0.7  # sigma of the log-normal law of lengths
+_TURNS = 2  # of each that is compared
+_OURS = "palestra"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +70,10 @@ def measure(wish: Wish) -> dict[str, Any]:
         if not is_given(config, directory):
             say("a model of random weights")
             build(_fields(wish), directory / "model", threads=config.train.threads)
-        file = directory / "job.json"
         job = _job(wish, config)
-        file.write_bytes(msgspec.json.encode(job))
-        say(f"{wish.steps} steps of palestra")
-        speed = _speed([*_launcher(config), "palestra.train.speed", str(file)], config)
-        numbers = _numbers(wish, speed, job.num_tokens)
-        if wish.against is not None:
-            numbers |= _compare(wish, config, file, speed)
-    return numbers
+        speeds = _speeds(_ways(wish, config), job, config, directory)
+    numbers = _numbers(wish, speeds[_OURS], job.num_tokens)
+    return numbers if wish.against is None else numbers | _compare(speeds)
 
 
 def is_given(config: RunConfig, directory: Path) -> bool:
@@ -144,23 +143,62 @@ def _launcher(config: RunConfig) -> list[str]:
     return [*_module("torch.distributed.run"), "--standalone", "--nproc-per-node", str(ranks), "-m"]
 
 
-def _speed(command: list[str], config: RunConfig) -> Speed:
-    return msgspec.json.decode(_run(command, config.train.threads).splitlines()[-1], type=Speed)
+def _ways(wish: Wish, config: RunConfig) -> dict[str, list[str]]:
+    """Names and commands; JOB stands for the job's file."""
+    ours = {_OURS: [*_launcher(config), "palestra.train.speed", "JOB"]}
+    if wish.against is None:
+        return ours
+    if config.train.num_ranks != 1:
+        raise UserError("--against transformers compares one rank; leave train.shard and train.replicate at 1")
+    return ours | {way: [*_module("palestra.train.plain"), "JOB", way] for way in ("padded", "masked")}
 
 
-def _run(command: list[str], threads: int) -> bytes:
-    env = _environment(threads)
+def _speeds(ways: dict[str, list[str]], job: Job, config: RunConfig, directory: Path) -> dict[str, Speed]:
+    speeds: dict[str, Speed] = {}
+    for _ in range(_TURNS if len(ways) > 1 else 1):
+        for name, command in ways.items():
+            say(f"{job.steps} steps of {_title(name)}")
+            speed = _speed(command, job, config, directory)
+            speeds[name] = _together(speeds[name], speed) if name in speeds else speed
+    for name, command in ways.items():
+        if speeds[name].device == "cpu":
+            say(f"memory of {_title(name)}")
+            short = msgspec.structs.replace(job, steps=1, profile="")
+            lean = _speed(command, short, config, directory, is_lean=True)
+            bytes_ = {field: getattr(lean, field) for field in ("bytes_before", "bytes_loaded", "bytes_peak")}
+            speeds[name] = msgspec.structs.replace(speeds[name], **bytes_)
+    return speeds
+
+
+def _title(name: str) -> str:
+    return name if name == _OURS else f"transformers, {name}"
+
+
+def _together(one: Speed, other: Speed) -> Speed:
+    steps = {"steps_s": one.steps_s + other.steps_s, "cpu_s": one.cpu_s + other.cpu_s}
+    parts_s = {name: (seconds + other.parts_s[name]) / 2 for name, seconds in one.parts_s.items()}
+    product_flops = max(one.product_flops, other.product_flops)
+    return msgspec.structs.replace(one, **steps, parts_s=parts_s, product_flops=product_flops)
+
+
+def _speed(command: list[str], job: Job, config: RunConfig, directory: Path, *, is_lean: bool = False) -> Speed:
+    file = directory / "job.json"
+    file.write_bytes(msgspec.json.encode(job))
+    command = [str(file) if word == "JOB" else word for word in command]
+    lines = _run(command, config.train.threads, is_lean=is_lean).splitlines()
+    return msgspec.json.decode(lines[-1], type=Speed)
+
+
+def _run(command: list[str], threads: int, *, is_lean: bool = False) -> bytes:
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if is_lean:  # large blocks go back to the system when they are free, so that a process has what it uses
+        env |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, env=env, timeout=_DEADLINE_S)
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()[-2000:]
         kind = UserError if done.returncode == 2 else InfrastructureError
         raise kind(f"{command[2]}: {ended_how(done.returncode)}. {words}")
     return done.stdout
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Large blocks of memory go back to the system when they are free, so that a process has what it uses."""
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 # --- numbers
@@ -203,16 +241,11 @@ def _used(speed: Speed) -> int:
     return speed.bytes_peak - speed.bytes_before
 
 
-def _compare(wish: Wish, config: RunConfig, file: Path, ours: Speed) -> dict[str, Any]:
+def _compare(speeds: dict[str, Speed]) -> dict[str, Any]:
     """With the faster way of transformers alone, and the one that needs less memory; both are told."""
-    if config.train.num_ranks != 1:
-        raise UserError("--against transformers compares one rank; leave train.shard and train.replicate at 1")
-    ways = {}
-    for way in ("padded", "masked"):
-        say(f"{wish.steps} steps of transformers, {way}")
-        ways[way] = _speed([*_module("palestra.train.plain"), str(file), way], config)
+    ours, ways = speeds[_OURS], {name: speed for name, speed in speeds.items() if name != _OURS}
     fastest = min(ways, key=lambda way: median(ways[way].steps_s))
-    theirs, step_s = ways[fastest], median(ours.steps_s)
+    theirs = ways[fastest]
     numbers: dict[str, Any] = {}
     for way, speed in ways.items():
         numbers[f"transformers_{way}_step_s"] = median(speed.steps_s)
@@ -220,7 +253,7 @@ def _compare(wish: Wish, config: RunConfig, file: Path, ours: Speed) -> dict[str
     return numbers | {
         "transformers_way": fastest,
         "transformers_loss": theirs.loss,
-        "throughput_over_transformers": median(theirs.steps_s) / step_s,
+        "throughput_over_transformers": median(theirs.steps_s) / median(ours.steps_s),
         "cpu_throughput_over_transformers": median(theirs.cpu_s) / median(ours.cpu_s),
         "memory_over_transformers": _used(ours) / min(map(_used, ways.values())),
     }

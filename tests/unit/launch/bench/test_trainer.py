@@ -47,6 +47,32 @@ def test_an_unknown_device_is_as_fast_as_its_products():
     assert bench.peak_flops(unknown)[0] == 7e14
 
 
+def with_steps(who, steps_s, **others):
+    return msgspec.structs.replace(SPEED, who=who, device="cpu", steps_s=steps_s, **others)
+
+
+def test_two_that_are_compared_take_turns_and_memory_is_of_a_process_of_its_own(monkeypatch, tmp_path):
+    """A machine that gets slower between the first turn and the second changes no ratio."""
+    asked = []
+
+    def speed(command, job, config, directory, *, is_lean=False):
+        name, slow = command[-1], 3.0 if len(asked) >= 3 else 1.0
+        asked.append((name, is_lean, job.steps))
+        seconds = {"JOB": 1.0, "padded": 9.0, "masked": 2.0}[name]
+        return with_steps(name, [seconds * slow] * job.steps, cpu_s=[seconds] * job.steps, bytes_peak=20 + is_lean)
+
+    monkeypatch.setattr(bench, "_speed", speed)
+    wish = bench.Wish(against="transformers")
+    config = bench._config(wish, tmp_path)
+    speeds = bench._speeds(bench._ways(wish, config), msgspec.structs.replace(job(), steps=2), config, tmp_path)
+    names = ["JOB", "padded", "masked"]
+    assert asked == [(name, False, 2) for name in names * 2] + [(name, True, 1) for name in names]
+    assert speeds["palestra"].steps_s == [1.0, 1.0, 3.0, 3.0]
+    told = bench._compare(speeds)
+    assert (told["transformers_way"], told["throughput_over_transformers"]) == ("masked", 2.0)
+    assert {speed.bytes_peak for speed in speeds.values()} == {21}
+
+
 @pytest.mark.parametrize(("tokens", "documents"), [(100, 1), (100, 50), (4096, 7)])
 def test_lengths_add_up_and_differ(tokens, documents):
     lengths = bench.unequal_lengths(tokens, documents, seed=1)
@@ -71,13 +97,15 @@ def test_a_quarter_of_a_document_is_prompt_in_rl_and_its_first_token_in_sft():
 def test_a_whole_one_agrees_with_transformers_alone(monkeypatch, tmp_path):
     """The same objective on the same weights and tokens: the losses are equal, after a step of training too."""
     monkeypatch.setattr(bench, "build", lambda fields, directory, threads: build(fields, directory))
+    of_a_process: list[Speed] = []
     in_a_process = bench._speed
 
-    def speed(command, config):
+    def speed(command, job, config, directory, *, is_lean=False):
         if "palestra.train.plain" not in command:
-            return in_a_process(command, config)
-        *_, file, way = command  # starting it would take longer than the step
-        plain_speed = plain.measure(msgspec.json.decode(Path(file).read_bytes(), type=Job), way)
+            if not of_a_process:  # one is enough for all turns
+                of_a_process.append(in_a_process(command, job, config, directory, is_lean=True))
+            return of_a_process[0]
+        plain_speed = plain.measure(job, command[-1])  # starting it would take longer than the step
         peak = plain_speed.bytes_before + 2**20  # this process had more before: what it adds cannot be seen
         return msgspec.structs.replace(plain_speed, bytes_peak=peak)
 
