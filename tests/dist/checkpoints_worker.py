@@ -3,7 +3,6 @@
 What is found of each layout and of what it resumed: weights and persistent buffers after the steps named in the file.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -40,7 +39,7 @@ RESUMED = {
 }
 
 
-def main(model: str, out: Path) -> None:
+def main(model: Path, out: Path) -> None:
     disable_progress_bar()
     trainer_ranks.join(Train(shard=4), deadline_s=120)
     everyone = {layout.name: (layout, layout.meshes()) for layout in LAYOUTS}
@@ -65,7 +64,7 @@ def main(model: str, out: Path) -> None:
     trainer_ranks.leave()
 
 
-def save(model: str, run: Path, ranks: Ranks) -> None:
+def save(model: Path, run: Path, ranks: Ranks) -> None:
     """At version 2; its files are written while step 2 is trained."""
     trainer = _trainer(model, run, ranks)
     _train(trainer, SAVED)
@@ -79,7 +78,7 @@ def save(model: str, run: Path, ranks: Ranks) -> None:
 
 
 def resume(
-    model: str, run: Path, ranks: Ranks, name: str, *, version: int = SAVED, forgets: bool = False
+    model: Path, run: Path, ranks: Ranks, name: str, *, version: int = SAVED, forgets: bool = False
 ) -> None:
     """The next step; two ranks save after it for one. Who `forgets` has no biases of routers."""
     trainer = _trainer(model, run, ranks)
@@ -94,11 +93,11 @@ def resume(
     _note(trainer, run / f"{name}-{version + 1}.pt")
 
 
-def _trainer(model: str, run: Path, ranks: Ranks) -> Trainer:
+def _trainer(model: Path, run: Path, ranks: Ranks) -> Trainer:
     lora = Lora(rank=8, targets=("q_proj", "o_proj", "down_proj", "experts")) if run.name == "adapted" else None
     config = RunConfig(
         log=Log(name="run", outputs=run),
-        model=Model(path=model, dtype="float32", lora=lora),
+        model=Model(path=str(model), dtype="float32", lora=lora),
         train=Train(steps=8, lr=1e-3, balance=Balance(bias_rate=0.0 if lora else 0.01)),
     )
     return Trainer(config, ranks, Ledger("test"))
@@ -134,7 +133,3 @@ def _note(trainer: Trainer, path: Path) -> None:
     }
     if trainer.ranks.is_first:
         torch.save(found, path)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,6 +1,5 @@
 """One of the four ranks of `test_layouts.py`. Arguments: a directory with models, and where to write what was found."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -42,7 +41,3 @@ def _run(model: Path, layout: Layout, kind: str, meshes: Meshes, out: Path) -> N
             found = measure(policy, meshes, ranks, layout.optimizer)
         if rank == 0:
             torch.save(found, out / f"{model.name}-{fault}.pt")
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -1,7 +1,6 @@
 """One of two ranks that load a model. Arguments: its directory, and where to write what was measured."""
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -48,15 +47,15 @@ def peak_of(work: Callable[[], None]) -> int:
     return peak - before
 
 
-def main(model: str, out: Path) -> None:
+def main(model: Path, out: Path) -> None:
     disable_progress_bar()
     ranks = trainer_ranks.join(Train(shard=2), deadline_s=120)
 
-    config = read_config(model)
+    config = read_config(str(model))
     policies = [Policy(empty_model(config, experts="grouped_mm"), head_chunk_tokens=64) for _ in range(2)]
     for policy in policies:
         shard(policy, dtype=torch.float32, experts="grouped_mm", meshes=ranks.meshes)
-    fills = [partial(fill, policy.model, Path(model), device=torch.device("cpu")) for policy in policies]
+    fills = [partial(fill, policy.model, model, device=torch.device("cpu")) for policy in policies]
     added = peak_of(fills[0])
     kept: list[Tensor] = []
     share = places.share
@@ -73,7 +72,3 @@ def main(model: str, out: Path) -> None:
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
     dist.barrier()
     trainer_ranks.leave()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

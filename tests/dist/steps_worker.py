@@ -4,7 +4,6 @@ Arguments of the program: a directory with models, and where to write what the f
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,3 @@ def _gradients(trainer: Trainer, ranks: trainer_ranks.Ranks) -> dict[str, torch.
     }
     trainer.policy.zero_grad()
     return gradients
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

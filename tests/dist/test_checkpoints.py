@@ -24,7 +24,7 @@ def found(tmp_path_factory) -> Path:
     """By the layout that saved: what it went on to without a break, and where others came to from its checkpoint."""
     model = tiny.build(tmp_path_factory.mktemp("models"), "Glm4MoeForCausalLM")
     out = tmp_path_factory.mktemp("checkpoints")
-    run("checkpoints_worker.py", model, out, timeout_s=220, num_ranks=4)
+    run("checkpoints_worker", model, out, timeout_s=220, num_ranks=4)
     return out
 
 

@@ -45,7 +45,7 @@ def models(tmp_path_factory) -> Path:
 def found(models, tmp_path_factory) -> Path:
     """What the first of four ranks found, a file for each family, layout and precision."""
     out = tmp_path_factory.mktemp("layouts")
-    run("layouts_worker.py", models, out, timeout_s=1200, num_ranks=4)
+    run("layouts_worker", models, out, timeout_s=1200, num_ranks=4)
     return out
 
 

@@ -35,7 +35,7 @@ def model_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def four_ranks(out, model_path) -> dict:
-    run("muon_worker.py", out, model_path, timeout_s=120)
+    run("muon_worker", out, model_path, timeout_s=120)
     return torch.load(out / "found.pt")
 
 

@@ -34,7 +34,7 @@ def models(tmp_path_factory) -> Path:
 def two_ranks(models, tmp_path_factory) -> Path:
     """Where one run of torchrun left what it found for every model and mesh, and its checkpoints."""
     out = tmp_path_factory.mktemp("two")
-    run("steps_worker.py", models, out, timeout_s=280, num_ranks=2)
+    run("steps_worker", models, out, timeout_s=280, num_ranks=2)
     return out
 
 

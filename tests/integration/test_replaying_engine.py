@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PROMPT = [3 + (5 * position) % 27 for position in range(12)]
 GENERATE = "/inference/v1/generate"
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "logprobs": 0, "detokenize": False, "seed": 5}
-LONG = 300  # tokens of a reply that is still on its way when the engine is paused
+LONG = 480  # tokens of a reply that is still on its way when the engine is paused
 
 
 @dataclass
