@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from palestra.algo.losses import policy_loss
-from palestra.config.schema import Lora, Train
+from palestra.config.schema import Balance, Lora, Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model import experts, load
@@ -47,6 +47,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, (ADAPTED := "adapt
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 STEPS = 3
+AUX_LOSS = 0.1
 NOTHING = Replay()
 
 
@@ -55,44 +56,43 @@ class Layout:
     name: str
     num_ranks: int
     axes: dict[str, Any] = field(default_factory=dict)
-    precisions: tuple[str, ...] = ("float64",)
-    families: tuple[str, ...] = ALL
+    families: tuple[str, ...] = ALL  # in float64
+    singles: tuple[str, ...] = NORMED  # in float32
     activations: Activations = PLAIN
     optimizer: Literal["muon", "adamw"] = "muon"  # the first is the second for all that is no matrix of a layer
     adapted: tuple[str, ...] = ()  # families whose adapters are trained here, too
 
     def suits(self, family: str) -> bool:
-        return family in self.families and ("experts" not in self.axes or is_split(family))
+        return "experts" not in self.axes or is_split(family)
 
     def kinds(self, family: str) -> tuple[str, ...]:
         """What is measured of a family: keys of `DTYPES`."""
-        return (*(self.precisions if self.suits(family) else ()), *((ADAPTED,) if family in self.adapted else ()))
+        measured = {"float64": self.families, "float32": self.singles, ADAPTED: self.adapted}
+        return tuple(kind for kind, families in measured.items() if family in families and self.suits(family))
 
     def meshes(self) -> Meshes:
         """A collective of all ranks, also of those that have no part in it."""
         return make_meshes("cpu", ranks=range(self.num_ranks), **self.axes)
 
 
-BOTH = ("float64", "float32")
 LAYOUTS = [
     Layout("1", 1),
     Layout("fsdp2", 2, {"shard": 2}, optimizer="adamw"),
-    Layout("fsdp4", 4, {"shard": 4}, BOTH),
+    Layout("fsdp4", 4, {"shard": 4}),
     Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}, adapted=ALL[:1]),
     Layout("ep2", 2, {"shard": 2, "experts": 2}, optimizer="adamw"),
     Layout("ep4", 4, {"shard": 4, "experts": 4}, adapted=NORMED[1:]),
     Layout("ulysses2", 2, {"context": 2}),
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
-    Layout("tp2", 2, {"tensor": 2}, families=("Gemma2ForCausalLM", LATENT, BIASED, SINKS), adapted=(LATENT,)),
-    Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}, BOTH, NORMED, adapted=NORMED[:1]),
-    Layout("tp2-ulysses2", 4, {"tensor": 2, "context": 2}, families=NORMED[1:]),
-    Layout("tp2-ep2", 2, {"tensor": 2, "experts": 2}, families=NORMED[1:], optimizer="adamw", adapted=NORMED[1:]),
-    Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}, BOTH),
+    Layout("tp2", 2, {"tensor": 2}, families=("Gemma2ForCausalLM", LATENT, BIASED, SINKS), singles=(), adapted=(LATENT,)),
+    Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}, families=NORMED, adapted=NORMED[:1]),
+    Layout("tp2-ulysses2", 4, {"tensor": 2, "context": 2}, families=NORMED[1:], singles=()),
+    Layout("tp2-ep2", 2, {"tensor": 2, "experts": 2}, families=NORMED[1:], singles=(), optimizer="adamw", adapted=NORMED[1:]),
+    Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}),
     Layout(
         "ep2-ring2-fsdp2",
         4,
         {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2},
-        BOTH,
         (*ALL, LATENT),
         adapted=NORMED[1:],
     ),
@@ -100,8 +100,8 @@ LAYOUTS = [
         "ep2-ulysses2-fsdp2-full-offload",
         4,
         {"shard": 2, "context": 2, "experts": 2},
-        ("float32",),
-        ("Glm4MoeForCausalLM",),
+        families=(),
+        singles=("Glm4MoeForCausalLM",),
         activations=Activations("full", offload=True),
         adapted=("Glm4MoeForCausalLM",),
     ),
@@ -109,8 +109,8 @@ LAYOUTS = [
         "ep2-ring2-fsdp2-selective-offload",
         4,
         {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2},
-        ("float32",),
-        ("GptOssForCausalLM",),
+        families=(),
+        singles=("GptOssForCausalLM",),
         activations=Activations("selective", offload=True),
         adapted=("GptOssForCausalLM",),
     ),
@@ -120,6 +120,7 @@ FAULTS = {  # the layout that has it, and what shows it
     "boundary ignored": ("ring2", "gradients"),
     "wrong divisor": ("ep2", "gradients"),
     "routes of another rank": ("ring2", "weights"),
+    "experts counted in a part": ("ring2", "gradients"),
     "orthogonalised in pieces": ("fsdp4", "weights"),
     "norms summed twice": ("tp2-ep2", "gradients"),
     "norms not summed": ("tp2-ep2", "gradients"),
@@ -128,12 +129,12 @@ FAULTS = {  # the layout that has it, and what shows it
 }
 
 
-SHOWN_BY = {"bias of every rank": BIASED, "routes of another rank": "Glm4MoeForCausalLM"}
+SHOWN_BY = {"bias of every rank": BIASED, "routes of another rank": NORMED[1], "experts counted in a part": NORMED[1]}
 
 
 def faults_of(family: str) -> list[str]:
     """Those of layouts that the family is in: experts make most of them, and some are shown by one family alone."""
-    suits = {layout.name: layout.suits(family) for layout in LAYOUTS}
+    suits = {layout.name: layout.suits(family) and family in layout.families for layout in LAYOUTS}
     return [
         fault
         for fault, (layout, _) in FAULTS.items()
@@ -200,9 +201,13 @@ def measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str)
 def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str) -> dict[str, Any]:
     plan = _plan(meshes, 0)
     readings = Readings()
+    policy.routers.forget(for_loss=True)
     for index, pack in enumerate(plan.packs):
         set_gradient_sync(policy, index == len(plan.packs) - 1)
-        pack_loss(policy, pack, plan.counts, _loss(), readings).backward()
+        loss = pack_loss(policy, pack, plan.counts, _loss(), readings)
+        if len(policy.routers):
+            loss = loss + AUX_LOSS / plan.num_tokens * policy.routers.balance_loss(policy.context)
+        loss.backward()
     found: dict[str, Any] = {
         "gradients": {name: _whole(parameter.grad) for name, parameter in _trained(policy)}
     }
@@ -244,8 +249,17 @@ def never_narrower(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks) -> Any:
+    """Experts are balanced, too, where there are any."""
     return train_step(
-        policy, optimizer, plan, rl_loss=_loss(), lr=1e-3, max_grad_norm=1.0, ranks=ranks, ledger=Ledger("test")
+        policy,
+        optimizer,
+        plan,
+        rl_loss=_loss(),
+        lr=1e-3,
+        max_grad_norm=1.0,
+        ranks=ranks,
+        ledger=Ledger("test"),
+        balance=Balance(aux_loss=AUX_LOSS if len(policy.routers) else 0.0),
     )
 
 
@@ -289,6 +303,10 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
             return
     elif fault == "routes of another rank":
         with patch.object(Replay, "given", lambda replay, layer, given=Replay.given: _of_other(given(replay, layer))):
+            yield
+            return
+    elif fault == "experts counted in a part":
+        with patch.object(type(policy.context), "sum", lambda context, counts: counts):
             yield
             return
     elif fault == "norms summed twice":

@@ -73,6 +73,10 @@ class Context:
         compute the same from it, so a gradient is taken from this rank's own computation only."""
         return mine_k
 
+    def sum(self, counts: Tensor) -> Tensor:
+        """Of what the ranks have; in place, and without a gradient."""
+        return counts
+
     def require(self, *, heads: int) -> None:
         """Errors: ValueError for a model that cannot be split so."""
 
@@ -90,6 +94,10 @@ class _Split(Context):
 
     def collect(self, mine_k: Tensor, owner_K: Tensor) -> Tensor:
         return _Collect.apply(mine_k, owner_K, self)
+
+    def sum(self, counts: Tensor) -> Tensor:
+        dist.all_reduce(counts, group=self.group)
+        return counts
 
 
 class _Collect(Function):
