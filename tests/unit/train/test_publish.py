@@ -272,7 +272,7 @@ def _change_little(policy, to: float) -> None:
 def test_only_changes_are_offered_where_they_are_few(policy, ranks, tmp_path):
     """Each from the version before, whichever way that went; a version that is mostly new is staged, and is then what
     the next one is taken from."""
-    ledger, options = Ledger("test"), {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends_changes": True}
+    ledger, options = Ledger("test"), {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends": "changes"}
     sending = _staging_publisher(policy, ranks, tmp_path, **options)
     first = sending.stage(0, ledger)
     assert (first.is_sent, first.mark, read_manifest(Path(first.directory)).mark) == (False, "1.0.0", "1.0.0")
@@ -292,7 +292,7 @@ def test_only_changes_are_offered_where_they_are_few(policy, ranks, tmp_path):
 
 
 def test_each_life_of_a_trainer_has_marks_of_its_own(policy, ranks, tmp_path):
-    options = {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends_changes": True}
+    options = {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends": "changes"}
     marks = {
         _staging_publisher(policy, ranks, tmp_path, life=life, **options).stage(7, Ledger("test")).mark
         for life in range(2)

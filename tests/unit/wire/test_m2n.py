@@ -1,4 +1,5 @@
-"""Why `sync.kind=nccl_m2n` is refused (decision 0034). Where one of these fails, vLLM can do more: look again."""
+"""Why `sync.kind=nccl_m2n` gathers some tensors, and is for one engine (decision 0037). Where one of these fails, vLLM
+can do more: look again."""
 
 import warnings
 from types import SimpleNamespace
