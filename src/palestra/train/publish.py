@@ -91,6 +91,8 @@ class Publisher:
         self._send_from, self._has_staged = send_from, False
         self._sends: Sends = sends
         self._sender: Sender | None = None
+        if sends == "shards":
+            self._sender = self.sender  # what cannot be sent is told before a step is taken
         self._held: dict[int, list[torch.Tensor]] | None = {} if by_handle else None
 
     @property

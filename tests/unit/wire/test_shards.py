@@ -23,6 +23,7 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.model.export import iterate_weights
 from palestra.model.shards import Lying
+from palestra.wire.weights import files
 from tests.unit.model import tiny
 from tests.unit.wire import fake_m2n
 from tests.unit.wire.fake_m2n import CPU, Exchange
@@ -257,6 +258,20 @@ async def test_after_a_send_an_engine_holds_what_the_trainer_has(bench, workers)
     assert engine._engines[0]._receiver.written == in_place
 
 
+async def test_a_version_may_come_as_files_in_between(bench, tmp_path):
+    """As one does that an engine begins with, or missed: what is written in place still finds its place."""
+    trainer, engine = bench.trainer(), Engine(bench.config)
+    assert await bench.send(trainer, 0, engine) is None
+    files.stage(tmp_path / "v1", 1, 1, iter(bench.versions[1].items()))
+    engine.start()
+    await engine.update_by_transfer({"directory": str(tmp_path / "v1"), "version": 1}, deadline_s=5)
+    assert engine.holds(bench.versions[1])
+    assert await bench.send(trainer, 0, engine) is None
+    assert engine.holds(bench.versions[0])
+    with pytest.raises(InfrastructureError, match="start a new update"):
+        await engine.update_by_transfer({"directory": str(tmp_path / "v1"), "version": 1}, deadline_s=5)
+
+
 def test_the_offer_says_how_much_is_gathered_nowhere(bench):
     offer, weights = bench.trainer().sender.prepare("1"), bench.versions[0]
     vocabulary = [name for name in weights if "embed" in name or "lm_head" in name]
@@ -296,6 +311,10 @@ async def test_what_was_not_written_does_not_count_as_loaded(bench, monkeypatch)
     assert f"parameter {name} got nothing" in str(failure)
 
 
+ONE_FAMILY = pytest.mark.parametrize("path", ["Qwen3ForCausalLM"], indirect=True)  # where the model does not matter
+
+
+@ONE_FAMILY
 @pytest.mark.parametrize("at", ["init", "update"])
 async def test_all_ranks_are_free_of_an_engine_that_died_by_the_deadline(bench, at):
     """Whether as they met or as they sent; and meet the next one."""
@@ -312,6 +331,21 @@ async def test_all_ranks_are_free_of_an_engine_that_died_by_the_deadline(bench, 
     assert again.holds(bench.versions[1])
 
 
+@ONE_FAMILY
+async def test_no_rank_goes_on_where_one_has_failed(bench, monkeypatch):
+    trainer, engine = bench.trainer(deadline_s=LATE_S), Engine(bench.config)
+    assert await bench.send(trainer, 0, engine) is None
+    senders = trainer.sender.senders  # type: ignore[attr-defined]
+    with monkeypatch.context() as harm:
+        harm.setattr(fake_m2n, "TAKE_S", 1)
+        harm.setattr(senders[2], "_transfer", lambda engine: 1 / 0)
+        assert await bench.send(trainer, 1, engine) is not None
+    assert "ZeroDivisionError" in trainer.error
+    assert {*trainer.sender.errors[1:]} == {trainer.error}  # type: ignore[attr-defined]
+    assert [sender._engine for sender in senders] == [None] * 4, "all meet anew"
+
+
+@ONE_FAMILY
 async def test_an_engine_that_lost_its_weights_place_is_not_written_to(bench):
     trainer, engine = bench.trainer(deadline_s=LATE_S), Engine(bench.config)
     assert await bench.send(trainer, 0, engine) is None
@@ -321,6 +355,7 @@ async def test_an_engine_that_lost_its_weights_place_is_not_written_to(bench):
     assert "o_proj.weight lies elsewhere than when the engine met the trainer; start it again" in str(failure)
 
 
+@ONE_FAMILY
 async def test_a_trainer_that_meets_nobody_leaves_it_at_that(bench, monkeypatch):
     """What nothing can break off transfers nothing afterwards: the next send has the weights to itself."""
     let_go = threading.Event()
@@ -339,6 +374,7 @@ async def test_a_trainer_that_meets_nobody_leaves_it_at_that(bench, monkeypatch)
 # --- what is refused
 
 
+@ONE_FAMILY
 def test_nothing_is_sent_where_nothing_can_move_it(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "nccl.m2n", None)
     for make in (bench.trainer, lambda: Engine(bench.config)):
@@ -348,6 +384,7 @@ def test_nothing_is_sent_where_nothing_can_move_it(bench, monkeypatch):
             make()
 
 
+@ONE_FAMILY
 def test_a_tensor_that_cannot_be_moved_is_named(bench):
     bench.versions[0]["steps"] = torch.tensor(1)
     try:

@@ -76,7 +76,7 @@ class ShardsSender(Sender):
             super().send(ask, num_workers=num_workers, is_new_group=is_new_group, deadline_s=deadline_s)
         except InfrastructureError as failure:
             error = str(failure)
-        error = self._ranks.from_first(next(filter(None, self._ranks.to_first(error)), ""))
+        error = self._ranks.from_first("; ".join(sorted({*self._ranks.to_first(error)} - {""})))
         if error:
             self.close()
             raise InfrastructureError(error)
