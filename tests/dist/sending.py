@@ -177,9 +177,12 @@ class Workers:
     def __init__(self, weights: dict[str, Tensor]):
         self.models = [Split(weights, rank) for rank in range(2)]
         self._engines = [self._engine(model) for model in self.models]
+        self.are_dead = False
 
     def ask(self, what: str, info: dict[str, Any]) -> None:
         """In order: the first one tells the second where things go."""
+        if self.are_dead:
+            return
         self.work = [threading.Thread(target=self._do, args=(engine, what, info)) for engine in self._engines]
         for work in self.work:
             work.start()
@@ -209,7 +212,17 @@ def _shards(policy: Policy, ranks: Ranks, exchange: fake_m2n.Exchange) -> dict[s
 
     sends = sender(MAX_PARTS)
     offer = sends.prepare("1.0.2")
-    sends.send(workers.ask, num_workers=2, is_new_group=True, deadline_s=20)  # type: ignore[arg-type]
+    ask: Any = workers.ask
+    sends.send(ask, num_workers=2, is_new_group=True, deadline_s=20)
+    for work in workers.work if ranks.is_first else ():
+        work.join(20)
+    workers.are_dead, error = True, ""
+    try:
+        sends.send(ask, num_workers=2, is_new_group=False, deadline_s=0.5)
+    except InfrastructureError as failure:
+        error = str(failure)
+    workers.are_dead = False
+    sends.send(ask, num_workers=2, is_new_group=True, deadline_s=20)
     for work in workers.work if ranks.is_first else ():
         work.join(20)
     return {
@@ -219,5 +232,6 @@ def _shards(policy: Policy, ranks: Ranks, exchange: fake_m2n.Exchange) -> dict[s
         "offer": offer,
         "in_parts": {tensor.name for tensor in sends._shards._weights.lying if tensor.dim is not None},
         "moved": exchange.moved,
+        "errors": ranks.to_first(error),
         "beyond": sender(ranks.num - 1).prepare("1.0.2"),
     }

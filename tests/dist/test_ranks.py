@@ -140,4 +140,6 @@ def test_what_several_ranks_send_from_where_it_lies_is_what_they_have(family, me
     assert found["offer"].full_bytes == found["offer"].sent_bytes == sum(sizes.values())
     parts = 1 if mesh == "2x1" else 2
     assert found["moved"] == {(parts, 2), (parts, 1), (1, 1)}
+    assert len(found["errors"]) == 2
+    assert all("waited 0.5 s for engines to receive" in error for error in found["errors"]), "of dead ones, in between"
     assert found["beyond"].shard_bytes == (found["offer"].shard_bytes if mesh == "2x1" else 0), "too many parts"

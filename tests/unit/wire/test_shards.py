@@ -165,7 +165,20 @@ class Engine:
         self.calls.append("update")
         if self._fails_at == "update":
             raise InfrastructureError("the engine died")
+        if self._fails_at == "half":
+            self._die_after(len(info["names"]) // 2)
         await asyncio.to_thread(self._each, lambda engine: self._update(engine, info))
+
+    def _die_after(self, num: int) -> None:
+        [receiver] = [engine._receiver for engine in self._engines]
+        reshard, left = receiver._reshard, iter(range(num))
+
+        def die(*arguments: Any) -> None:
+            if next(left, None) is None:
+                raise RuntimeError("the engine died")
+            reshard(*arguments)
+
+        receiver._reshard = die
 
     def _update(self, engine: ShardsEngine, info: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -315,7 +328,7 @@ ONE_FAMILY = pytest.mark.parametrize("path", ["Qwen3ForCausalLM"], indirect=True
 
 
 @ONE_FAMILY
-@pytest.mark.parametrize("at", ["init", "update"])
+@pytest.mark.parametrize("at", ["init", "update", "half"])
 async def test_all_ranks_are_free_of_an_engine_that_died_by_the_deadline(bench, at):
     """Whether as they met or as they sent; and meet the next one."""
     trainer = bench.trainer(deadline_s=LATE_S)

@@ -74,6 +74,7 @@ class Sender:
         self._source, self._ranks, self._host = _Weights(tensors), ranks, host
         self._engine: TrainerWeightTransferEngine | None = None
         self._told: Told | None = None  # of the send that goes on
+        self._lock = threading.Lock()
 
     def prepare(self, mark: str) -> Offer | None:
         """For the weights as they are now, which `mark` names. A collective. None: they cannot be sent, stage them."""
@@ -120,10 +121,8 @@ class Sender:
                 torch.cuda.set_device(self._ranks.device)  # each thread has its own
             if is_new_group or self._engine is None:
                 self.close()
-                self._engine = self._meet(Client(told), num_workers)
-            if self._told is not told:
-                self.close()
-                return
+                self._take(self._meet(Client(told), num_workers), told)
+            assert self._engine is not None
             assert isinstance(self._engine.client, Client)
             self._engine.client.told = told
             self._transfer(self._engine)
@@ -131,6 +130,15 @@ class Sender:
             told.put(("failed", error))
         else:
             told.put(("done", None))
+
+    def _take(self, engine: TrainerWeightTransferEngine, told: Told) -> None:
+        """Errors: InfrastructureError, if the send was given up meanwhile."""
+        with self._lock:
+            if self._told is told:
+                self._engine = engine
+                return
+        engine.shutdown()
+        raise InfrastructureError("engines came after the send was given up")
 
     @property
     def _is_sender(self) -> bool:
@@ -159,8 +167,8 @@ class Sender:
 
         Errors: StuckError, if it is still in a transfer without its process group.
         """
-        self._told = None
-        has_met = self._engine is not None
+        with self._lock:
+            self._told, has_met = None, self._engine is not None
         self._abort()
         work.join(timeout=_ABORTED_S)
         if has_met and work.is_alive():

@@ -84,5 +84,5 @@ class ShardsEngine(SentEngine):
         """What was loaded since must have gone where weights lay when trainer and engine met."""
         known = dict(self.model.named_parameters())
         for name, place in self._receiver.places.items():
-            if known[name].data_ptr() != place.data_ptr():
+            if name not in known or known[name].data_ptr() != place.data_ptr():
                 raise InfrastructureError(f"{name} lies elsewhere than when the engine met the trainer; start it again")
