@@ -22,6 +22,7 @@ from palestra.model import experts, load
 from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.documents import documents_of
 from palestra.model.expert_adapters import expert_modules
+from palestra.model.export import iterate_weights
 from palestra.model.fill import empty_model, fill
 from palestra.model.load import read_config, set_gradient_sync
 from palestra.model.lora import add_adapter, begin_adapter
@@ -29,6 +30,7 @@ from palestra.model.mesh import Meshes, make_meshes
 from palestra.model.places import share
 from palestra.model.policy import Policy, check_replay
 from palestra.model.replay import Replay
+from palestra.model.shards import ShardedWeights
 from palestra.model.tensor import Seen
 from palestra.train import muon, packs
 from palestra.train.optimizer import make_optimizer
@@ -129,6 +131,8 @@ FAULTS = {  # the layout that has it, and what shows it
 }
 
 
+SHARDED = (*NORMED, "GptOssForCausalLM")  # whose checkpoints have experts as the policy has them
+"""Families of which it is shown how they lie."""
 SHOWN_BY = {"bias of every rank": BIASED, "routes of another rank": NORMED[1], "experts counted in a part": NORMED[1]}
 
 
@@ -218,6 +222,21 @@ def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str
     ]
     found["weights"] = {name: _whole(parameter) for name, parameter in _trained(policy)}
     return found
+
+
+def in_parts(policy: Policy, ranks: Ranks) -> set[str]:
+    """What a rank can send from where it lies, which is its part of what a checkpoint has; all else it has whole. A
+    collective of the layout."""
+    copies = ranks.meshes.root["replicate"].size()
+    weights = ShardedWeights(policy, torch.float32, copies=copies, num_ranks=ranks.num, max_parts=16)
+    whole = {name: tensor.clone() for name, tensor in iterate_weights(policy, dtype=torch.float32)}
+    parts, index = ranks.num // copies, ranks.rank % (ranks.num // copies)
+    for lying, (name, tensor) in zip(weights.lying, weights.tensors(), strict=True):
+        expected = whole.pop(name)
+        assert (lying.name, lying.dtype, lying.shape) == (name, expected.dtype, tuple(expected.shape))
+        assert torch.equal(tensor, expected if lying.dim is None else expected.chunk(parts, lying.dim)[index]), name
+    assert not whole
+    return {lying.name for lying in weights.lying if lying.dim is not None}
 
 
 def _trained(policy: Policy) -> Iterator[tuple[str, Tensor]]:

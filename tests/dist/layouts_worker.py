@@ -10,7 +10,20 @@ from palestra.config.schema import Train
 from palestra.model.mesh import Meshes
 from palestra.train import ranks as trainer_ranks
 from palestra.train.ranks import Ranks
-from tests.dist.layouts import ADAPTED, DTYPES, FAULTS, LAYOUTS, Layout, faults_of, kind_of, make_policy, measure, planted
+from tests.dist.layouts import (
+    ADAPTED,
+    DTYPES,
+    FAULTS,
+    LAYOUTS,
+    SHARDED,
+    Layout,
+    faults_of,
+    in_parts,
+    kind_of,
+    make_policy,
+    measure,
+    planted,
+)
 
 
 def main(models: Path, out: Path) -> None:
@@ -31,6 +44,8 @@ def _run(model: Path, layout: Layout, kind: str, meshes: Meshes, out: Path) -> N
     ranks = Ranks(rank=rank, num=meshes.ranks.size(), device=torch.device("cpu"), meshes=meshes)
     policy = make_policy(model, DTYPES[kind], meshes, layout.activations, adapted=is_adapted)
     found = measure(policy, meshes, ranks, layout.optimizer)
+    if kind == "float64" and model.name in SHARDED and layout.num_ranks == 4:  # the others: `test_ranks.py`
+        found["in_parts"] = in_parts(policy, ranks)
     if rank == 0:
         torch.save(found, out / f"{model.name}-{layout.name}-{kind}.pt")
     for fault in faults_of(model.name):

@@ -1,9 +1,9 @@
-"""What `steps_worker.py` sends from several ranks, and what a receiver gets: queues in the place of NCCL."""
+"""What `steps_worker.py` sends from several ranks, and what receivers get: queues in the place of NCCL and M2N."""
 
 import threading
 import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer import nccl_engine
+from vllm.distributed.weight_transfer.m2n_engine import M2NWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.layers.linear import RowParallelLinear
 
 from palestra.core.errors import InfrastructureError
 from palestra.model.export import iterate_weights
 from palestra.model.policy import Policy
+from palestra.model.shards import ShardedWeights
 from palestra.train.ranks import Ranks
 from palestra.wire.weights.changes_sender import ChangesSender
 from palestra.wire.weights.sender import Sender
+from palestra.wire.weights.shards_sender import MAX_PARTS, ShardsSender
+from tests.unit.wire import fake_m2n
 from tests.unit.wire.meeting import CPU, stand_in
 
 DTYPE = torch.bfloat16
@@ -75,7 +80,9 @@ def send(policy: Policy, ranks: Ranks) -> dict[str, Any]:
     """A collective. On the first rank everything that was found."""
     with pytest.MonkeyPatch.context() as patches:
         stand_in(patches)
-        return {"whole": _whole(policy, ranks, patches), "changes": _changes(policy, ranks)}
+        found = {"whole": _whole(policy, ranks, patches), "changes": _changes(policy, ranks)}
+    with pytest.MonkeyPatch.context() as patches:
+        return {**found, "shards": _shards(policy, ranks, fake_m2n.stand_in(patches, ranks))}
 
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
@@ -130,4 +137,101 @@ def _changes(policy: Policy, ranks: Ranks) -> dict[str, Any]:
         "patched": before,
         "offer": offer,
         "kept": ranks.to_first(sum(tensor.nbytes for tensor in sender._past._kept.values())),
+    }
+
+
+class Split(nn.Module):
+    """Holds its half of two matrices of each layer as a checkpoint names them, split by columns; takes all else whole."""
+
+    def __init__(self, weights: dict[str, Tensor], rank: int):
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+        self.mine = {name: self._half(tensor) for name, tensor in weights.items() if self.is_split(name)}
+        self.rank = rank
+
+    @staticmethod
+    def is_split(name: str) -> bool:
+        return name.endswith(("o_proj.weight", "down_proj.weight")) and ".experts." not in name
+
+    @staticmethod
+    def _half(whole: Tensor) -> nn.Parameter:
+        parameter: Any = nn.Parameter(torch.zeros(whole.shape[0], whole.shape[1] // 2, dtype=whole.dtype), False)
+        owner = SimpleNamespace(tp_size=2)
+        parameter.weight_loader, parameter.input_dim = MethodType(RowParallelLinear.weight_loader, owner), 1
+        return parameter
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.mine.items()
+
+    def load_weights(self, weights: Any) -> None:
+        self.found |= {name: tensor.clone() for name, tensor in weights}
+
+    def put_together(self, other: "Split") -> dict[str, Tensor]:
+        halves = {name: torch.cat([mine, other.mine[name]], 1).detach() for name, mine in self.mine.items()}
+        return halves | self.found
+
+
+class Workers:
+    """vLLM's side of two workers of one engine, in threads of the first rank."""
+
+    def __init__(self, weights: dict[str, Tensor]):
+        self.models = [Split(weights, rank) for rank in range(2)]
+        self._engines = [self._engine(model) for model in self.models]
+        self.are_dead = False
+
+    def ask(self, what: str, info: dict[str, Any]) -> None:
+        """In order: the first one tells the second where things go."""
+        if self.are_dead:
+            return
+        self.work = [threading.Thread(target=self._do, args=(engine, what, info)) for engine in self._engines]
+        for work in self.work:
+            work.start()
+            if what == "init":
+                work.join(20)
+
+    def _do(self, engine: M2NWeightTransferEngine, what: str, info: dict[str, Any]) -> None:
+        if what == "init":
+            engine.init_transfer_engine(engine.parse_init_info(info))
+        else:
+            engine.receive_weights(engine.parse_update_info(info))
+
+    @staticmethod
+    def _engine(model: Split) -> M2NWeightTransferEngine:
+        parallel = SimpleNamespace(data_parallel_index=0, world_size=2, rank=model.rank, pipeline_parallel_size=1)
+        config: Any = SimpleNamespace(parallel_config=parallel, model_config=None)
+        return M2NWeightTransferEngine(WeightTransferConfig(backend="nccl_m2n"), config, CPU, model)
+
+
+def _shards(policy: Policy, ranks: Ranks, exchange: fake_m2n.Exchange) -> dict[str, Any]:
+    expected = weights_of(policy)
+    workers, copies = Workers(expected), ranks.meshes.root["replicate"].size()
+
+    def sender(max_parts: int) -> ShardsSender:
+        lying = ShardedWeights(policy, DTYPE, copies=copies, num_ranks=ranks.num, max_parts=max_parts)
+        return ShardsSender(lying, ranks=ranks, host="127.0.0.1")
+
+    sends = sender(MAX_PARTS)
+    offer = sends.prepare("1.0.2")
+    ask: Any = workers.ask
+    sends.send(ask, num_workers=2, is_new_group=True, deadline_s=20)
+    for work in workers.work if ranks.is_first else ():
+        work.join(20)
+    workers.are_dead, error = True, ""
+    try:
+        sends.send(ask, num_workers=2, is_new_group=False, deadline_s=0.5)
+    except InfrastructureError as failure:
+        error = str(failure)
+    workers.are_dead = False
+    sends.send(ask, num_workers=2, is_new_group=True, deadline_s=20)
+    for work in workers.work if ranks.is_first else ():
+        work.join(20)
+    return {
+        "expected": expected,
+        "received": workers.models[0].put_together(workers.models[1]),
+        "loaded": [set(model.found) for model in workers.models],
+        "offer": offer,
+        "in_parts": {tensor.name for tensor in sends._shards._weights.lying if tensor.dim is not None},
+        "moved": exchange.moved,
+        "errors": ranks.to_first(error),
+        "beyond": sender(ranks.num - 1).prepare("1.0.2"),
     }

@@ -28,7 +28,12 @@ PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 AGES = [0, 2, 0, 1, 9, 0, 2, 0]
 STEPS = 4
 SAVED_AT = 2
-MESHES_SENT = {"1x2": {"shard": 2}, "2x1": {"replicate": 2}, "ep2": {"shard": 2, "experts": 2}}
+MESHES_SENT = {
+    "1x2": {"shard": 2},
+    "2x1": {"replicate": 2},
+    "ep2": {"shard": 2, "experts": 2},
+    "tensor2": {"tensor": 2},
+}
 ADAPTED = "-adapted"  # ends the name of a model's directory
 
 

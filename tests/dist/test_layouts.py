@@ -99,6 +99,24 @@ def test_a_layout_equals_one_process(family, layout: Layout, kind, alone, found,
 
 
 LOSS = "train/rl/loss"
+NORM, EXPERTS = "model.norm.weight", "model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "lies", "lies_not"),
+    [
+        ("Qwen3ForCausalLM", "replicate2-shard2", "model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight"),
+        ("Glm4MoeForCausalLM", "ep4", NORM, "model.layers.1.mlp.experts.0.up_proj.weight"),
+        ("Glm4MoeForCausalLM", "tp2-fsdp2", NORM, "model.layers.1.self_attn.q_proj.weight"),
+        ("GptOssForCausalLM", "ep4", EXPERTS, "model.embed_tokens.weight"),
+        ("GptOssForCausalLM", "ep2-ring2-fsdp2", NORM, EXPERTS),
+    ],
+)
+def test_a_rank_can_send_what_it_holds_of_a_checkpoint(family, layout, lies, lies_not, found):
+    """In every layout of four ranks: they have compared it (`layouts.in_parts`)."""
+    names = torch.load(found / f"{family}-{layout}-float64.pt")["in_parts"]
+    assert lies in names
+    assert lies_not not in names
 
 
 @pytest.mark.parametrize(("family", "fault"), [(family, fault) for family in FAMILIES for fault in faults_of(family)])

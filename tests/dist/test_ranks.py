@@ -93,7 +93,7 @@ def test_a_checkpoint_of_two_ranks_is_continued_by_one(architecture, models, one
 SENT = [
     (family, mesh)
     for family in FAMILIES
-    for mesh in ("1x2", "2x1", "ep2")
+    for mesh in ("1x2", "2x1", "ep2", "tensor2")
     if mesh != "ep2" or family == "Glm4MoeForCausalLM"
 ]
 
@@ -118,3 +118,28 @@ def test_changes_that_several_ranks_find_make_what_was_into_what_is(family, mesh
     assert (found["offer"].base, 0 < found["offer"].sent_bytes < 0.2 * found["offer"].full_bytes) == ("1.0.1", True)
     assert sum(found["kept"]) == found["offer"].full_bytes
     assert max(found["kept"]) < 0.6 * found["offer"].full_bytes
+
+
+@pytest.mark.parametrize(("family", "mesh"), SENT)
+def test_what_several_ranks_send_from_where_it_lies_is_what_they_have(family, mesh, two_ranks):
+    """Parts where they are a checkpoint's, in an even number of rows: not the vocabulary of 31, nor experts that have
+    names of their own."""
+    found = torch.load(two_ranks / f"{family}-{mesh}-sent.pt", weights_only=False)["shards"]
+    assert found["received"].keys() == found["expected"].keys()
+    assert all(torch.equal(found["received"][name], tensor) for name, tensor in found["expected"].items())
+    sizes = {name: tensor.nbytes for name, tensor in found["expected"].items()}
+    odd = {name for name in sizes if "embed" in name or "lm_head" in name} if mesh != "2x1" else set()
+    buffers = {name for name in sizes if name.endswith("e_score_correction_bias")}
+    gathered = odd | buffers | {name for name in sizes if ".experts." in name}
+    if mesh != "tensor2":
+        assert found["in_parts"] == sizes.keys() - gathered
+        assert found["loaded"][0] == {name for name in sizes if not name.endswith(("o_proj.weight", "down_proj.weight"))} | {
+            name for name in sizes if ".experts." in name
+        }
+    assert found["offer"].shard_bytes == sum(sizes[name] for name in found["in_parts"])
+    assert found["offer"].full_bytes == found["offer"].sent_bytes == sum(sizes.values())
+    parts = 1 if mesh == "2x1" else 2
+    assert found["moved"] == {(parts, 2), (parts, 1), (1, 1)}
+    assert len(found["errors"]) == 2
+    assert all("waited 0.5 s for engines to receive" in error for error in found["errors"]), "of dead ones, in between"
+    assert found["beyond"].shard_bytes == (found["offer"].shard_bytes if mesh == "2x1" else 0), "too many parts"

@@ -389,7 +389,8 @@ class Engine(Section):
 
 class Sync(Section):
     """How new weights reach the engines: as files; `ipc`, where trainer and engine are on one GPU; `nccl`, sent from
-    the trainer's GPUs to the engines'; `sparse_nccl`, only what changed of them."""
+    the trainer's GPUs to the engines'; `nccl_m2n`, from all of them to one engine, by shards; `sparse_nccl`, only what
+    changed."""
 
     kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"
     kv: Literal["keep", "recompute"] = "keep"
@@ -405,12 +406,7 @@ class Sync(Section):
     deadline_s: PositiveFloat = 300
 
     @model_validator(mode="after")
-    def _is_built(self) -> Self:
-        if self.kind == "nccl_m2n":
-            raise ValueError(
-                "sync.kind=nccl_m2n is refused: vLLM cannot be told how experts and split matrices lie on the "
-                "trainer's ranks (decision 0034); use nccl, or sparse_nccl where few weights change"
-            )
+    def _writes_files(self) -> Self:
         if self.kind != "files" and (self.difference or self.local is not None):
             raise ValueError(f"sync.kind={self.kind} writes no files: leave sync.difference and sync.local out")
         return self
@@ -418,7 +414,7 @@ class Sync(Section):
     @property
     def is_sent(self) -> bool:
         """Versions go from the trainer's memory to engines that wait for them."""
-        return self.kind in ("nccl", "sparse_nccl")
+        return self.kind in ("nccl", "nccl_m2n", "sparse_nccl")
 
 
 class Endpoint(Section):
@@ -767,6 +763,11 @@ class RunConfig(Section):
             raise ValueError(f"sync.kind={self.sync.kind} sends between GPUs, not to engine.device=cpu; use files")
         if self.sync.is_sent and self.log.keep_weights:
             raise ValueError(f"log.keep_weights needs staged versions, sync.kind={self.sync.kind} has none; use files")
+        if self.sync.kind == "nccl_m2n" and self.engine.replicas > 1:
+            raise ValueError(
+                f"sync.kind=nccl_m2n sends to the workers of one engine, but engine.replicas={self.engine.replicas}: "
+                "vLLM numbers them after the trainer's ranks; use nccl, or one engine with more engine.tensor_parallel"
+            )
         if self.sync.kind == "sparse_nccl" and self.engine.is_quantized:
             raise ValueError(
                 "sync.kind=sparse_nccl puts what changed into weights that engines hold as they were published, not "

@@ -26,12 +26,12 @@ def iterate_weights(policy: Policy, *, dtype: torch.dtype) -> Iterator[tuple[str
     Parameters come in `dtype`, buffers as they are. Tied tensors come once, under the name of the first. Adapters come
     inside the weights that they are added to. A collective: every rank must iterate to the end.
     """
-    for group in _groups(policy.model.state_dict(keep_vars=True)):
+    for group in by_layer(policy.model.state_dict(keep_vars=True)):
         plain = group if policy.adapter is None else fold(group, policy.adapter)
-        yield from _layout(policy, {name: _whole(tensor, dtype) for name, tensor in plain.items()})
+        yield from layout(policy, {name: whole_as(tensor, dtype) for name, tensor in plain.items()})
 
 
-def _layout(policy: Policy, layer: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def layout(policy: Policy, layer: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """As a checkpoint has it. What was handed out is let go of: two layers are never whole at once."""
     tensors = revert_weight_conversion(policy.model, layer)
     del layer
@@ -39,7 +39,7 @@ def _layout(policy: Policy, layer: dict[str, Tensor]) -> Iterator[tuple[str, Ten
         yield name, tensors.pop(name)
 
 
-def _groups(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def by_layer(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Tensors by layer, in the model's order."""
     groups: dict[str, dict[str, Tensor]] = {}
     seen: set[int] = set()
@@ -51,8 +51,15 @@ def _groups(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return list(groups.values())
 
 
+def published(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Its shape and type, without values."""
+    is_cast = isinstance(tensor, torch.nn.Parameter)
+    return torch.empty(tensor.shape, dtype=dtype if is_cast else tensor.dtype, device="meta")
+
+
 @torch.no_grad()
-def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def whole_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A collective, if it is sharded."""
     if not isinstance(tensor, torch.nn.Parameter):
         return tensor
     return whole(tensor.to(dtype))

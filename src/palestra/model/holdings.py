@@ -49,6 +49,20 @@ def holdings(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placem
     }
 
 
+def even_dim(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], *, copies: int, num_ranks: int
+) -> int | None:
+    """The dimension of which every rank of the job holds one of equal parts, in the order of ranks, with `copies` of
+    the whole one after the other; None, if what ranks hold is anything else."""
+    parts, held = num_ranks // copies, holdings(shape, mesh, placements)
+    if sorted(held) != list(range(num_ranks)):
+        return None
+    for dim, size in enumerate(shape):
+        if size % parts == 0 and all(held[rank].runs == _part(shape, dim, rank % parts, parts) for rank in held):
+            return dim
+    return None
+
+
 def is_sharded(mesh: DeviceMesh, placements: Sequence[Placement], dims: Sequence[int]) -> bool:
     """Whether any of `dims` is cut over more than one rank."""
     return any(
@@ -66,6 +80,12 @@ def sharding_dims(mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[in
         for dim, (placement, num) in enumerate(zip(placements, mesh.shape, strict=True))
         if not isinstance(placement, Replicate) and num > 1
     )
+
+
+def _part(shape: Sequence[int], dim: int, index: int, parts: int) -> tuple[tuple[Run, ...], ...]:
+    length = shape[dim] // parts
+    cut = Run(index * length, 0, length)
+    return tuple((cut,) if at == dim else (Run(0, 0, size),) for at, size in enumerate(shape))
 
 
 def _coordinates(mesh_shape: Sequence[int]) -> list[tuple[int, ...]]:

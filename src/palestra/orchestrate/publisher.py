@@ -309,6 +309,7 @@ def _staged_metrics(staged: Staged) -> Metrics:
     return {
         "publish/bytes": Mean(staged.sent_bytes),
         "publish/full_bytes": Mean(staged.full_bytes),
+        "publish/shard_bytes": Mean(staged.shard_bytes),
         "publish/stage_s": Mean(staged.stage_s),
     }
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from palestra.wire.weights.manifest import KEPT_VERSIONS, MAX_CHAIN, Probe, Stag
 if TYPE_CHECKING:
     from palestra.wire.weights.sender import Sender
 
+Sends = Literal["whole", "changes", "shards"]
 KEPT_COPIES = 2  # where each is a copy of the model in the GPU's memory: one that engines hold, one on its way
 
 
@@ -72,12 +73,12 @@ class Publisher:
         by_handle: bool = False,
         base: str = "",
         send_from: str | None = None,
-        sends_changes: bool = False,
+        sends: Sends = "whole",
     ):
         """`recorded_in`: where every version is kept beside being staged. `full_every`: 1 stages all of them whole.
         `by_handle`: not at all; the engine finds a copy in the memory of the GPU that both are on. `base`: the model
-        that adapters belong to. `send_from`: this host's address, where versions after the first are sent;
-        `sends_changes`: only what changed, wherever that is little."""
+        that adapters belong to. `send_from`: this host's address, where versions after the first are sent: by the first
+        rank, or only what changed, wherever that is little, or by all ranks from their shards."""
         self._base = base
         self._policy, self._ranks, self._directory = policy, ranks, directory
         self._attempt, self._life, self._dtype, self._recorded_in = attempt, life, dtype, recorded_in
@@ -87,8 +88,11 @@ class Publisher:
         self._previous: list[float] | None = None  # those of the version before
         self._staged: list[int] = []
         self._differences, self._local = Differences(full_every), local
-        self._send_from, self._sends_changes, self._has_staged = send_from, sends_changes, False
+        self._send_from, self._has_staged = send_from, False
+        self._sends: Sends = sends
         self._sender: Sender | None = None
+        if sends == "shards":
+            self._sender = self.sender  # what cannot be sent is told before a step is taken
         self._held: dict[int, list[torch.Tensor]] | None = {} if by_handle else None
 
     @property
@@ -144,14 +148,15 @@ class Publisher:
             is_sent=True,
             mark=mark,
             base=offer.base,
+            shard_bytes=offer.shard_bytes,
         )
 
     @property
     def sender(self) -> "Sender":
         if self._sender is None:
             assert self._send_from is not None
-            self._sender = _sender_class(self._sends_changes)(
-                lambda: iterate_weights(self._policy, dtype=self._dtype), ranks=self._ranks, host=self._send_from
+            self._sender = _make_sender(
+                self._sends, self._policy, dtype=self._dtype, ranks=self._ranks, host=self._send_from
             )
         return self._sender
 
@@ -174,7 +179,7 @@ class Publisher:
             tensors = iterate_weights(self._policy, dtype=self._dtype)
         else:
             tensors = iterate_adapter(self._policy.model, dtype=self._dtype)
-        if self._sends_changes:
+        if self._sends == "changes":
             tensors = self.sender.passing(tensors, mark)
         if not self._ranks.is_first:
             for _ in tensors:
@@ -225,15 +230,21 @@ class Publisher:
         return self._directory / (f"v{version:06d}" + (f".{self._life}" if self._life else ""))
 
 
-def _sender_class(sends_changes: bool) -> "type[Sender]":
+def _make_sender(sends: Sends, policy: Policy, *, dtype: torch.dtype, ranks: Ranks, host: str) -> "Sender":
     """vLLM's side of it: as above."""
-    if sends_changes:
-        from palestra.wire.weights.changes_sender import ChangesSender
+    if sends == "shards":
+        from palestra.model.shards import ShardedWeights
+        from palestra.wire.weights.shards_sender import MAX_PARTS, ShardsSender
 
-        return ChangesSender
-    from palestra.wire.weights.sender import Sender
+        copies = ranks.meshes.root["replicate"].size()
+        lying = ShardedWeights(policy, dtype, copies=copies, num_ranks=ranks.num, max_parts=MAX_PARTS)
+        return ShardsSender(lying, ranks=ranks, host=host)
+    if sends == "changes":
+        from palestra.wire.weights.changes_sender import ChangesSender as kind
+    else:
+        from palestra.wire.weights.sender import Sender as kind
 
-    return Sender
+    return kind(lambda: iterate_weights(policy, dtype=dtype), ranks=ranks, host=host)
 
 
 def _links(directory: Path) -> list[Path]:

@@ -12,7 +12,7 @@ one before may not have heard.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ from palestra.wire.rundir import Attempt, RunDir, version_to_load
 from palestra.wire.weights.manifest import Staged
 
 if TYPE_CHECKING:  # the loop itself needs no torch: a trainer, whatever it computes with, is given to it
-    from palestra.train.publish import Publisher
+    from palestra.train.publish import Publisher, Sends
     from palestra.train.ranks import Ranks
     from palestra.train.trainer import Trainer
 
@@ -96,6 +96,9 @@ def _begin(loop: "Loop", config: RunConfig) -> None:
     loop.stage()
 
 
+_SENDS: Mapping[str, "Sends"] = {"sparse_nccl": "changes", "nccl_m2n": "shards"}  # by sync.kind
+
+
 def _make_publisher(trainer: "Trainer", config: RunConfig, run: RunDir, attempt: Attempt) -> "Publisher":
     from palestra.train.publish import Publisher
     from palestra.train.trainer import DTYPES
@@ -115,7 +118,7 @@ def _make_publisher(trainer: "Trainer", config: RunConfig, run: RunDir, attempt:
         local=str(config.sync.local.resolve()) if config.sync.local else "",
         by_handle=config.sync.kind == "ipc",
         send_from=config.launch.host if config.sync.is_sent else None,
-        sends_changes=config.sync.kind == "sparse_nccl",
+        sends=_SENDS.get(config.sync.kind, "whole"),
     )
 
 

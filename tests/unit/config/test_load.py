@@ -88,7 +88,7 @@ def test_override_values_are_toml(recipe: Path):
         ("train.seed=-1", "train.seed"),
         ("sync.probe_tokens=1", "sync.probe_tokens"),
         ("sync.full_every=1", "sync.full_every"),
-        ("sync.kind=nccl_m2n", "sync.kind=nccl_m2n is refused: vLLM cannot be told"),
+        ("sync={kind='nccl_m2n', local='/tmp/x'}", "sync.kind=nccl_m2n writes no files"),
         ("sync={kind='nccl', local='/tmp/x'}", "sync.kind=nccl writes no files"),
         ("sync={kind='ipc', difference=true}", "leave sync.difference and sync.local out"),
         ("model.lora.dropout=0.1", "two different policies; set it to 0"),
@@ -154,7 +154,7 @@ def test_routers_are_replayed_where_engines_say_what_they_chose(recipe: Path, ov
         load(recipe, [*overrides, "train.router_replay=true"])
 
 
-@pytest.mark.parametrize("kind", ["nccl", "sparse_nccl"])
+@pytest.mark.parametrize("kind", ["nccl", "nccl_m2n", "sparse_nccl"])
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -166,9 +166,17 @@ def test_routers_are_replayed_where_engines_say_what_they_chose(recipe: Path, ov
     ],
 )
 def test_versions_are_sent_between_gpus_only(recipe: Path, kind: str, override: str, said: str):
-    assert load(recipe, [f"sync.kind={kind}", "engine.replicas=2", "train.shard=2"]).config.sync.is_sent
+    assert load(recipe, [f"sync.kind={kind}", "train.shard=2"]).config.sync.is_sent
     with pytest.raises(UserError, match=said.format(kind=kind)):
         load(recipe, [f"sync.kind={kind}", override])
+
+
+def test_shards_are_sent_to_one_engine(recipe: Path):
+    sent = ["sync.kind=nccl_m2n", "engine.tensor_parallel=4", "train.expert_parallel=2", "train.shard=32"]
+    assert load(recipe, sent).config.sync.is_sent
+    with pytest.raises(UserError, match=r"workers of one engine, but engine\.replicas=2: .*; use nccl, or one engine"):
+        load(recipe, [*sent, "engine.replicas=2"])
+    assert load(recipe, ["sync.kind=nccl", "engine.replicas=2"]).config.sync.is_sent
 
 
 def test_changes_are_not_sent_into_weights_that_engines_quantize(recipe: Path):

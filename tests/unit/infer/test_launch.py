@@ -44,7 +44,10 @@ def test_an_engine_that_takes_turns_can_leave_its_gpu() -> None:
         assert ("--enable-sleep-mode" in words) is expected
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("nccl", "files-or-nccl"), ("sparse_nccl", "files-or-changes")])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [("nccl", "files-or-nccl"), ("nccl_m2n", "files-or-shards"), ("sparse_nccl", "files-or-changes")],
+)
 def test_an_engine_receives_as_versions_are_sent(kind: str, backend: str) -> None:
     tree = {"log": {"name": "x"}, "model": {"path": "m"}, "env": {"mix": [{"id": "a"}]}, "sync": {"kind": kind}}
     config = RunConfig.model_validate({**tree, "engine": {"device": "cuda"}})

@@ -1,12 +1,15 @@
 """Who holds what, and how matrices are dealt: hand-made layouts, and laws of the deal."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from palestra.core.errors import PalestraError
-from palestra.model.holdings import Run, holding
+from palestra.model.holdings import Run, even_dim, holding
 from palestra.train.exchange import cut, deal
 
 
@@ -24,6 +27,26 @@ def test_rows_of_a_strided_shard():
     """Nine rows in two chunks of five and four, each over four ranks."""
     held = [_rows(9, (4,), [_StridedShard(0, split_factor=2)], (rank,)) for rank in range(4)]
     assert held == [[0, 1, 5], [2, 3, 6], [4, 7], [8]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "mesh", "placements", "expected"),
+    [
+        ((8, 3), (2, 2), [Replicate(), Shard(0)], 0),
+        ((3, 8), (2, 2), [Replicate(), Shard(1)], 1),
+        ((8, 3), (2, 1, 2), [Replicate(), _StridedShard(0, split_factor=2), Shard(0)], 0),  # strides over one
+        ((6, 4), (2, 2), [Replicate(), Replicate()], None),
+        ((9, 3), (2, 2), [Replicate(), Shard(0)], None),  # five rows and four
+        ((8, 3), (2, 2), [Shard(0), Replicate()], None),  # copies beside each other
+        ((8, 8), (2, 2), [Shard(0), Shard(1)], None),
+        ((8, 3), (1, 2, 2), [Replicate(), _StridedShard(0, split_factor=2), Shard(0)], None),  # experts of two owners
+    ],
+)
+def test_equal_parts_in_the_order_of_ranks(shape, mesh, placements, expected):
+    """Of four ranks, two of which share a copy."""
+    ranks: Any = SimpleNamespace(mesh=torch.arange(4).view(mesh), shape=mesh)
+    assert even_dim(shape, ranks, placements, copies=2, num_ranks=4) == expected
+    assert even_dim(shape, ranks, placements, copies=2, num_ranks=8) is None, "others hold nothing of it"
 
 
 def test_rows_of_a_sharded_shard():

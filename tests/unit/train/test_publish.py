@@ -17,6 +17,7 @@ from tests.unit.wire.fake_gpu import DEVICE, fake_gpu
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch, as vLLM's layers are imported
     import palestra.wire.weights.changes_sender  # noqa: F401
+    from tests.unit.wire import fake_m2n
 
 
 @pytest.fixture
@@ -272,7 +273,7 @@ def _change_little(policy, to: float) -> None:
 def test_only_changes_are_offered_where_they_are_few(policy, ranks, tmp_path):
     """Each from the version before, whichever way that went; a version that is mostly new is staged, and is then what
     the next one is taken from."""
-    ledger, options = Ledger("test"), {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends_changes": True}
+    ledger, options = Ledger("test"), {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends": "changes"}
     sending = _staging_publisher(policy, ranks, tmp_path, **options)
     first = sending.stage(0, ledger)
     assert (first.is_sent, first.mark, read_manifest(Path(first.directory)).mark) == (False, "1.0.0", "1.0.0")
@@ -292,9 +293,24 @@ def test_only_changes_are_offered_where_they_are_few(policy, ranks, tmp_path):
 
 
 def test_each_life_of_a_trainer_has_marks_of_its_own(policy, ranks, tmp_path):
-    options = {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends_changes": True}
+    options = {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends": "changes"}
     marks = {
         _staging_publisher(policy, ranks, tmp_path, life=life, **options).stage(7, Ledger("test")).mark
         for life in range(2)
     }
     assert marks == {"1.0.7", "1.1.7"}
+
+
+def test_what_is_offered_by_shards_tells_how_much_is_gathered_nowhere(policy, ranks, tmp_path, monkeypatch):
+    fake_m2n.stand_in(monkeypatch)
+    options = {"dtype": torch.bfloat16, "send_from": "127.0.0.1", "sends": "shards"}
+    sending = _staging_publisher(policy, ranks, tmp_path, **options)
+    first = sending.stage(0, Ledger("test"))
+    assert (first.is_sent, first.shard_bytes) == (False, 0)
+    offered = sending.stage(1, Ledger("test"))
+    assert (offered.is_sent, offered.base, offered.sent_bytes, offered.full_bytes) == (
+        True,
+        "",
+        *[first.full_bytes] * 2,
+    )
+    assert offered.shard_bytes == offered.full_bytes, "one rank has all of it"

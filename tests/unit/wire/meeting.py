@@ -131,8 +131,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Meeting:
 class Trainer:
     """The trainer's process: hears `SendWeights`, and says what vLLM's side of it wants of engines."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], *, deadline_s: float = 5, sends: type[Sender] = Sender):
-        self.tensors, self.deadline_s = tensors, deadline_s
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        deadline_s: float = 5,
+        sends: type[Sender] = Sender,
+        width: int = 1,
+    ):
+        self.tensors, self.deadline_s, self.width = tensors, deadline_s, width
         self.sender = sends(lambda: self.tensors.items(), ranks=Alone(), host="127.0.0.1")
         self.sending: Sending
         self.error = ""
@@ -145,7 +152,7 @@ class Trainer:
             try:
                 self.sender.send(
                     lambda what, info: loop.call_soon_threadsafe(self.sending.asked, what, info),  # type: ignore[arg-type]
-                    num_workers=len(self.met),
+                    num_workers=len(self.met) * self.width,
                     is_new_group=is_new,
                     deadline_s=self.deadline_s,
                 )
@@ -158,7 +165,7 @@ class Trainer:
         return is_new
 
     async def send_to(self, *engines: Any) -> list[BaseException | None]:
-        self.sending = Sending(engines, self.begin, width=1)  # type: ignore[arg-type]
+        self.sending = Sending(engines, self.begin, width=self.width)  # type: ignore[arg-type]
 
         async def one(engine: Any) -> None:
             try:

@@ -43,6 +43,7 @@ with warnings.catch_warnings():
     from palestra.wire.weights.in_place import require_in_place
     from palestra.wire.weights.vllm_changes import ChangesEngine
     from palestra.wire.weights.vllm_sent import SentEngine
+    from palestra.wire.weights.vllm_shards import ShardsEngine
 
 BF16 = torch.bfloat16
 Weights = dict[str, torch.Tensor]
@@ -344,10 +345,10 @@ def test_an_update_is_one_start_one_version_one_finish(bench):
         engine.finish_weight_update()
 
 
-def test_vllm_knows_both_backends_by_the_plugin():
+def test_vllm_knows_all_backends_by_the_plugin():
     vllm_plugin.register()
     known = {kind: WeightTransferEngineFactory._registry[name]() for kind, name in vllm_plugin.SENT_BACKENDS.items()}
-    assert known == {"nccl": SentEngine, "sparse_nccl": ChangesEngine}
+    assert known == {"nccl": SentEngine, "nccl_m2n": ShardsEngine, "sparse_nccl": ChangesEngine}
 
 
 # --- models whose weights are not what was loaded

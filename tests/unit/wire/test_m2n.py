@@ -1,4 +1,5 @@
-"""Why `sync.kind=nccl_m2n` is refused (decision 0034). Where one of these fails, vLLM can do more: look again."""
+"""Why `sync.kind=nccl_m2n` gathers some tensors, and is for one engine (decision 0037). Where one of these fails, vLLM
+can do more: look again."""
 
 import warnings
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from vllm.config.weight_transfer import WeightTransferConfig
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch, as vLLM's layers are imported
     from vllm.distributed.weight_transfer import m2n_engine
-    from vllm.distributed.weight_transfer.m2n_common import M2NMesh, check_plan_limits, resolve_layout
+    from vllm.distributed.weight_transfer.m2n_common import M2NMesh, check_plan_limits, resolve_layout, validate_layout
     from vllm.distributed.weight_transfer.m2n_source import placements_from_tensor
 
 
@@ -36,6 +37,13 @@ def test_what_goes_whole_to_every_worker_comes_from_sixteen_shards_at_most():
     check(16)
     with pytest.raises(ValueError, match="17 source shards into one replicated destination"):
         check(17)
+
+
+def test_parts_are_equal():
+    """FSDP's need not be."""
+    validate_layout(M2NMesh((1, 2), 0), (-1, 0), (6, 3), "source")
+    with pytest.raises(ValueError, match=r"shards dim 0 \(size 5\) over 2 ranks, which does not divide evenly"):
+        validate_layout(M2NMesh((1, 2), 0), (-1, 0), (5, 3), "source")
 
 
 def test_all_workers_belong_to_one_server(monkeypatch):

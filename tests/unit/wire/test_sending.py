@@ -5,6 +5,7 @@ load is what the trainer had.
 """
 
 import asyncio
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ from vllm.config.weight_transfer import WeightTransferConfig
 
 from palestra.core.errors import InfrastructureError, PublishError
 from palestra.wire.sending import Sending
-from tests.unit.wire.meeting import CPU, Meeting, Trainer, stand_in
+from palestra.wire.weights import sender
+from palestra.wire.weights.sender import Sender, StuckError
+from tests.unit.wire.meeting import CPU, Alone, Meeting, Trainer, stand_in
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch, as vLLM's layers are imported
@@ -161,3 +164,36 @@ async def test_a_trainer_that_dies_keeps_nobody_waiting(meeting, monkeypatch):
     with pytest.raises(PublishError, match="could not send the version: it has died"):
         await receiving
     assert trainer.error == ""
+
+
+def test_a_send_that_nothing_can_break_off_ends_the_trainer(monkeypatch):
+    """One that is stuck before it met anybody is left alone: it will transfer nothing."""
+    let_go, transferred = threading.Event(), []
+    monkeypatch.setattr(sender, "_ABORTED_S", 0.1)
+
+    class Stuck(Sender):
+        waits_in = "_transfer"
+
+        def _meet(self, client, num_workers) -> Any:
+            if self.waits_in == "_meet":
+                let_go.wait(20)
+            return SimpleNamespace(client=client, shutdown=lambda: None)
+
+        def _transfer(self, engine) -> None:
+            let_go.wait(20)
+            transferred.append(self.waits_in)
+
+    def send(sends: Sender) -> None:
+        sends.send(lambda *_: None, num_workers=1, is_new_group=True, deadline_s=0.1)
+
+    with pytest.raises(StuckError, match="a send is stuck"):
+        send(Stuck(dict[str, torch.Tensor]().items, ranks=Alone(), host=""))
+    meets = Stuck(dict[str, torch.Tensor]().items, ranks=Alone(), host="")
+    meets.waits_in = "_meet"
+    with pytest.raises(InfrastructureError, match=r"waited 0\.1 s for engines to receive a version"):
+        send(meets)
+    stuck = [thread for thread in threading.enumerate() if thread.name.endswith("(_work)")]
+    let_go.set()
+    for thread in stuck:
+        thread.join(5)
+    assert (len(stuck), transferred) == (2, ["_transfer"])

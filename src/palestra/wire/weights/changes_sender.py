@@ -60,12 +60,12 @@ class ChangesSender(Sender):
             self._patches = patches or [self._past.still()]  # of nothing, vLLM says nothing to engines
             self._kinship = Kinship(base=base, mark=mark, digest=digest_of(self._patches))
 
-    def _meet(self, client: "Client", world_size: int) -> TrainerWeightTransferEngine:
+    def _meet(self, client: "Client", num_workers: int) -> TrainerWeightTransferEngine:
         info = SparseNCCLTrainerInitInfo(
             rank=self._ranks.rank,
             master_address=self._host,
             master_port=free_port(self._host),
-            world_size=world_size,
+            world_size=1 + num_workers,
         )
         return WeightTransferTrainerFactory.trainer_init(info, client=client)
 

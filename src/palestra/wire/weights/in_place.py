@@ -1,4 +1,4 @@
-"""Are an engine's weights those of a checkpoint, element by element? Only then may changes be put among them.
+"""Are an engine's weights those of a checkpoint, element by element? Only then may they be written one by one.
 
 vLLM arranges some weights as its kernels want them, or computes others from them, after it has loaded them whole.
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -21,12 +22,16 @@ _PLAIN = UnquantizedLinearMethod, UnquantizedEmbeddingMethod
 _COMPOSED = composed_weight_loader(lambda *_: None, lambda tensor: tensor).__qualname__
 
 
-def require_in_place(model: nn.Module) -> None:
-    """Of a model that is loaded. Errors: UserError naming the first module where it is not so."""
+def require_in_place(model: nn.Module, *, kind: str = "sparse_nccl", loads_experts: bool = False) -> None:
+    """Of a model that is loaded. `loads_experts`: those are loaded as ever, not written.
+
+    Errors: UserError naming the first module where it is not so.
+    """
     for name, module in model.named_modules():
-        if reason := _obstacle(module):
+        is_written = not (loads_experts and isinstance(getattr(module, "quant_method", None), FusedMoEMethodBase))
+        if is_written and (reason := _obstacle(module)):
             raise UserError(
-                f"sync.kind=sparse_nccl puts what changed into the engine's weights, but {reason} in {name}; use "
+                f"sync.kind={kind} writes into the engine's weights where they lie, but {reason} in {name}; use "
                 "sync.kind=nccl"
             )
 

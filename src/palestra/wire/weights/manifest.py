@@ -67,7 +67,8 @@ class Staged(Struct, frozen=True, kw_only=True):
     `sent_bytes` were written for it in `stage_s`, `full_bytes` it has; 0 where nobody counted. `local`: where engines
     keep copies of what they load, on their own machines; empty if they read `directory` itself. `is_sent`: it lies in
     the trainer's memory alone, and is sent when engines are ready for it; then there is no directory. `mark`: as in the
-    manifest. `base`: the mark that engines must hold to be sent it; empty if that does not matter.
+    manifest. `base`: the mark that engines must hold to be sent it; empty if that does not matter. Of what is sent,
+    `shard_bytes` go from where they lie in the trainer, gathered nowhere.
     """
 
     version: int
@@ -81,6 +82,7 @@ class Staged(Struct, frozen=True, kw_only=True):
     is_sent: bool = False
     mark: str = ""
     base: str = ""
+    shard_bytes: int = 0
 
 
 def write_manifest(directory: Path, manifest: WeightsManifest) -> None:

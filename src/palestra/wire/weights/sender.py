@@ -1,7 +1,8 @@
 """The trainer's side of versions that are sent: vLLM's own backend, whose words to engines go another way.
 
 All ranks gather one layer after the other from their shards; the first one broadcasts it (`nccl`; `changes_sender.py`
-is of `sparse_nccl`). vLLM would ask engines itself; here the orchestrator does, and `ask` tells it what.
+is of `sparse_nccl`, `shards_sender.py` of `nccl_m2n`). vLLM would ask engines itself; here the orchestrator does, and
+`ask` tells it what.
 
 This has never run on a GPU. Tests drive vLLM's classes with another process group in the place of NCCL's.
 """
@@ -24,7 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from palestra.core.errors import DeadlineError, InfrastructureError
+from palestra.core.errors import DeadlineError, InfrastructureError, PalestraError
 from palestra.wire.weights.changes import Tensors
 
 T = TypeVar("T")
@@ -32,6 +33,10 @@ Pass = Iterator[tuple[str, torch.Tensor]]
 Told = queue.SimpleQueue[tuple[Literal["init", "update", "done", "failed"], Any]]
 Ask = Callable[[Literal["init", "update"], dict[str, Any]], None]
 _ABORTED_S = 15.0  # from the end of a process group until whoever was stuck in it is free
+
+
+class StuckError(PalestraError):
+    """What sends cannot be broken off: only the end of the process does."""
 
 
 class Ranks(Protocol):
@@ -50,11 +55,13 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class Offer:
-    """What a version comes to, if it is sent to engines that hold `base`; empty if that does not matter."""
+    """What a version comes to, if it is sent to engines that hold `base`; empty if that does not matter. Of what is
+    sent, `shard_bytes` are gathered nowhere in the trainer."""
 
     sent_bytes: int
     full_bytes: int
     base: str = ""
+    shard_bytes: int = 0
 
 
 class Sender:
@@ -66,6 +73,8 @@ class Sender:
     def __init__(self, tensors: Callable[[], Tensors], *, ranks: Ranks, host: str):
         self._source, self._ranks, self._host = _Weights(tensors), ranks, host
         self._engine: TrainerWeightTransferEngine | None = None
+        self._told: Told | None = None  # of the send that goes on
+        self._lock = threading.Lock()
 
     def prepare(self, mark: str) -> Offer | None:
         """For the weights as they are now, which `mark` names. A collective. None: they cannot be sent, stage them."""
@@ -80,11 +89,12 @@ class Sender:
         """What was prepared. A collective. `ask` is called in this thread.
 
         Errors: InfrastructureError, if an engine has failed or is late; then the next send needs a new group.
+        StuckError, if the trainer must end.
         """
-        told: Told = queue.SimpleQueue()
+        self._told = told = queue.SimpleQueue()
         work = threading.Thread(target=self._work, args=(told, num_workers, is_new_group), daemon=True)
-        is_sender = self._ranks.rank == 0
-        ends_at = time.monotonic() + deadline_s + (0 if is_sender else _ABORTED_S)  # others wait for what it gives up
+        late_s = 0 if self._is_sender else _ABORTED_S  # others wait for what it gives up
+        ends_at = time.monotonic() + deadline_s + late_s
         self._begin()
         work.start()
         thing: Any
@@ -111,7 +121,8 @@ class Sender:
                 torch.cuda.set_device(self._ranks.device)  # each thread has its own
             if is_new_group or self._engine is None:
                 self.close()
-                self._engine = self._meet(Client(told), 1 + num_workers)
+                self._take(self._meet(Client(told), num_workers), told)
+            assert self._engine is not None
             assert isinstance(self._engine.client, Client)
             self._engine.client.told = told
             self._transfer(self._engine)
@@ -120,12 +131,25 @@ class Sender:
         else:
             told.put(("done", None))
 
-    def _meet(self, client: "Client", world_size: int) -> TrainerWeightTransferEngine:
+    def _take(self, engine: TrainerWeightTransferEngine, told: Told) -> None:
+        """Errors: InfrastructureError, if the send was given up meanwhile."""
+        with self._lock:
+            if self._told is told:
+                self._engine = engine
+                return
+        engine.shutdown()
+        raise InfrastructureError("engines came after the send was given up")
+
+    @property
+    def _is_sender(self) -> bool:
+        return self._ranks.rank == 0
+
+    def _meet(self, client: "Client", num_workers: int) -> TrainerWeightTransferEngine:
         info = NCCLTrainerInitInfo(
             rank=self._ranks.rank,
             master_address=self._host,
             master_port=free_port(self._host),
-            world_size=world_size,
+            world_size=1 + num_workers,
         )
         return WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
 
@@ -139,12 +163,20 @@ class Sender:
         ask(what, info)
 
     def _give_up(self, work: threading.Thread) -> None:
-        """Errors: InfrastructureError, if the thread is still stuck without its process group: the trainer must end."""
-        self.close()
+        """The thread begins no transfer any more; one that meets nobody may be left alone.
+
+        Errors: StuckError, if it is still in a transfer without its process group.
+        """
+        with self._lock:
+            self._told, has_met = None, self._engine is not None
+        self._abort()
         work.join(timeout=_ABORTED_S)
-        if work.is_alive():
-            raise InfrastructureError(f"a send is stuck {_ABORTED_S:.0f} s after its process group was ended")
+        if has_met and work.is_alive():
+            raise StuckError(f"a send is stuck {_ABORTED_S:.0f} s after its process group was ended")
         self._finish()
+
+    def _abort(self) -> None:
+        self.close()
 
     def _finish(self) -> None:
         """What was broken off: other ranks are in it, too."""

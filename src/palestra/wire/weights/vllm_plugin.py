@@ -7,7 +7,13 @@ from palestra.core.process import die_with_parent
 
 BACKEND = "files"
 ADAPTER_BACKEND = "adapter-files"
-SENT_BACKENDS = {"nccl": "files-or-nccl", "sparse_nccl": "files-or-changes"}  # by sync.kind
+SENT_BACKENDS = {"nccl": "files-or-nccl", "nccl_m2n": "files-or-shards", "sparse_nccl": "files-or-changes"}
+"""By sync.kind."""
+_SENT_ENGINES = {
+    "nccl": ("vllm_sent", "SentEngine"),
+    "nccl_m2n": ("vllm_shards", "ShardsEngine"),
+    "sparse_nccl": ("vllm_changes", "ChangesEngine"),
+}
 TIE_PROCESSES = "PALESTRA_TIE_PROCESSES"  # set by palestra's own launcher only
 
 
@@ -18,7 +24,7 @@ def register() -> None:
 
     WeightTransferEngineFactory.register_engine(BACKEND, "palestra.wire.weights.vllm_engine", "FilesEngine")
     WeightTransferEngineFactory.register_engine(ADAPTER_BACKEND, "palestra.wire.weights.vllm_adapter", "AdapterEngine")
-    for kind, module, name in (("nccl", "vllm_sent", "SentEngine"), ("sparse_nccl", "vllm_changes", "ChangesEngine")):
+    for kind, (module, name) in _SENT_ENGINES.items():
         WeightTransferEngineFactory.register_engine(SENT_BACKENDS[kind], f"palestra.wire.weights.{module}", name)
     if TIE_PROCESSES in os.environ:
         die_with_parent(os.getppid())
