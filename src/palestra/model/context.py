@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from palestra.config.schema import nearest_divisors
 from palestra.model.ring import pieces_of, ring_attention
 
 if TYPE_CHECKING:
@@ -136,7 +137,10 @@ class Ulysses(_Split):
 
     def require(self, *, heads: int) -> None:
         if heads % self.size:
-            raise ValueError(f"train.context_parallel={self.size} does not divide the model's {heads} attention heads")
+            raise ValueError(
+                f"train.context_parallel={self.size} does not divide the model's {heads} attention heads; set it to "
+                f"{nearest_divisors(heads, self.size)}, or set train.context_kind=ring"
+            )
 
     def _spread(self, x_tGD: Tensor) -> Tensor:
         """Heads repeated until every rank gets as many: each is still that of the same queries."""

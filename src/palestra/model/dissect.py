@@ -26,7 +26,7 @@ from palestra.core.process import exit_with
 from palestra.model.anatomy import Anatomy, Attention, Layer
 from palestra.model.expert_adapters import TWICE_PUBLISHED, expert_modules
 from palestra.model.lora import add_adapter, is_adapter
-from palestra.model.policy import Policy
+from palestra.model.policy import Policy, require_softmax_attention
 from palestra.model.recompute import PRODUCTS
 from palestra.model.tensor import IN, SPLIT, Pretended
 from palestra.model.tensor_plan import apply, part_experts, split_of, split_parameters, tensor_divisor
@@ -37,8 +37,10 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_exp
 
 
 def dissect(config: PretrainedConfig, dtype: torch.dtype, lora: Lora | None = None) -> Anatomy:
-    """Errors: UserError for a family whose forward needs more than shapes, or without the layers to be adapted."""
+    """Errors: UserError for a family that cannot be packed, or whose forward needs more than shapes, or without the
+    layers to be adapted."""
     model = _on_meta(config, dtype)
+    require_softmax_attention(model)
     if lora is not None:
         add_adapter(model, lora, dtype=dtype)
         nn.Module.to(model, dtype)  # as FSDP hands out what has masters

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from palestra.config.schema import Lora
+from palestra.core.errors import UserError
 from palestra.model import attention
 from palestra.model.anatomy import Anatomy, Attention, pairs
 from palestra.model.dissect import dissect
@@ -51,6 +52,13 @@ NORMS = 2 * 32
 
 def anatomy_of(fields: dict, dtype: torch.dtype = torch.float32, lora: Lora | None = None) -> Anatomy:
     return dissect(AutoConfig.for_model(**fields), dtype, lora)
+
+
+def test_a_family_that_cannot_be_packed_is_refused_in_words():
+    with pytest.raises(
+        UserError, match="MambaForCausalLM has layers of kind linear_attention; packed training supports"
+    ):
+        anatomy_of({"model_type": "mamba", "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1})
 
 
 def test_a_dense_model():
