@@ -1,5 +1,6 @@
 """Whether a layout of the trainer's ranks divides the model, told before any process starts."""
 
+import math
 from typing import Any
 
 from palestra.config import RunConfig
@@ -49,7 +50,8 @@ def _require_experts(config: RunConfig, fields: dict[str, Any]) -> None:
     if name is None:
         raise UserError(f"train.expert_parallel={train.expert_parallel}, but the model has no experts; set it to 1")
     if fields[name] % train.expert_parallel:
+        both = math.gcd(fields[name], train.num_sharing)
         raise UserError(
             f"train.expert_parallel={train.expert_parallel} does not divide the model's {fields[name]} experts; set it "
-            f"to {nearest_divisors(fields[name], train.expert_parallel)}"
+            f"to {nearest_divisors(both, train.expert_parallel)}, which divides the {train.num_sharing} ranks, too"
         )

@@ -9,6 +9,7 @@ arXiv:2310.01889), with the pack cut into 2C pieces of which each rank has one f
 work under a causal mask. Everything else in a layer sees each token alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -145,7 +146,7 @@ class Ulysses(_Split):
     def _spread(self, x_tGD: Tensor) -> Tensor:
         """Heads repeated until every rank gets as many: each is still that of the same queries."""
         heads = x_tGD.shape[1]
-        times = int(torch.tensor(heads).lcm(torch.tensor(self.size))) // heads
+        times = math.lcm(heads, self.size) // heads
         return x_tGD.repeat_interleave(times, dim=1) if times > 1 else x_tGD
 
     def _to_heads(self, x_tHD: Tensor) -> Tensor:

@@ -283,8 +283,10 @@ def _summed(x_kHD: Tensor, groups: int) -> Tensor:
 # --- with torch's variable-length kernel: half precision on CUDA, without cap. Not tried on a GPU yet.
 
 
+@lru_cache(maxsize=256)
 def _kernel_ranges(pair: tuple[Block, ...], device: torch.device) -> tuple[Any, ...]:
-    """The documents of one pair of pieces lie end to end, for queries and for keys."""
+    """The documents of one pair of pieces lie end to end, for queries and for keys. Made once for all layers, as the
+    host waits for each copy to the device."""
     q, k = (slice(pair[0].q[0], pair[-1].q[1]), slice(pair[0].k[0], pair[-1].k[1]))
     ends = [
         torch.tensor([0, *accumulate(end - start for start, end in ranges)], dtype=torch.int32, device=device)

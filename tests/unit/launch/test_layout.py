@@ -53,7 +53,7 @@ def test_experts_are_replayed_where_there_are_some(tmp_path):
         (MODEL, {"context_parallel": 8}, "12 attention heads.* set it to 6 or 12, or set train.context_kind=ring"),
         ({"text_config": MODEL}, {"context_parallel": 8}, "12 attention heads"),
         (MODEL, {"shard": 16, "expert_parallel": 16}, "the model's 8 experts; set it to 8"),
-        (MODEL, {"shard": 6, "expert_parallel": 3}, "the model's 8 experts; set it to 2 or 4"),
+        (MODEL, {"shard": 6, "expert_parallel": 3}, "the model's 8 experts; set it to 2, which divides the 6 ranks"),
         ({"num_attention_heads": 12}, {"shard": 2, "expert_parallel": 2}, "has no experts; set it to 1"),
     ],
 )

@@ -73,7 +73,10 @@ def test_what_does_not_fit_is_said_with_what_would_help(capsys):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["train.shard=24", "train.expert_parallel=24"], "the model's 128 experts; set it to 16 or 32"),
+        (
+            ["train.shard=24", "train.expert_parallel=24"],
+            "the model's 128 experts; set it to 8, which divides the 24 ranks",
+        ),
         (["train.shard=1", "train.context_parallel=64"], "the model's 96 attention heads.* set it to 48 or 96"),
     ],
 )
