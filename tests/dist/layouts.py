@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from palestra.algo.losses import policy_loss
-from palestra.config.schema import Lora, Train
+from palestra.config.schema import Balance, Lora, Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model import experts, load
@@ -47,6 +47,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, (ADAPTED := "adapt
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 STEPS = 3
+AUX_LOSS = 6.0
 NOTHING = Replay()
 
 
@@ -120,6 +121,7 @@ FAULTS = {  # the layout that has it, and what shows it
     "boundary ignored": ("ring2", "gradients"),
     "wrong divisor": ("ep2", "gradients"),
     "routes of another rank": ("ring2", "weights"),
+    "loads of a part": ("ring2", "weights"),
     "orthogonalised in pieces": ("fsdp4", "weights"),
     "norms summed twice": ("tp2-ep2", "gradients"),
     "norms not summed": ("tp2-ep2", "gradients"),
@@ -128,7 +130,11 @@ FAULTS = {  # the layout that has it, and what shows it
 }
 
 
-SHOWN_BY = {"bias of every rank": BIASED, "routes of another rank": "Glm4MoeForCausalLM"}
+SHOWN_BY = {
+    "bias of every rank": BIASED,
+    "routes of another rank": "Glm4MoeForCausalLM",
+    "loads of a part": "Glm4MoeForCausalLM",
+}
 
 
 def faults_of(family: str) -> list[str]:
@@ -244,8 +250,17 @@ def never_narrower(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks) -> Any:
+    balance = Balance(aux_loss=AUX_LOSS if len(policy.routers) else 0.0)
     return train_step(
-        policy, optimizer, plan, rl_loss=_loss(), lr=1e-3, max_grad_norm=1.0, ranks=ranks, ledger=Ledger("test")
+        policy,
+        optimizer,
+        plan,
+        rl_loss=_loss(),
+        lr=1e-3,
+        max_grad_norm=1.0,
+        ranks=ranks,
+        ledger=Ledger("test"),
+        balance=balance,
     )
 
 
@@ -289,6 +304,10 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
             return
     elif fault == "routes of another rank":
         with patch.object(Replay, "given", lambda replay, layer, given=Replay.given: _of_other(given(replay, layer))):
+            yield
+            return
+    elif fault == "loads of a part":
+        with patch.object(type(policy.context), "total", lambda context, part: part):
             yield
             return
     elif fault == "norms summed twice":

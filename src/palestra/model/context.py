@@ -75,6 +75,10 @@ class Context:
         compute the same from it, so a gradient is taken from this rank's own computation only."""
         return mine_k
 
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of what each rank has, without a gradient."""
+        return part
+
     def require(self, *, heads: int) -> None:
         """Errors: ValueError for a model that cannot be split so."""
 
@@ -92,6 +96,11 @@ class _Split(Context):
 
     def collect(self, mine_k: Tensor, owner_K: Tensor) -> Tensor:
         return _Collect.apply(mine_k, owner_K, self)
+
+    def total(self, part: Tensor) -> Tensor:
+        whole = part.detach().clone()
+        dist.all_reduce(whole, group=self.group)
+        return whole
 
 
 class _Collect(Function):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from palestra.core.errors import UserError
+from palestra.model.context import WHOLE, Context
 from palestra.model.replay import NOT_KNOWN, Replay
 
 _BIAS = "e_score_correction_bias"  # what a family adds to the scores for the choice alone
@@ -102,20 +103,21 @@ class Routers:
         real_TK = self._real_T[:, None].expand(index_TK.shape)
         return real_TK.new_zeros(num_experts).scatter_add_(0, index_TK.flatten(), real_TK.flatten())
 
-    def balance_loss(self) -> Tensor:
+    def balance_loss(self, context: Context = WHOLE) -> Tensor:
         """Of the last forward: E x sum over experts of (share of choices x mean probability), summed over tokens and
         averaged over layers: T if all experts are used alike. The probabilities are the logits' softmax, whatever the
-        family makes of them. Only after `forget` for it.
+        family makes of them; the shares are those of a whole pack, also where this rank has a part of it. A collective
+        of the context. Only after `forget` for it.
 
         Source: Fedus et al. 2021, arXiv:2101.03961, equation 4.
         """
+        load_LE = torch.stack([self._chosen(index_TK, logits_TE.shape[-1]) for logits_TE, _, index_TK in self._heard])
+        whole_LE = context.total(load_LE)
+        share_LE = (whole_LE / whole_LE.sum(-1, keepdim=True).clamp_min(1)).float()
         losses = []
-        for logits_TE, _, index_TK in self._heard:
-            num = logits_TE.shape[-1]
-            load_E = self._chosen(index_TK, num)
-            chosen_E = (load_E / load_E.sum().clamp_min(1)).float()
+        for share_E, (logits_TE, _, _) in zip(share_LE, self._heard, strict=True):
             probability_TE = logits_TE.float().softmax(-1) * self._real_T[:, None].float()
-            losses.append(num * (chosen_E * probability_TE.sum(0)).sum())
+            losses.append(len(share_E) * (share_E * probability_TE.sum(0)).sum())
         return torch.stack(losses).mean()
 
     def load(self, group: dist.ProcessGroup) -> Tensor:

@@ -104,7 +104,7 @@ def train_step(
             set_gradient_sync(policy, index == len(plan.packs) - 1)
             loss = pack_loss(policy, pack, plan.counts, rl_loss, readings, hear)
             if balance.aux_loss:
-                loss = loss + balance.aux_loss / plan.num_tokens * policy.routers.balance_loss()
+                loss = loss + balance.aux_loss / plan.num_tokens * policy.routers.balance_loss(policy.context)
             loss.backward()
         ranks.settle()
     with ledger.spend("optimizer"):
