@@ -49,7 +49,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, (ADAPTED := "adapt
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 PACKS = [0, 0, 1, 1, 2, 2, 3, 3]
 STEPS = 3
-AUX_LOSS = 0.1
+AUX_LOSS = 1.0
 NOTHING = Replay()
 
 
@@ -325,7 +325,7 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
             yield
             return
     elif fault == "experts counted in a part":
-        with patch.object(type(policy.context), "sum", lambda context, counts: counts):
+        with patch.object(type(policy.context), "total", lambda context, part: part):
             yield
             return
     elif fault == "norms summed twice":

@@ -165,7 +165,7 @@ _DISK = "the disk takes it or refuses it; a kernel that does neither holds every
 _DATABASE = "connections, locks and SQLite's turns have timeouts in `hub/registry/database.py`"
 
 ENDS_ALL_THE_SAME = {
-    ("model.ring._Blocks.pass_on", "work.wait()"): "the process group ends a collective after its timeout",
+    ("model.ring._Passing.arrived", "work.wait()"): "the process group has a deadline",
     ("model.tensor._arrived", "x.wait()"): "as above",
     (
         "wire.weights.local._alone",

@@ -223,7 +223,6 @@ def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, pac
     again = 1 + _RECOMPUTED[train.recompute] / 3
     flops = step_flops(anatomy, work) + (train.tensor_parallel - 1) * _repeated_flops(anatomy, work)
     compute = flops * again / train.num_ranks / (hardware.flops * hardware.mfu)
-    shards = train.num_sharing
     rate = hardware.link_bytes_s if train.num_ranks <= node_ranks else hardware.network_bytes_s
     tokens = work.tokens / train.num_ranks
     routed = sum(layer.routed_bytes for layer in anatomy.layers) * tokens * 2 * (2 + _RECOMPUTED[train.recompute])
@@ -234,7 +233,7 @@ def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, pac
         communication=packs * _moved_bytes(train, anatomy) / rate,
         offload=0.0,
         to_experts=routed * (1 - 1 / owners) / rate_to_experts,
-        optimizer=_STEPPED_BYTES * (anatomy.adapters or anatomy.parameters) / shards / _optimizer_rate(train, hardware),
+        optimizer=_optimizer_seconds(train, anatomy, hardware),
         tensor=_tensor_seconds(train, anatomy, hardware, tokens * train.tensor_parallel, node_ranks),
     )
 
@@ -266,8 +265,14 @@ def _repeated_flops(anatomy: Anatomy, work: Work) -> float:
     return 2 * work.tokens * ((FROZEN if anatomy.adapters else TRAINING) * weights + TRAINING * adapters)
 
 
-def _optimizer_rate(train: Train, hardware: Hardware) -> float:
-    return hardware.host_link_bytes_s if train.offload_optimizer else hardware.memory_bytes_s
+def _optimizer_seconds(train: Train, anatomy: Anatomy, hardware: Hardware) -> float:
+    """What is read and written; with Muon also its products, those of adapters apart, which are small."""
+    rate = hardware.host_link_bytes_s if train.offload_optimizer else hardware.memory_bytes_s
+    seconds = _STEPPED_BYTES * (anatomy.adapters or anatomy.parameters) / rate
+    if train.optimizer == "muon" and not anatomy.adapters:
+        flops = train.muon.ns_steps * sum(layer.orthogonal_flops for layer in anatomy.layers)
+        seconds += flops / (hardware.flops * hardware.mfu)
+    return seconds / train.num_sharing
 
 
 # --- changes

@@ -1,25 +1,23 @@
 """Whether a layout of the trainer's ranks divides the model, told before any process starts."""
 
-import subprocess
-import sys
-from pathlib import Path
+import math
 from typing import Any
 
 from palestra.config import RunConfig
 from palestra.config.model_fields import experts_field, model_fields
 from palestra.config.schema import nearest_divisors
 from palestra.core.errors import UserError
-
-_SPLIT_S = 300.0
+from palestra.launch.asking import ask
+from palestra.launch.model_path import directory_of
 
 
 def require_layout(config: RunConfig) -> None:
-    """Of a built model or one in a directory; of any other the trainer says so itself, when it has loaded it.
+    """Of a built model or one that is on this machine; of any other the trainer says so itself, when it has it.
 
     Errors: UserError with the nearest layouts that do.
     """
     build = config.model.build
-    fields = model_fields(Path(config.model.path or "").expanduser()) if build is None else build.config
+    fields = model_fields(directory_of(config.model.path or "")) if build is None else build.config
     if fields is None:
         return
     train = config.train
@@ -38,14 +36,10 @@ def require_layout(config: RunConfig) -> None:
 
 
 def _require_split(config: RunConfig) -> None:
-    """A process of its own asks transformers for the family's plan, and proves that it holds."""
+    """transformers' plan for the family is asked for, and proved to hold."""
     train = config.train
     dealt = train.context_parallel if train.context_kind == "ulysses" else 1
-    arguments = [config.model.model_dump_json(), str(train.tensor_parallel), str(dealt)]
-    command = [sys.executable, "-m", "palestra.model.tensor_check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_SPLIT_S)
-    if done.returncode:
-        raise UserError(done.stderr.strip()[-800:])
+    ask("palestra.model.tensor_check", config.model.model_dump_json(), str(train.tensor_parallel), str(dealt))
 
 
 def _require_experts(config: RunConfig, fields: dict[str, Any]) -> None:
@@ -56,7 +50,8 @@ def _require_experts(config: RunConfig, fields: dict[str, Any]) -> None:
     if name is None:
         raise UserError(f"train.expert_parallel={train.expert_parallel}, but the model has no experts; set it to 1")
     if fields[name] % train.expert_parallel:
+        both = math.gcd(fields[name], train.num_sharing)
         raise UserError(
             f"train.expert_parallel={train.expert_parallel} does not divide the model's {fields[name]} experts; set it "
-            f"to {nearest_divisors(fields[name], train.expert_parallel)}"
+            f"to {nearest_divisors(both, train.expert_parallel)}, which divides the {train.num_sharing} ranks, too"
         )

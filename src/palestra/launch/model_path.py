@@ -27,11 +27,20 @@ def require_model(path: str | None, *, field: str = "model.path") -> None:
         raise UserError(
             f"{field}={path} is not a directory; give one in Hugging Face layout, or a hub name such as org/name"
         )
-    elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not _is_cached(path):
+    elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not _cached(path).is_dir():
         raise UserError(
             f"{field}={path} is neither a directory nor in the cache {_hub_cache()}, and HF_HUB_OFFLINE is set; "
             "unset it, or give a directory in Hugging Face layout"
         )
+
+
+def directory_of(path: str) -> Path:
+    """Where a model's config.json is to be found: its directory; of a hub's model that was downloaded, in the cache."""
+    directory, cached = Path(path).expanduser(), _cached(path)
+    try:
+        return directory if directory.is_dir() else cached / "snapshots" / (cached / "refs/main").read_text().strip()
+    except OSError:
+        return directory
 
 
 def max_positions(directory: Path) -> int | None:
@@ -52,5 +61,5 @@ def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
 
 
-def _is_cached(name: str) -> bool:
-    return (_hub_cache() / f"models--{name.replace('/', '--')}").is_dir()
+def _cached(name: str) -> Path:
+    return _hub_cache() / f"models--{name.replace('/', '--')}"

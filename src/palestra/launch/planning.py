@@ -1,9 +1,10 @@
 """`palestra plan`: what a recipe asks of its devices, told without any of them."""
 
 import json
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from palestra.config import RunConfig, load
 from palestra.config.schema import Model
 from palestra.core.errors import UserError
+from palestra.launch.asking import ask
 from palestra.launch.budget import (
     CHANGED,
     Budget,
@@ -32,8 +34,6 @@ from palestra.launch.layout import require_layout
 from palestra.launch.machine import this_machine
 from palestra.launch.memory import GIB
 from palestra.model.anatomy import Anatomy
-
-_DISSECT_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,10 @@ def show(wish: Wish, *, as_json: bool) -> None:
 
 def plan(wish: Wish) -> Planned:
     config = load(wish.recipe, wish.overrides).config
-    require_layout(config)
-    model, origin = _model_of(config.model, wish)
-    anatomy = dissected(model)
+    named, origin = _model_of(config.model, wish)
+    with _in_directory(named) as model:
+        require_layout(config.model_copy(update={"model": model}))
+        anatomy = dissected(model)
     train = config.train
     machine = this_machine()
     hardware = hardware_of(
@@ -128,20 +129,27 @@ def _model_of(model: Model, wish: Wish) -> tuple[Model, str]:
         return model, str(model.path)
     if not file.is_file():
         raise UserError(f"--config {file} is not there; give the config.json of a model in Hugging Face layout")
+    try:
+        json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); give the config.json of a model") from error
     return model.model_copy(update={"path": str(file), "build": None}), str(file)
 
 
-def dissected(model: Model) -> Anatomy:
-    """In a process of its own, which loads torch. Errors: UserError, if the model cannot be read."""
+@contextmanager
+def _in_directory(model: Model) -> Iterator[Model]:
+    """Of a model whose path is that of a config.json: in a directory, where it is looked for."""
+    if model.path is None or not Path(model.path).is_file():
+        yield model
+        return
     with tempfile.TemporaryDirectory() as directory:
-        if model.path is not None and Path(model.path).is_file():
-            (Path(directory) / "config.json").write_bytes(Path(model.path).read_bytes())
-            model = model.model_copy(update={"path": directory})
-        command = [sys.executable, "-m", "palestra.model.dissect", model.model_dump_json()]
-        done = subprocess.run(command, capture_output=True, timeout=_DISSECT_S)
-    if done.returncode:
-        raise UserError(f"the model cannot be planned: {done.stderr.decode(errors='replace').strip()[-600:]}")
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Anatomy)
+        (Path(directory) / "config.json").write_bytes(Path(model.path).read_bytes())
+        yield model.model_copy(update={"path": directory})
+
+
+def dissected(model: Model) -> Anatomy:
+    """Errors: UserError, if the model cannot be read."""
+    return msgspec.json.decode(ask("palestra.model.dissect", model.model_dump_json()).splitlines()[-1], type=Anatomy)
 
 
 # --- told

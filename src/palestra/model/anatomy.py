@@ -30,7 +30,8 @@ class Attention(Struct, frozen=True, kw_only=True):
 
 class Layer(Struct, frozen=True, kw_only=True):
     """One decoder layer. `met` are the parameters that one token is computed with; `products` those of them that it is
-    multiplied by; `experts` all of the routed experts; `matrices` those of two or more dimensions, without the router.
+    multiplied by; `experts` all of the routed experts; `matrices` those of two or more dimensions, and
+    `orthogonal_flops` what one Newton-Schulz step of all of them takes.
 
     Bytes are for one token, in the precision that was asked for: `input_bytes` of the hidden state, `saved_bytes` of
     what autograd keeps, `product_bytes` of the outputs of attention and of matrix products, and
@@ -60,6 +61,7 @@ class Layer(Struct, frozen=True, kw_only=True):
     split_adapters: int = 0
     expert_adapters: int = 0
     twice_published: int = 0
+    orthogonal_flops: int = 0
 
     @property
     def whole(self) -> int:
@@ -138,6 +140,12 @@ class Anatomy(Struct, frozen=True, kw_only=True):
         num_tokens = sum(lengths)
         scored = num_tokens if num_scored is None else num_scored
         return flops - (TRAINING - FROZEN) * 2 * (self.products * num_tokens + self.head * scored)
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """Of one step of one matrix: two products along its longer side, and one of the square between them."""
+    short, long = sorted((rows, columns))
+    return 2 * short**2 * (2 * long + short)
 
 
 def pairs(length: int, window: int | None = None) -> int:

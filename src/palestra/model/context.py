@@ -9,6 +9,7 @@ arXiv:2310.01889), with the pack cut into 2C pieces of which each rank has one f
 work under a causal mask. Everything else in a layer sees each token alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from palestra.config.schema import nearest_divisors
 from palestra.model.ring import pieces_of, ring_attention
 
 if TYPE_CHECKING:
@@ -73,9 +75,9 @@ class Context:
         compute the same from it, so a gradient is taken from this rank's own computation only."""
         return mine_k
 
-    def sum(self, counts: Tensor) -> Tensor:
-        """Of what the ranks have; in place, and without a gradient."""
-        return counts
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of what each rank has, without a gradient."""
+        return part
 
     def require(self, *, heads: int) -> None:
         """Errors: ValueError for a model that cannot be split so."""
@@ -95,9 +97,10 @@ class _Split(Context):
     def collect(self, mine_k: Tensor, owner_K: Tensor) -> Tensor:
         return _Collect.apply(mine_k, owner_K, self)
 
-    def sum(self, counts: Tensor) -> Tensor:
-        dist.all_reduce(counts, group=self.group)
-        return counts
+    def total(self, part: Tensor) -> Tensor:
+        whole = part.detach().clone()
+        dist.all_reduce(whole, group=self.group)
+        return whole
 
 
 class _Collect(Function):
@@ -144,12 +147,15 @@ class Ulysses(_Split):
 
     def require(self, *, heads: int) -> None:
         if heads % self.size:
-            raise ValueError(f"train.context_parallel={self.size} does not divide the model's {heads} attention heads")
+            raise ValueError(
+                f"train.context_parallel={self.size} does not divide the model's {heads} attention heads; set it to "
+                f"{nearest_divisors(heads, self.size)}, or set train.context_kind=ring"
+            )
 
     def _spread(self, x_tGD: Tensor) -> Tensor:
         """Heads repeated until every rank gets as many: each is still that of the same queries."""
         heads = x_tGD.shape[1]
-        times = int(torch.tensor(heads).lcm(torch.tensor(self.size))) // heads
+        times = math.lcm(heads, self.size) // heads
         return x_tGD.repeat_interleave(times, dim=1) if times > 1 else x_tGD
 
     def _to_heads(self, x_tHD: Tensor) -> Tensor:

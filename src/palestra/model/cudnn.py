@@ -24,6 +24,8 @@ def attend(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, scores: Scores, long_tokens: int = LONG_TOKENS
 ) -> Tensor:
     """[T, H, D], without windows, caps or sinks. Half precision."""
+    if documents.longest < long_tokens:
+        return attend_some(q_THD, k_TGD, v_TGD, documents.ends, documents.longest, scores)
     outs = []
     for first, last, is_long in _runs(documents.lengths, long_tokens):
         start, end = sum(documents.lengths[:first]), sum(documents.lengths[:last])

@@ -23,10 +23,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from palestra.config.schema import Lora, Model
 from palestra.core.errors import UserError
 from palestra.core.process import exit_with
-from palestra.model.anatomy import Anatomy, Attention, Layer
+from palestra.model.anatomy import Anatomy, Attention, Layer, newton_schulz_flops
 from palestra.model.expert_adapters import TWICE_PUBLISHED, expert_modules
 from palestra.model.lora import add_adapter, is_adapter
-from palestra.model.policy import Policy
+from palestra.model.policy import Policy, require_softmax_attention
 from palestra.model.recompute import PRODUCTS
 from palestra.model.tensor import IN, SPLIT, Pretended
 from palestra.model.tensor_plan import apply, part_experts, split_of, split_parameters, tensor_divisor
@@ -37,8 +37,10 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_exp
 
 
 def dissect(config: PretrainedConfig, dtype: torch.dtype, lora: Lora | None = None) -> Anatomy:
-    """Errors: UserError for a family whose forward needs more than shapes, or without the layers to be adapted."""
+    """Errors: UserError for a family that cannot be packed, or whose forward needs more than shapes, or without the
+    layers to be adapted."""
     model = _on_meta(config, dtype)
+    require_softmax_attention(model)
     if lora is not None:
         add_adapter(model, lora, dtype=dtype)
         nn.Module.to(model, dtype)  # as FSDP hands out what has masters
@@ -107,7 +109,7 @@ def _attention(text: Any, index: int) -> Attention:
 
 def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrainedModel, kept: "_Kept") -> Layer:
     experts = {id(p): module for module in _experts(layer) for p in module.parameters()}
-    total = routed = matrices = products = 0
+    total = routed = matrices = products = orthogonal_flops = 0
     met = 0.0
     for name, parameter in layer.named_parameters():
         if is_adapter(name):
@@ -118,8 +120,10 @@ def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrained
         total += size
         met += size * share
         routed += size if module is not None else 0
-        products += int(size * share) if is_matrix else 0
-        matrices += size if is_matrix and not _is_router(name, parameter, experts) else 0
+        if is_matrix:
+            products += int(size * share)
+            matrices += size
+            orthogonal_flops += _orthogonal_flops(name, module, parameter)
     of_experts = _num(p for p in _adapters(layer) if id(p) in experts)
     width = model.get_output_embeddings().weight.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
     return Layer(
@@ -136,6 +140,7 @@ def _layer(layer: nn.Module, attention: Attention, top_k: int, model: PreTrained
         adapters=_num(_adapters(layer)) - of_experts,
         expert_adapters=of_experts,
         twice_published=_num(p for name, p in layer.named_parameters() if name.endswith(TWICE_PUBLISHED)),
+        orthogonal_flops=orthogonal_flops,
     )
 
 
@@ -147,10 +152,13 @@ def _num(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _is_router(name: str, parameter: nn.Parameter, experts: dict[int, Any]) -> bool:
-    """The one matrix with a row for each expert, in a layer that has experts."""
-    counts = {module.num_experts for module in experts.values()}
-    return id(parameter) not in experts and parameter.dim() == 2 and parameter.shape[0] in counts
+def _orthogonal_flops(name: str, experts: Any, parameter: Tensor) -> int:
+    """Of every expert's matrix for itself; gate and up are two of them in one."""
+    rows, columns = parameter.shape[-2:]
+    num = 1 if experts is None else parameter.shape[0]
+    if experts is not None and experts.has_gate and name.endswith("gate_up_proj"):
+        num, rows, columns = (2 * num, rows, columns // 2) if experts.is_transposed else (2 * num, rows // 2, columns)
+    return num * newton_schulz_flops(rows, columns)
 
 
 # --- what a forward pass keeps

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from palestra.config.schema import nearest_divisors
 from palestra.model.expert_adapters import adapted_experts, expert_modules, is_adapted
 from palestra.model.tensor import ALONE, Axis
 
@@ -53,7 +54,10 @@ def split_experts(model: PreTrainedModel, mesh: DeviceMesh, *, compute: str, ten
     for module in modules:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.shape[0] % mesh.size():
-                raise ValueError(f"train.expert_parallel={mesh.size()} does not divide {parameter.shape[0]} experts")
+                raise ValueError(
+                    f"train.expert_parallel={mesh.size()} does not divide the model's {parameter.shape[0]} experts; "
+                    f"set it to {nearest_divisors(parameter.shape[0], mesh.size())}"
+                )
             owned = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             module.register_parameter(name, nn.Parameter(owned, requires_grad=parameter.requires_grad))
         module.dispatch = Dispatch(mesh.get_group(), compute, tensor)
@@ -98,14 +102,16 @@ def _routed(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor)
 
 @torch.no_grad()
 def _announce(index_TK: Tensor, num_owned: int, dispatch: Dispatch) -> tuple[list[int], list[int], Tensor]:
-    """Rows to and from each rank, and which of the owned experts [R] each arriving row is for."""
-    ranks = dispatch.num_ranks
-    sent_PE = torch.bincount(index_TK.flatten(), minlength=ranks * num_owned).view(ranks, num_owned)
+    """Rows to and from each rank, and which of the owned experts [R] each arriving row is for. The host waits for the
+    device once, for how many they are."""
+    ranks, index_S = dispatch.num_ranks, index_TK.flatten()
+    counts_E = index_S.new_zeros(ranks * num_owned).scatter_add_(0, index_S, torch.ones_like(index_S))
+    sent_PE = counts_E.view(ranks, num_owned)
     arriving_PE = torch.empty_like(sent_PE)
     dist.all_to_all_single(arriving_PE, sent_PE, group=dispatch.group)
     sent_P, arriving_P = torch.stack([sent_PE.sum(1), arriving_PE.sum(1)]).tolist()
     expert_E = torch.arange(num_owned, device=index_TK.device).repeat(ranks)
-    return sent_P, arriving_P, expert_E.repeat_interleave(arriving_PE.flatten())
+    return sent_P, arriving_P, expert_E.repeat_interleave(arriving_PE.flatten(), output_size=sum(arriving_P))
 
 
 def _exchange(rows: Tensor, out_splits: list[int], in_splits: list[int], dispatch: Dispatch) -> Tensor:

@@ -8,6 +8,7 @@ those of experts, seen as efsdp x ep: each ep rank owns whole experts, and share
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def _group_of(rows: torch.Tensor, purpose: str = "shards", backend: str | None =
     for row in rows.tolist():
         key = dist.group.WORLD, purpose, tuple(row)
         if key not in _MADE:
-            _MADE[key] = dist.new_group(row, backend=backend)
+            _MADE[key] = dist.new_group(row, backend=backend, timeout=_deadline())
         if dist.get_rank() in row:
             mine = _MADE[key]
     return mine
@@ -126,5 +127,11 @@ def group_among(ranks: Sequence[int]) -> dist.ProcessGroup:
     they have to ask for."""
     whole, alone = ((dist.group.WORLD, purpose, tuple(ranks)) for purpose in ("shards", "among"))
     if whole not in _MADE and alone not in _MADE:
-        _MADE[alone] = dist.new_group(list(ranks), use_local_synchronization=True)
+        _MADE[alone] = dist.new_group(list(ranks), use_local_synchronization=True, timeout=_deadline())
     return _MADE[whole if whole in _MADE else alone]
+
+
+def _deadline() -> timedelta:
+    """That of the world, which torch does not hand on: its own for other groups is ten minutes, or thirty."""
+    world: Any = dist.group.WORLD
+    return world._get_backend(torch.device("cpu")).options._timeout

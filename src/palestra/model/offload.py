@@ -3,7 +3,6 @@
 Whole storages travel, each once per layer, however many tensors lie in it: what autograd would have kept is what is
 moved. On CUDA they travel on a stream of their own, through pinned memory, while the next layer computes: two layers
 are on the device at once, the one that computes and the one that travels. On a CPU the same runs without streams.
-Not tried on a GPU yet.
 """
 
 import weakref

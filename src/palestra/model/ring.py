@@ -1,4 +1,5 @@
-"""Attention over a pack that lies in parts on several ranks: keys and values go round, queries stay.
+"""Attention over a pack that lies in parts on several ranks: keys and values go round, queries stay. The next ones are
+on their way while a rank computes with those that it has.
 
 Legend: t tokens of a rank, H query heads, G key and value heads, D width of a head, W width of a value,
 q and k queries and keys of one block, g = H / G queries that share a key.
@@ -123,16 +124,27 @@ class _Blocks:
     def uses_kernel(self, q: Tensor, v: Tensor) -> bool:
         return is_half_on_cuda(q) and self.softcap is None and q.shape[-1] == v.shape[-1]
 
-    def pass_on(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """To the next rank, from the one before."""
+    def pass_on(self, *tensors: Tensor) -> "_Passing":
+        """To the next rank, from the one before: begin to. None of them may change until they have arrived."""
         rank = dist.get_rank(self.group)
         after, before = (dist.get_global_rank(self.group, (rank + way) % self.size) for way in (1, -1))
         received = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
-        sends = [dist.P2POp(dist.isend, tensor.contiguous(), after, self.group) for tensor in tensors]
+        sent = [tensor.contiguous() for tensor in tensors]
+        sends = [dist.P2POp(dist.isend, tensor, after, self.group) for tensor in sent]
         receives = [dist.P2POp(dist.irecv, tensor, before, self.group) for tensor in received]
-        for work in dist.batch_isend_irecv([*sends, *receives]):
+        return _Passing(dist.batch_isend_irecv([*sends, *receives]), sent, received)
+
+
+@dataclass(frozen=True)
+class _Passing:
+    works: list[dist.Work]
+    sent: list[Tensor]  # kept until it has arrived
+    received: list[Tensor]
+
+    def arrived(self) -> list[Tensor]:
+        for work in self.works:
             work.wait()
-        return tuple(received)
+        return self.received
 
 
 class _Ring(Function):
@@ -161,12 +173,13 @@ class _Ring(Function):
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=lse_tH.dtype) for x in (q, k, v))
         saved = (q, grads[0].contiguous(), out_tHW, lse_tH)
         for step in range(blocks.size):
-            if step:
-                k, v, grad_k, grad_v = blocks.pass_on(k, v, grad_k, grad_v)
+            coming = blocks.pass_on(k, v) if step + 1 < blocks.size else None
             for pair in blocks.of(step):
                 _backward(saved, k, v, pair, blocks, (grad_q, grad_k, grad_v))
-        if blocks.size > 1:
-            grad_k, grad_v = blocks.pass_on(grad_k, grad_v)  # home
+            if coming is not None:
+                k, v = coming.arrived()
+            if blocks.size > 1:  # with their keys; at last home
+                grad_k, grad_v = blocks.pass_on(grad_k, grad_v).arrived()
         share_tH = (sinks_H.to(lse_tH.dtype) - lse_tH).exp()
         grad_sinks = -(share_tH * (grads[0].to(lse_tH.dtype) * out_tHW).sum(-1)).sum(0)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks.to(sinks_H.dtype), None
@@ -193,11 +206,12 @@ def _round(
     lse_tH = sinks_H.to(wide).expand(*q_tHD.shape[:2]).clone()
     k, v = k_tGD, v_tGW
     for step in range(blocks.size):
-        if step:
-            k, v = blocks.pass_on(k, v)
+        coming = blocks.pass_on(k, v) if step + 1 < blocks.size else None
         for pair in blocks.of(step):
             for rows, out, lse in _forward(q_tHD, k, v, pair, blocks):
                 _merge(out_tHW[rows], lse_tH[rows], out, lse)
+        if coming is not None:
+            k, v = coming.arrived()
     return out_tHW.to(q_tHD.dtype), lse_tH
 
 
@@ -283,8 +297,10 @@ def _summed(x_kHD: Tensor, groups: int) -> Tensor:
 # --- with torch's variable-length kernel: half precision on CUDA, without cap. Not tried on a GPU yet.
 
 
+@lru_cache(maxsize=256)
 def _kernel_ranges(pair: tuple[Block, ...], device: torch.device) -> tuple[Any, ...]:
-    """The documents of one pair of pieces lie end to end, for queries and for keys."""
+    """The documents of one pair of pieces lie end to end, for queries and for keys. Made once for all layers, as the
+    host waits for each copy to the device."""
     q, k = (slice(pair[0].q[0], pair[-1].q[1]), slice(pair[0].k[0], pair[-1].k[1]))
     ends = [
         torch.tensor([0, *accumulate(end - start for start, end in ranges)], dtype=torch.int32, device=device)

@@ -104,19 +104,18 @@ class Routers:
         return real_TK.new_zeros(num_experts).scatter_add_(0, index_TK.flatten(), real_TK.flatten())
 
     def balance_loss(self, context: Context = WHOLE) -> Tensor:
-        """Of the last forward's pack: E x sum over experts of (share of choices x mean probability), summed over tokens
-        and averaged over layers: T if all experts are used alike. The probabilities are the logits' softmax, whatever
-        the family makes of them. Only after `forget` for it. Of the ranks of a context each has the sum over its own
-        tokens, and shares of choices in the whole pack: a collective.
+        """Of the last forward: E x sum over experts of (share of choices x mean probability), summed over tokens and
+        averaged over layers: T if all experts are used alike. The probabilities are the logits' softmax, whatever the
+        family makes of them; the shares are those of a whole pack, also where this rank has a part of it. A collective
+        of the context. Only after `forget` for it.
 
         Source: Fedus et al. 2021, arXiv:2101.03961, equation 4.
         """
-        chosen_LE = context.sum(
-            torch.stack([self._chosen(index_TK, logits_TE.shape[-1]) for logits_TE, _, index_TK in self._heard])
-        )
+        load_LE = torch.stack([self._chosen(index_TK, logits_TE.shape[-1]) for logits_TE, _, index_TK in self._heard])
+        whole_LE = context.total(load_LE)
+        share_LE = (whole_LE / whole_LE.sum(-1, keepdim=True).clamp_min(1)).float()
         losses = []
-        for (logits_TE, *_), chosen_E in zip(self._heard, chosen_LE, strict=True):
-            share_E = (chosen_E / chosen_E.sum().clamp_min(1)).float()
+        for share_E, (logits_TE, _, _) in zip(share_LE, self._heard, strict=True):
             probability_TE = logits_TE.float().softmax(-1) * self._real_T[:, None].float()
             losses.append(len(share_E) * (share_E * probability_TE.sum(0)).sum())
         return torch.stack(losses).mean()

@@ -30,6 +30,7 @@ _EPSILON = 1e-7
 _NO_MATRIX = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Scale = Literal["match_adamw", "spectral"]
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -117,26 +118,36 @@ def working_dtype(parameter: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Update:
-    """What one step does to one parameter's shard."""
+    """One parameter's shard in a step."""
 
     parameter: Tensor
     gradient: Tensor
     momentum: Tensor
-    settings: Mapping[str, Any]
-    home: Home
     scale: float
 
-    def direction(self, index: Index) -> Tensor:
-        """Move the momentum of this part of the shard on, and return what is to be orthogonalised. Once a step."""
-        momentum, gradient = self.settings["momentum"], self.gradient[index]
-        with self.home.borrow([self.momentum[index]], gradient.device) as (average,):
-            average.lerp_(gradient, 1 - momentum)
-            return gradient.lerp(average, momentum) if self.settings["nesterov"] else average.clone()
 
-    def apply(self, index: Index, orthogonal: Tensor) -> None:
+@dataclass(frozen=True)
+class Updates:
+    """What one step does to parts of shards. `settings`: the optimizer's group."""
+
+    settings: Mapping[str, Any]
+    home: Home
+
+    def directions(self, parts: Sequence[tuple[Update, Index]]) -> Tensors:
+        """Move the momenta of these parts on, and return what is to be orthogonalised. Once a step."""
+        momentum, gradients = self.settings["momentum"], [update.gradient[index] for update, index in parts]
+        with self.home.borrow([update.momentum[index] for update, index in parts], gradients[0].device) as averages:
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+            if self.settings["nesterov"]:
+                return torch._foreach_lerp(gradients, averages, momentum)  # pyright: ignore[reportPrivateImportUsage]
+            return [average.clone() for average in averages]
+
+    def apply(self, parts: Sequence[tuple[Update, Index]], orthogonal: Tensors) -> None:
+        """To parts of one scale."""
         lr = self.settings["lr"] * self.settings["lr_ratio"]
-        part = self.parameter[index]
-        part.mul_(1 - lr * self.settings["weight_decay"]).add_(orthogonal, alpha=-lr * self.scale)
+        shards = [update.parameter[index] for update, index in parts]
+        torch._foreach_mul_(shards, 1 - lr * self.settings["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(shards, orthogonal, alpha=-lr * parts[0][0].scale)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Muon:
@@ -156,6 +167,7 @@ class Muon:
 
     def step(self, settings: Mapping[str, Any], momenta: Mapping[Tensor, Tensor]) -> None:
         """`settings`: the optimizer's group. `momenta`: of every parameter of the group that has a gradient."""
+        step = Updates(settings, self._home)
         updates = {
             parameter: self._update(parameter, settings, momenta[parameter])
             for parameter in settings["params"]
@@ -166,35 +178,33 @@ class Muon:
             return orthogonalize(stack, steps=settings["ns_steps"])
 
         for alike in self._whole(updates):
-            dtype = self._dtype or working_dtype(alike[0][0].parameter)
-            stack = torch.stack([update.direction(index).to(dtype) for update, index in alike])
-            done = transform(stack.flatten(0, -3)).view(stack.shape)
-            for (update, index), orthogonal in zip(alike, done, strict=True):
-                update.apply(index, orthogonal)
+            stack = torch.stack(step.directions(alike))
+            done = transform(stack.to(self._dtype or working_dtype(stack)).flatten(0, -3)).view(stack.shape)
+            step.apply(alike, done.to(stack.dtype).unbind())
         for parameters, exchange in self._plan([one for one in updates if not _is_whole_here(one)]):
             here = [updates[parameter] for parameter in parameters]
             exchange.run(
-                read=lambda which, index, here=here: here[which].direction(index),
+                read=lambda which, index, here=here: step.directions([(here[which], index)])[0],
                 transform=transform,
-                write=lambda which, index, values, here=here: here[which].apply(index, values),
+                write=lambda which, index, values, here=here: step.apply([(here[which], index)], [values]),
             )
 
     def _whole(self, updates: Mapping[nn.Parameter, Update]) -> Iterator[list[tuple[Update, Index]]]:
-        """What is whole on this rank: parts of one shape together, so many as fit a round."""
-        together: dict[tuple[torch.dtype, torch.Size], list[tuple[Update, Index]]] = {}
+        """What is whole on this rank: parts of one shape and scale together, so many as fit a round."""
+        together: dict[tuple[torch.dtype, float, torch.Size], list[tuple[Update, Index]]] = {}
         for parameter, update in updates.items():
             if _is_whole_here(parameter):
                 for index in _parts(update.parameter, self._stored[parameter]):
-                    kind = parameter.dtype, update.parameter[index].shape
+                    kind = parameter.dtype, update.scale, update.parameter[index].shape
                     together.setdefault(kind, []).append((update, index))
-        for (_, shape), parts in together.items():
+        for (*_, shape), parts in together.items():
             at_once = max(1, ROUND_ELEMENTS // shape.numel())
             yield from (parts[first : first + at_once] for first in range(0, len(parts), at_once))
 
     def _update(self, parameter: nn.Parameter, settings: Mapping[str, Any], momentum: Tensor) -> Update:
         assert parameter.grad is not None
         scale = self._stored[parameter].scale(parameter.shape, settings["scale"])
-        return Update(local(parameter.detach()), local(parameter.grad), local(momentum), settings, self._home, scale)
+        return Update(local(parameter.detach()), local(parameter.grad), local(momentum), scale)
 
     def _plan(self, parameters: Sequence[nn.Parameter]) -> list[tuple[list[nn.Parameter], Exchange]]:
         """An exchange for each mesh and dtype."""

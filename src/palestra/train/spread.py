@@ -7,6 +7,8 @@ Quantiles of parts cannot be added, counts can. The bins of log r are one around
 |log r| < 1e-4.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,18 @@ _NUM_BINS = len(_EDGES) + 1
 def histogram(log_ratio_K: Tensor, age_K: Tensor, where_K: Tensor) -> Tensor:
     """Counts of the tokens in `where_K`, [A, B] float64, on their device, no host sync. NaN counts as the top."""
     device = log_ratio_K.device
-    starts = torch.tensor(list(AGE_BUCKETS.values()), device=device)
-    bucket_K = torch.bucketize(age_K, starts, right=True) - 1
+    starts_A, edges_B = _bounds(device)
+    bucket_K = torch.bucketize(age_K, starts_A, right=True) - 1
     log_r = torch.nan_to_num(log_ratio_K.detach().double(), nan=_LARGEST).clamp(-_LARGEST, _LARGEST)
-    bin_K = torch.bucketize(log_r, _EDGES.to(device))
+    bin_K = torch.bucketize(log_r, edges_B)
     slots = torch.zeros(len(AGE_BUCKETS) * _NUM_BINS, dtype=torch.float64, device=device)
     return slots.index_add(0, bucket_K * _NUM_BINS + bin_K, where_K.double()).view(len(AGE_BUCKETS), _NUM_BINS)
+
+
+@cache
+def _bounds(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of ages and of bins. Copied once: the host waits for a copy until the device has done all it was asked before."""
+    return torch.tensor(list(AGE_BUCKETS.values()), device=device), _EDGES.to(device)
 
 
 def spread_metrics(counts_AB: Tensor) -> Metrics:

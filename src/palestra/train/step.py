@@ -175,8 +175,11 @@ def clip_gradients(policy: nn.Module, max_norm: float) -> float:
     gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
     norm = sum_of_squares(gradients).sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    alike: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
-        local(gradient).mul_(factor.to(gradient.dtype))
+        alike.setdefault(gradient.dtype, []).append(local(gradient))
+    for dtype, shards in alike.items():
+        torch._foreach_mul_(shards, factor.to(dtype))  # pyright: ignore[reportPrivateImportUsage]
     return float(norm)
 
 

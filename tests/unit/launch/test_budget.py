@@ -27,6 +27,7 @@ LAYER = Layer(
     saved_bytes=200.0,
     product_bytes=80.0,
     routed_bytes=40.0,
+    orthogonal_flops=700,
 )
 MODEL = Anatomy(
     architecture="HandMade",
@@ -159,6 +160,8 @@ def test_seconds_of_a_step():
     assert plain.seconds.communication == pytest.approx(2 * (2 * 2 + 4) * 4600 / 2 / 1e5)
     assert plain.seconds.optimizer == pytest.approx(28 * 4600 / 2 / 1e6)
     assert plain.seconds.to_experts == 0
+    muon = budget_of(train(shard=2, optimizer="muon"), MODEL, DEVICE, WORK, node_ranks=2).seconds.optimizer
+    assert muon == pytest.approx(plain.seconds.optimizer + 5 * 4 * 700 / 2 / 5e5)
     across = budget_of(train(shard=2), MODEL, DEVICE, WORK, node_ranks=1)
     assert across.seconds.communication == pytest.approx(10 * plain.seconds.communication)
     again = budget_of(train(shard=2, recompute="full"), MODEL, DEVICE, WORK, node_ranks=2)

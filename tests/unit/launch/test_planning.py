@@ -30,7 +30,8 @@ def anatomy() -> Anatomy:
     wish = planning.Wish(recipe=REPORT / "rl.toml", overrides=[])
     model, origin = planning._model_of(load(wish.recipe).config.model, wish)
     assert origin == str(REPORT / "GLM-4.5-Air.config.json")
-    return planning.dissected(model)
+    with planning._in_directory(model) as readable:
+        return planning.dissected(readable)
 
 
 @pytest.fixture
@@ -69,14 +70,33 @@ def test_what_does_not_fit_is_said_with_what_would_help(capsys):
 
 
 @pytest.mark.usefixtures("without_torch")
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["train.shard=24", "train.expert_parallel=24"],
+            "the model's 128 experts; set it to 8, which divides the 24 ranks",
+        ),
+        (["train.shard=1", "train.context_parallel=64"], "the model's 96 attention heads.* set it to 48 or 96"),
+    ],
+)
+def test_a_layout_that_does_not_divide_a_model_of_the_hub_is_refused(overrides, says):
+    """Its config.json lies beside the recipe."""
+    with pytest.raises(UserError, match=says):
+        planned("rl.toml", *overrides)
+    planned("rl.toml", "train.shard=32", "train.expert_parallel=32")
+
+
+@pytest.mark.usefixtures("without_torch")
 def test_unknown_hardware_is_refused():
     with pytest.raises(UserError, match="A100, H100, H200, B200, cpu"):
         planning.plan(planning.Wish(recipe=REPORT / "rl.toml", overrides=[], gpu="Z80"))
 
 
-def test_a_config_that_is_not_there_is_the_users_mistake():
-    with pytest.raises(UserError, match="--config nowhere"):
-        planning.plan(planning.Wish(recipe=REPORT / "rl.toml", overrides=[], model_config=Path("nowhere")))
+def test_a_config_that_is_not_there_or_no_json_is_the_users_mistake():
+    for file, says in ((Path("nowhere"), "--config nowhere"), (REPORT / "rl.toml", r"rl\.toml is not JSON")):
+        with pytest.raises(UserError, match=says):
+            planning.plan(planning.Wish(recipe=REPORT / "rl.toml", overrides=[], model_config=file))
 
 
 # --- against what is measured

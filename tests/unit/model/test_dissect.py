@@ -12,12 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from palestra.config.schema import Lora
+from palestra.core.errors import UserError
 from palestra.model import attention
-from palestra.model.anatomy import Anatomy, Attention, pairs
+from palestra.model.anatomy import Anatomy, Attention, newton_schulz_flops, pairs
 from palestra.model.dissect import dissect
 from palestra.model.documents import documents_of
 from palestra.model.lora import add_adapter
 from palestra.model.policy import Policy
+from palestra.train.muon import matrices_of, orthogonalize
 
 SHAPES = Path(__file__).parents[3] / "recipes/intellect-3/GLM-4.5-Air.config.json"
 
@@ -53,6 +55,13 @@ def anatomy_of(fields: dict, dtype: torch.dtype = torch.float32, lora: Lora | No
     return dissect(AutoConfig.for_model(**fields), dtype, lora)
 
 
+def test_a_family_that_cannot_be_packed_is_refused_in_words():
+    with pytest.raises(
+        UserError, match="MambaForCausalLM has layers of kind linear_attention; packed training supports"
+    ):
+        anatomy_of({"model_type": "mamba", "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1})
+
+
 def test_a_dense_model():
     found = anatomy_of(QWEN)
     layer = found.layers[0]
@@ -71,8 +80,22 @@ def test_a_token_meets_its_experts_the_shared_one_and_the_router():
     assert sparse.experts == 8 * expert
     assert sparse.parameters == ATTENTION + 9 * expert + router + NORMS
     assert sparse.products == ATTENTION + 3 * expert + router
-    assert sparse.matrices == ATTENTION + 9 * expert  # what Muon trains: the router is not among them
+    assert sparse.matrices == ATTENTION + 9 * expert + router  # what Muon trains
     assert sparse.routed_bytes == 2 * 32 * 4
+
+
+def test_flops_of_orthogonalising_are_those_of_torchs_count():
+    """Of one step of every matrix, each expert's gate, up and down for itself; as one stack they would be others."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**GLM))
+    layer, found = model.model.layers[1], anatomy_of(GLM).layers[1].orthogonal_flops
+    counted = 0
+    for parameter, stored in matrices_of([layer]).items():
+        for rows, columns in stored.matrices(parameter.shape):
+            with FlopCounterMode(display=False) as counter:
+                orthogonalize(parameter.detach()[(None,) * (3 - parameter.dim()) + (..., rows, columns)], steps=1)
+            counted += counter.get_total_flops()
+    assert found == counted
+    assert found != sum(newton_schulz_flops(*p.shape[-2:]) for p in matrices_of([layer]))  # the control
 
 
 def test_flops_of_documents():

@@ -29,12 +29,15 @@ def test_packed_equals_one_by_one_in_transformers(tmp_path, load, architecture):
     documents = documents_of(LENGTHS)
     scored = torch.tensor([t for t in range(sum(LENGTHS)) if t not in documents.ends.tolist()])
     with torch.no_grad():
-        logp, _ = policy(ids, documents, scored, torch.full((len(scored),), 0.7))
+        temperature = torch.full((len(scored),), 0.7)
+        logp, _ = policy(ids, documents, scored, temperature)
+        leaking, _ = policy(ids, documents_of([sum(LENGTHS)]), scored, temperature)
         expected = [
             (own(input_ids=document[None]).logits[0, :-1].float() / 0.7).log_softmax(-1).gather(1, document[1:, None])
             for document in ids.split(LENGTHS)
         ]
     torch.testing.assert_close(logp, torch.cat(expected)[:, 0], atol=1e-5, rtol=1e-6)
+    assert (leaking - logp).abs().max() > 1e-2  # the control: boundaries ignored
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_masters(tmp_path, load):

@@ -111,6 +111,26 @@ def test_fused_experts_step_as_unfused_ones(interleaved, transposed, scale):
     assert not torch.allclose(together.detach(), expected, atol=1e-3)  # the control: gate and up as one matrix
 
 
+def test_matrices_of_one_shape_and_two_scales_step_as_each_alone():
+    """What is stepped at once shares a scale: [8, 4] as it lies is twice as tall as wide, transposed it is not."""
+    stored = [Stored(), Stored(transposed=True), Stored()]
+    together = [nn.Parameter(_random(8, 4, seed=seed)) for seed in range(3)]
+    apart = [nn.Parameter(parameter.detach().clone()) for parameter in together]
+    options = {"scale": "spectral", "weight_decay": 0.1}
+    ours = _muon(dict(zip(together, stored, strict=True)), **options)
+    others = [_muon({parameter: how}, **options) for parameter, how in zip(apart, stored, strict=True)]
+    for index, (parameter, other) in enumerate(zip(together, apart, strict=True)):
+        parameter.grad = _random(8, 4, seed=9 + index)
+        other.grad = parameter.grad.clone()
+    for optimizer in (ours, *others):
+        optimizer.step()
+    assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(together, apart, strict=True))
+    wrong = nn.Parameter(_random(8, 4, seed=1))
+    wrong.grad = together[1].grad
+    _muon({wrong: Stored()}, **options).step()
+    assert not torch.allclose(wrong, together[1], atol=1e-3)  # the control: the other scale
+
+
 def _names(architecture: str, tmp_path) -> dict[str, Stored]:
     model = AutoModelForCausalLM.from_pretrained(tiny.build(tmp_path, architecture))
     names = {parameter: name for name, parameter in model.named_parameters()}
