@@ -37,6 +37,7 @@ AIMS = {
     "rl-64k-one": ("tokens_per_s", 13_000),
     "sft-16k": ("tokens_per_s", 40_000),
     "sft-16k-compiled": ("tokens_per_s", 40_000),
+    "sft-16k-large-chunks": ("tokens_per_s", 40_000),
     "experts-32k": ("tflops", 500),
 }
 
@@ -141,6 +142,9 @@ PARTS: dict[str, Callable[[Way], dict[str, Any]]] = {
     "muon-16k": _steps("muon-16k", "rl", 16 * K, "train.optimizer=muon"),
     "muon-16k-8-packs": _steps("muon-16k-8-packs", "rl", 16 * K, "train.optimizer=muon", packs=8),
     "sft-16k-compiled": _steps("sft-16k-compiled", "sft", 16 * K, "train.compile=true"),
+    "sft-16k-large-chunks": _steps(
+        "sft-16k-large-chunks", "sft", 16 * K, "train.compile=true", "train.head_chunk_tokens=8192"
+    ),
     "sft-16k-8-packs": _steps("sft-16k-8-packs", "sft", 16 * K, "train.compile=true", packs=8),
     "float8-16k": _steps("float8-16k", "rl", 16 * K, "train.float8=true"),
     "glm4moe-8k": _steps("glm4moe-8k", "rl", 8 * K, "train.optimizer=muon", model="glm4moe-layers"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +63,7 @@ class Layout:
     activations: Activations = PLAIN
     optimizer: Literal["muon", "adamw"] = "muon"  # the first is the second for all that is no matrix of a layer
     adapted: tuple[str, ...] = ()  # families whose adapters are trained here, too
+    is_known: bool = True  # else experts do not go through transformers' registry
 
     def suits(self, family: str) -> bool:
         return "experts" not in self.axes or is_split(family)
@@ -84,6 +85,7 @@ LAYOUTS = [
     Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}, adapted=ALL[:1]),
     Layout("ep2", 2, {"shard": 2, "experts": 2}, optimizer="adamw"),
     Layout("ep4", 4, {"shard": 4, "experts": 4}, adapted=NORMED[1:]),
+    Layout("ep2-unknown", 2, {"shard": 2, "experts": 2}, NORMED[1:], (), is_known=False),
     Layout("ulysses2", 2, {"context": 2}),
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
     Layout("tp2", 2, {"tensor": 2}, families=("Gemma2ForCausalLM", LATENT, BIASED, SINKS), singles=(), adapted=(LATENT,)),
@@ -156,7 +158,13 @@ def is_split(family: str) -> bool:
 
 
 def make_policy(
-    path: Path, dtype: torch.dtype, meshes: Meshes | None, activations: Activations = PLAIN, *, adapted: bool = False
+    path: Path,
+    dtype: torch.dtype,
+    meshes: Meshes | None,
+    activations: Activations = PLAIN,
+    *,
+    adapted: bool = False,
+    is_known: bool = True,
 ) -> Policy:
     """Without meshes: one process, nothing sharded. An adapter is one of some steps: neither of its halves is zero."""
     compute = "batched_mm" if dtype == torch.float64 else "grouped_mm"  # which has no float64
@@ -171,7 +179,9 @@ def make_policy(
         layer.forward = never_narrower(layer.forward)
     keep_activations(policy.decoder_layers, activations, torch.device("cpu"))
     if meshes is not None:
-        load.shard(policy, dtype=dtype, experts=compute, meshes=meshes)
+        unknown = patch.object(load, "expert_modules", lambda model: iter(()))
+        with nullcontext() if is_known else unknown:
+            load.shard(policy, dtype=dtype, experts=compute, meshes=meshes)
     begin_adapter(model, seed=0, device=torch.device("cpu"))
     fill(model, path, device=torch.device("cpu"))
     if is_split(path.name):

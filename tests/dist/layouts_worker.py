@@ -42,8 +42,9 @@ def main(models: Path, out: Path) -> None:
 def _run(model: Path, layout: Layout, kind: str, meshes: Meshes, out: Path) -> None:
     rank, is_adapted = dist.get_rank(), kind == ADAPTED
     ranks = Ranks(rank=rank, num=meshes.ranks.size(), device=torch.device("cpu"), meshes=meshes)
-    policy = make_policy(model, DTYPES[kind], meshes, layout.activations, adapted=is_adapted)
+    policy = make_policy(model, DTYPES[kind], meshes, layout.activations, adapted=is_adapted, is_known=layout.is_known)
     found = measure(policy, meshes, ranks, layout.optimizer)
+    found["fallbacks"] = policy.fallbacks
     if kind == "float64" and model.name in SHARDED and layout.num_ranks == 4:  # the others: `test_ranks.py`
         found["in_parts"] = in_parts(policy, ranks)
     if rank == 0:

@@ -84,6 +84,7 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, st
 def test_a_layout_equals_one_process(family, layout: Layout, kind, alone, found, record_layout):
     reference = alone(family, kind, layout.optimizer)
     ours = torch.load(found / f"{family}-{layout.name}-{kind}.pt")
+    assert bool(ours["fallbacks"]) is not layout.is_known
     gaps = {
         "gradient": worst(ours["gradients"], reference["gradients"]),
         "weight": worst(ours["weights"], reference["weights"]),

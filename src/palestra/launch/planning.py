@@ -241,7 +241,9 @@ def _lines(planned: Planned) -> list[str]:
     layout = f"{planned.hardware.name}: replicate {train.replicate} x shard {train.shard}"
     layout += f" x context {train.context_parallel}" if train.context_parallel > 1 else ""
     layout += f" x tensor {train.tensor_parallel} ({_heads_words(planned)})" if train.tensor_parallel > 1 else ""
-    layout += f", experts over {train.expert_parallel}" if train.expert_parallel > 1 else ""
+    if train.expert_parallel > 1:
+        has_own = anatomy.num_experts > 0
+        layout += f", experts over {train.expert_parallel}" if has_own else ", experts as FSDP shards all other weights"
     adapters = f"; trained: {anatomy.adapters / 1e6:.2f} M of adapters beside it" if anatomy.adapters else ""
     return [
         f"model:  {anatomy.architecture}, {anatomy.parameters / 1e9:.2f} B parameters, {anatomy.active / 1e9:.2f} B "

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from palestra.config.model_fields import experts_field
 from palestra.config.schema import Lora
 from palestra.core.errors import UserError
 from palestra.model.expert_adapters import expert_modules
@@ -102,7 +103,10 @@ def shard(policy: Policy, *, dtype: torch.dtype, experts: str, meshes: Meshes) -
         if meshes.tensor.size > 1:
             _split_matrices(policy.model, meshes)
         meshes.context.require(heads=policy.model.config.get_text_config().num_attention_heads)
-        if meshes.experts["ep"].size() > 1 or (meshes.tensor.size > 1 and any(expert_modules(policy.model))):
+        owners = meshes.experts["ep"].size()
+        if not any(expert_modules(policy.model)):
+            policy.fallbacks += _without_owners(policy.model, owners)
+        elif max(owners, meshes.tensor.size) > 1:
             split_experts(policy.model, meshes.experts["ep"], compute=experts, tensor=meshes.tensor)
             _shard_experts(policy.model, MixedPrecisionPolicy(dtype, reduce), meshes)
     except ValueError as error:
@@ -114,6 +118,22 @@ def shard(policy: Policy, *, dtype: torch.dtype, experts: str, meshes: Meshes) -
     for module in sharded_modules(policy):
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(float(meshes.tensor.size) if module is policy else 1.0)
+
+
+def _without_owners(model: PreTrainedModel, owners: int) -> tuple[str, ...]:
+    """What there is to say, if a family computes experts by itself: what holds for every weight holds for them.
+
+    Errors: ValueError for a dense model.
+    """
+    if owners == 1:
+        return ()
+    name = type(model).__name__
+    if experts_field(model.config.get_text_config().to_dict()) is None:
+        raise ValueError(f"train.expert_parallel={owners}, but {name} has no experts; set it to 1")
+    return (
+        f"train.expert_parallel={owners} has no effect: {name} computes its experts outside of transformers' registry; "
+        "FSDP shards them as it does all other weights",
+    )
 
 
 def _split_matrices(model: PreTrainedModel, meshes: Meshes) -> None:

@@ -34,6 +34,7 @@ class Policy(nn.Module):
         self.decoder_layers = _layers_of(model)
         self.routers = Routers(model)
         self.context: Context = WHOLE
+        self.fallbacks: tuple[str, ...] = ()  # what was asked for and does not hold for this family, in words
         self.attention_kernels: frozenset[str] = frozenset()  # those that attended over packs when it was checked
         self.tensor: Axis = ALONE
         self.adapter: Adapter | None = None  # None: all weights are trained

@@ -61,7 +61,7 @@ class Trainer:
                 router_replay=config.train.router_replay,
             )
         if ranks.is_first:
-            print(_told(self.policy, ranks.device), flush=True)
+            print(_told(self.policy, ranks.device), *self.policy.fallbacks, sep="\n", flush=True)
         _require_balance(self.policy, config.train.balance)
         self._rate, self.version = training_rate(config.train), 0
         self._optimizer = self._new_optimizer()
