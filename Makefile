@@ -29,8 +29,8 @@ venv_stamp := $(stamps)/venv-$(shell echo "$(CURDIR)" | cksum | cut -d ' ' -f 1)
 palestra_stamp := $(stamps)/palestra-$(ENGINE)-$(call digest,requirements/*.txt)
 environments_stamp := $(stamps)/environments-$(call digest,requirements/*.txt $(environments))
 dev_stamp := $(stamps)/dev-$(call digest,requirements/*.txt)
-# Three at a time, on two cores: tests are often waits for processes to start. What shares an engine stays together (tests/conftest.py).
-tests := $(BIN)/python -m pytest -n 3 --no-loadscope-reorder
+# Two at a time: tests are mostly waits for processes to start. What shares an engine stays together (tests/conftest.py).
+tests := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 stamp = @rm -f $(stamps)/$(1)-* && touch $@
 
 .PHONY: help install quickstart check test test-dist test-fault debian form types layers unit-tests clean

@@ -1,4 +1,4 @@
-"""Tests run in three processes at once (`-n 3`): what shares an engine or a run stays in one of them."""
+"""Tests run in two processes at once (`-n 2`): what shares an engine or a run stays in one of them."""
 
 import shutil
 from collections.abc import Iterator
