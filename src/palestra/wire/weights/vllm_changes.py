@@ -21,8 +21,8 @@ from vllm.distributed.weight_transfer.sparse_nccl_engine import (
 from palestra.core.errors import InfrastructureError
 from palestra.wire.weights.changes import Digest
 from palestra.wire.weights.in_place import require_in_place
-from palestra.wire.weights.vllm_engine import FilesEngine, FilesUpdateInfo
-from palestra.wire.weights.vllm_sent import Loader, SentEngine
+from palestra.wire.weights.vllm_engine import FilesUpdateInfo
+from palestra.wire.weights.vllm_sent import LateEngine, Loader
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Receiver(SparseNCCLWeightTransferEngine):
     update_info_cls = ChangesUpdateInfo
 
 
-class ChangesEngine(SentEngine):
+class ChangesEngine(LateEngine):
     """Holds one version whole. Between the first write of an update and its end it holds none: then a whole one must
     come before it goes on."""
 
@@ -49,20 +49,13 @@ class ChangesEngine(SentEngine):
         require_in_place(model)
         super().__init__(config, vllm_config, device, model)
         self._holds = ""  # the mark of what is in the model
-        self._has_started = False
-
-    def start_weight_update(self) -> None:
-        """Changes are put into the model as it is; what is to take it apart is known when it comes."""
-        self._has_started, self._complete = True, False
 
     def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:  # type: ignore[override]
         """Errors: InfrastructureError naming the tensor, the module, or what the engine holds instead."""
-        if not self._has_started:
-            raise InfrastructureError("an update is one start, one version, one finish; start a new update")
-        self._has_started = False
+        self._begin()
         if isinstance(update_info, FilesUpdateInfo):
             self._holds = ""
-            FilesEngine.start_weight_update(self)
+            self._take_apart()
             super().receive_weights(update_info)
             return
         assert isinstance(update_info, ChangesUpdateInfo)

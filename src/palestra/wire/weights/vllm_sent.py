@@ -70,6 +70,24 @@ class SentEngine(FilesEngine):
         return loader.loaded
 
 
+class LateEngine(SentEngine):
+    """Takes the model apart only when a version comes: some are put among the weights as they are."""
+
+    _has_started = False
+
+    def start_weight_update(self) -> None:
+        self._has_started, self._complete = True, False
+
+    def _begin(self) -> None:
+        """Errors: InfrastructureError, if no update was started for what comes now."""
+        if not self._has_started:
+            raise InfrastructureError("an update is one start, one version, one finish; start a new update")
+        self._has_started = False
+
+    def _take_apart(self) -> None:
+        super().start_weight_update()
+
+
 class Loader(nn.Module):
     """The model, as far as vLLM's receivers use it; notes what was loaded."""
 

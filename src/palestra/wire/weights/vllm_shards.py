@@ -19,8 +19,8 @@ from vllm.distributed.weight_transfer.m2n_engine import M2NWeightTransferEngine
 from palestra.core.errors import InfrastructureError
 from palestra.wire.weights.in_place import require_in_place
 from palestra.wire.weights.shards_sender import require_m2n
-from palestra.wire.weights.vllm_engine import FilesEngine, FilesUpdateInfo
-from palestra.wire.weights.vllm_sent import Loader, SentEngine
+from palestra.wire.weights.vllm_engine import FilesUpdateInfo
+from palestra.wire.weights.vllm_sent import LateEngine, Loader
 
 
 class Receiver(M2NWeightTransferEngine):
@@ -48,7 +48,7 @@ class Receiver(M2NWeightTransferEngine):
             self.written.add(src_meta.name)
 
 
-class ShardsEngine(SentEngine):
+class ShardsEngine(LateEngine):
     receives_by = Receiver
 
     def __init__(self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module):
@@ -58,20 +58,13 @@ class ShardsEngine(SentEngine):
         if getattr(vllm_config.model_config, "quantization", None) is None:  # else it writes none in place
             require_in_place(model, kind="nccl_m2n", loads_experts=True)
         super().__init__(config, vllm_config, device, model)
-        self._has_started = False
-
-    def start_weight_update(self) -> None:
-        """Whoever meets the trainer says where weights lie: the model is taken apart when a version comes."""
-        self._has_started, self._complete = True, False
 
     def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:  # type: ignore[override]
         """Errors: InfrastructureError naming the tensor or the module."""
-        if not self._has_started:
-            raise InfrastructureError("an update is one start, one whole version, one finish; start a new update")
-        self._has_started = False
+        self._begin()
         if not isinstance(update_info, FilesUpdateInfo):
             self._require_places()
-        FilesEngine.start_weight_update(self)
+        self._take_apart()  # whoever met the trainer has said where weights lie
         super().receive_weights(update_info)
 
     def _receive(self, update_info: WeightTransferUpdateInfo, loader: Loader) -> set[str]:
