@@ -178,18 +178,17 @@ class Engine:
 
     async def chunks(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         """The first token alone, then `stream_interval` at a time."""
-        [choice], sent, interval = self.begin(body), 0, body["sampling_params"]["stream_interval"]
+        [choice], sent, reason, interval = self.begin(body), 0, None, body["sampling_params"]["stream_interval"]
         try:
-            while sent == 0 or choice.finish_reason is None or sent < len(choice.token_ids):
+            while reason is None:
                 fresh = len(choice.token_ids) - sent
                 if choice.finish_reason is None and fresh < (interval if sent else 1):
                     choice.advanced.clear()
                     await choice.advanced.wait()
                     continue
-                yield self.event(
-                    {"request_id": body.get("request_id"), "choices": [choice.answer(sent, streamed=True)]}
-                )
-                sent = len(choice.token_ids)
+                answer = choice.answer(sent, streamed=True)
+                sent, reason = len(choice.token_ids), choice.finish_reason  # of now: both go on while this is sent
+                yield self.event({"request_id": body.get("request_id"), "choices": [answer]})
             yield b"data: [DONE]\n\n"
         finally:
             self.drop([choice])

@@ -300,6 +300,29 @@ async def test_an_engine_that_answers_otherwise_is_noticed(tmp_path: Path, engin
     assert known(right[seen], wrong[seen]) != wrong[seen]
 
 
+async def test_a_stream_tells_what_came_while_a_chunk_was_on_its_way() -> None:
+    """Tokens, and the reason of an engine put to sleep: also between a chunk and the next one asked for."""
+    engine = Engine(Table.random(30), max_model_len=512)
+    stream = engine.chunks(body(LONG, stream=True))
+    async with asyncio.timeout(10):
+        asking = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        engine.step()
+        said = [await asking]
+        for _ in range(20):
+            engine.step()
+        said.append(await anext(stream))
+        engine.step()
+        engine.sleep(1)
+        said += [event async for event in stream]
+    *chunks, done = [event.removeprefix(b"data: ") for event in said]
+    choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    told = [(len(choice["token_ids"]), choice["finish_reason"]) for choice in choices]
+    assert told == [(1, None), (20, None), (1, "abort")]
+    assert choices[-1]["weight_versions"] == [{"version": "default", "start": 0, "end": 22}]
+    assert done.strip() == b"[DONE]"
+
+
 def test_shapes_tell_answers_apart() -> None:
     assert shape({"a": [1, 2], "b": None}) == shape({"b": None, "a": [3]})
     assert shape({"a": [1, "2"]}) != shape({"a": [1]})
