@@ -38,6 +38,7 @@ AIMS = {
     "sft-16k": ("tokens_per_s", 40_000),
     "sft-16k-compiled": ("tokens_per_s", 40_000),
     "sft-16k-large-chunks": ("tokens_per_s", 40_000),
+    "sft-16k-kept": ("tokens_per_s", 40_000),
     "experts-32k": ("tflops", 500),
 }
 
@@ -145,7 +146,11 @@ PARTS: dict[str, Callable[[Way], dict[str, Any]]] = {
     "sft-16k-large-chunks": _steps(
         "sft-16k-large-chunks", "sft", 16 * K, "train.compile=true", "train.head_chunk_tokens=8192"
     ),
+    "sft-16k-kept": _steps("sft-16k-kept", "sft", 16 * K, "train.compile=true", "train.reshard_after=step"),
     "sft-16k-8-packs": _steps("sft-16k-8-packs", "sft", 16 * K, "train.compile=true", packs=8),
+    "sft-16k-8-packs-kept": _steps(
+        "sft-16k-8-packs-kept", "sft", 16 * K, "train.compile=true", "train.reshard_after=step", packs=8
+    ),
     "float8-16k": _steps("float8-16k", "rl", 16 * K, "train.float8=true"),
     "glm4moe-8k": _steps("glm4moe-8k", "rl", 8 * K, "train.optimizer=muon", model="glm4moe-layers"),
     "compiled-16k": _steps("compiled-16k", "rl", 16 * K, "train.compile=true"),

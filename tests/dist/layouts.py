@@ -10,12 +10,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from palestra.algo.losses import policy_loss
-from palestra.config.schema import Balance, Lora, Train
+from palestra.config.schema import Balance, Lora, ReshardAfter, Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model import experts, load
@@ -24,7 +25,7 @@ from palestra.model.documents import documents_of
 from palestra.model.expert_adapters import expert_modules
 from palestra.model.export import iterate_weights
 from palestra.model.fill import empty_model, fill
-from palestra.model.load import read_config, set_gradient_sync
+from palestra.model.load import passes, read_config
 from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.mesh import Meshes, make_meshes
 from palestra.model.places import share
@@ -62,6 +63,7 @@ class Layout:
     singles: tuple[str, ...] = NORMED  # in float32
     activations: Activations = PLAIN
     optimizer: Literal["muon", "adamw"] = "muon"  # the first is the second for all that is no matrix of a layer
+    reshard_after: ReshardAfter = "forward"
     adapted: tuple[str, ...] = ()  # families whose adapters are trained here, too
     is_known: bool = True  # else experts do not go through transformers' registry
 
@@ -82,7 +84,7 @@ LAYOUTS = [
     Layout("1", 1),
     Layout("fsdp2", 2, {"shard": 2}, optimizer="adamw"),
     Layout("fsdp4", 4, {"shard": 4}),
-    Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}, adapted=ALL[:1]),
+    Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}, reshard_after="step", adapted=ALL[:1]),
     Layout("ep2", 2, {"shard": 2, "experts": 2}, optimizer="adamw"),
     Layout("ep4", 4, {"shard": 4, "experts": 4}, adapted=NORMED[1:]),
     Layout("ep2-unknown", 2, {"shard": 2, "experts": 2}, NORMED[1:], (), is_known=False),
@@ -107,6 +109,7 @@ LAYOUTS = [
         families=(),
         singles=("Glm4MoeForCausalLM",),
         activations=Activations("full", offload=True),
+        reshard_after="step",
         adapted=("Glm4MoeForCausalLM",),
     ),
     Layout(
@@ -116,6 +119,7 @@ LAYOUTS = [
         families=(),
         singles=("GptOssForCausalLM",),
         activations=Activations("selective", offload=True),
+        reshard_after="backward",
         adapted=("GptOssForCausalLM",),
     ),
 ]
@@ -126,6 +130,7 @@ FAULTS = {  # the layout that has it, and what shows it
     "routes of another rank": ("ring2", "weights"),
     "experts counted in a part": ("ring2", "gradients"),
     "orthogonalised in pieces": ("fsdp4", "weights"),
+    "copies kept over a step": ("replicate2-shard2", "weights"),
     "norms summed twice": ("tp2-ep2", "gradients"),
     "norms not summed": ("tp2-ep2", "gradients"),
     "bias of every rank": ("tp2", "gradients"),
@@ -206,18 +211,21 @@ def _move_adapter(policy: Policy) -> None:
             local.copy_(0.1 * share(whole, parameter))
 
 
-def measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str) -> dict[str, Any]:
+def measure(
+    policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str, reshard_after: ReshardAfter = "forward"
+) -> dict[str, Any]:
     """Gradients at version 0, then metrics and weights of three steps. A collective of the layout."""
     with NeverNarrower():
-        return _measure(policy, meshes, ranks, optimizer)
+        return _measure(policy, meshes, ranks, optimizer, reshard_after)
 
 
-def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str) -> dict[str, Any]:
+def _measure(
+    policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str, reshard_after: ReshardAfter
+) -> dict[str, Any]:
     plan = _plan(meshes, 0)
     readings = Readings()
     policy.routers.forget(for_loss=True)
-    for index, pack in enumerate(plan.packs):
-        set_gradient_sync(policy, index == len(plan.packs) - 1)
+    for pack in passes(policy, plan.packs, reshard_after):
         loss = pack_loss(policy, pack, plan.counts, _loss(), readings)
         if len(policy.routers):
             loss = loss + AUX_LOSS / plan.num_tokens * policy.routers.balance_loss(policy.context)
@@ -228,7 +236,8 @@ def _measure(policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str
     policy.zero_grad()
     stepped = make_optimizer(policy, policy.decoder_layers, Train(optimizer=optimizer, weight_decay=0.1))
     found["metrics"] = [
-        values(_step(policy, stepped, _plan(meshes, step, policy.routers.replay), ranks)) for step in range(STEPS)
+        values(_step(policy, stepped, _plan(meshes, step, policy.routers.replay), ranks, reshard_after))
+        for step in range(STEPS)
     ]
     found["weights"] = {name: _whole(parameter) for name, parameter in _trained(policy)}
     return found
@@ -277,7 +286,7 @@ def never_narrower(forward: Callable[..., Any]) -> Callable[..., Any]:
     return widely
 
 
-def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks) -> Any:
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks, reshard_after: ReshardAfter) -> Any:
     """Experts are balanced, too, where there are any."""
     return train_step(
         policy,
@@ -289,6 +298,7 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: R
         ranks=ranks,
         ledger=Ledger("test"),
         balance=Balance(aux_loss=AUX_LOSS if len(policy.routers) else 0.0),
+        reshard_after=reshard_after,
     )
 
 
@@ -355,6 +365,11 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
     elif fault == "frozen experts end gradients":
         routed = experts._routed
         with patch.object(experts, "_routed", lambda module, hidden, *more: routed(module, hidden.detach(), *more)):
+            yield
+            return
+    elif fault == "copies kept over a step":
+        kept = FSDPModule.set_reshard_after_backward
+        with patch.object(FSDPModule, "set_reshard_after_backward", lambda module, _, **how: kept(module, False, **how)):
             yield
             return
     elif fault == "orthogonalised in pieces":

@@ -43,7 +43,7 @@ def _run(model: Path, layout: Layout, kind: str, meshes: Meshes, out: Path) -> N
     rank, is_adapted = dist.get_rank(), kind == ADAPTED
     ranks = Ranks(rank=rank, num=meshes.ranks.size(), device=torch.device("cpu"), meshes=meshes)
     policy = make_policy(model, DTYPES[kind], meshes, layout.activations, adapted=is_adapted, is_known=layout.is_known)
-    found = measure(policy, meshes, ranks, layout.optimizer)
+    found = measure(policy, meshes, ranks, layout.optimizer, layout.reshard_after)
     found["fallbacks"] = policy.fallbacks
     if kind == "float64" and model.name in SHARDED and layout.num_ranks == 4:  # the others: `test_ranks.py`
         found["in_parts"] = in_parts(policy, ranks)
@@ -54,6 +54,6 @@ def _run(model: Path, layout: Layout, kind: str, meshes: Meshes, out: Path) -> N
             continue
         policy = make_policy(model, DTYPES[kind], meshes, adapted=is_adapted)
         with planted(fault, policy, meshes):
-            found = measure(policy, meshes, ranks, layout.optimizer)
+            found = measure(policy, meshes, ranks, layout.optimizer, layout.reshard_after)
         if rank == 0:
             torch.save(found, out / f"{model.name}-{fault}.pt")

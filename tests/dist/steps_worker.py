@@ -15,7 +15,7 @@ from palestra.config.schema import Log, Lora, Model, RunConfig, Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model.export import iterate_weights
-from palestra.model.load import load_policy, set_gradient_sync
+from palestra.model.load import load_policy, passes
 from palestra.model.mesh import make_meshes
 from palestra.train import ranks as trainer_ranks
 from palestra.train.packs import plan_step
@@ -101,8 +101,7 @@ def measure(model: Path, out: Path, ranks: trainer_ranks.Ranks, resume_from: int
 def _gradients(trainer: Trainer, ranks: trainer_ranks.Ranks) -> dict[str, torch.Tensor]:
     plan = plan_step(make_batch(LENGTHS, packs=PACKS, supervised=[3]), rank=ranks.rank, num_ranks=ranks.num)
     loss = policy_loss("mis", {"low": 1e-9, "high": 1e9})
-    for index, pack in enumerate(plan.packs):
-        set_gradient_sync(trainer.policy, index == len(plan.packs) - 1)
+    for pack in passes(trainer.policy, plan.packs):
         pack_loss(trainer.policy, pack, plan.counts, loss, Readings()).backward()
     gradients = {
         name: parameter.grad.full_tensor()

@@ -10,6 +10,7 @@ Loss = Literal["mis", "tis", "cispo", "gspo", "dppo", "ppo_clip", "none"]
 BaselineKind = Literal["mean", "leave_one_out", "moving_average"]  # of a group; or of a seat, over the groups before
 AdvantageScale = Literal["none", "std"]
 Dtype = Literal["float32", "bfloat16"]
+ReshardAfter = Literal["forward", "backward", "step"]
 Place = Literal["tensorboard", "wandb", "trackio"]
 VLLM_GPU_SHARE = 0.92  # gpu-memory-utilization, where nobody says otherwise
 
@@ -269,6 +270,7 @@ class Train(Section):
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
     context_kind: Literal["ulysses", "ring"] = "ulysses"  # ulysses: must divide the attention heads; ring: any
     tensor_parallel: PositiveInt = 1  # ranks that split each matrix, as transformers' plan for the family says
+    reshard_after: ReshardAfter = "forward"  # gathered weights are kept for a pass, for a pack, or for all of a step
     expert_parallel: PositiveInt = 1  # ranks among shard x context x tensor_parallel that own different experts
     attention: Literal["auto", "cudnn", "varlen", "flex", "padded"] = "auto"  # auto: the fastest kernel that works here
     recompute: Literal["none", "selective", "full"] = "none"  # what a backward computes again rather than keeps

@@ -161,8 +161,10 @@ def _passing(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
         head_weights = 0
     in_head = _LOGIT_COPIES * 4 * chunk * anatomy.vocab_size + head_weights
     kept, moved = _kept(train, anatomy, tokens)
+    layers = [gathered(layer, train) for layer in anatomy.layers]
+    at_once = min(2 * layer_weights, sum(layers)) if train.reshard_after == "forward" else sum(layers)
     return {
-        "weights in use": anatomy.itemsize * (anatomy.root + 2 * layer_weights),
+        "weights in use": anatomy.itemsize * (anatomy.root + at_once),
         "activations": kept,
         "at work": max(in_layer, in_head),
     }, moved
@@ -230,7 +232,7 @@ def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, pac
     rate_to_experts = hardware.link_bytes_s if owners <= node_ranks else hardware.network_bytes_s
     return Seconds(
         compute=compute,
-        communication=packs * _moved_bytes(train, anatomy) / rate,
+        communication=packs * _moved_bytes(train, anatomy, packs) / rate,
         offload=0.0,
         to_experts=routed * (1 - 1 / owners) / rate_to_experts,
         optimizer=_optimizer_seconds(train, anatomy, hardware),
@@ -238,8 +240,9 @@ def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, pac
     )
 
 
-def _moved_bytes(train: Train, anatomy: Anatomy) -> float:
-    """Of a pack, to and from one rank: weights are gathered twice, gradients of what is trained added up."""
+def _moved_bytes(train: Train, anatomy: Anatomy, packs: int) -> float:
+    """Of a pack, to and from one rank: weights are gathered twice, once, or for all packs of a step; gradients of what
+    is trained are added up."""
     shards, layers = train.num_sharing, anatomy.layers
     experts = sum(layer.experts for layer in layers) / train.expert_parallel
     adapters = sum(gathered_adapters(layer, train) for layer in layers)
@@ -247,7 +250,8 @@ def _moved_bytes(train: Train, anatomy: Anatomy) -> float:
     beside_others = 1 - train.tensor_parallel / shards
     gathered_here = (anatomy.root + experts) * (1 - 1 / shards) + weights * beside_others
     trained = adapters * beside_others if anatomy.adapters else gathered_here
-    return 2 * anatomy.itemsize * gathered_here + GRADIENT_BYTES * trained
+    times = {"forward": 2, "backward": 1, "step": 1 / packs}[train.reshard_after]
+    return times * anatomy.itemsize * gathered_here + GRADIENT_BYTES * trained
 
 
 def _tensor_seconds(train: Train, anatomy: Anatomy, hardware: Hardware, tokens: float, node_ranks: int) -> float:
@@ -318,6 +322,7 @@ def changes(
 def _variants(train: Train) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"recompute": how} for how in ("full", "selective", "none")]
     found += [{name: here} for name in ("offload_activations", "offload_optimizer") for here in (True, False)]
+    found += [{"reshard_after": when} for when in ("forward", "backward", "step")]
     found += [{"optimizer": name} for name in ("muon", "adamw")]
     for factor in (2, 0.5):
         found += [{"shard": train.shard * factor, "replicate": train.replicate / factor}]

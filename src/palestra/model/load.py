@@ -3,7 +3,9 @@
 Legend: a rank is one trainer process; `mesh.py` says how they are laid out.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch.distributed.tensor import Shard
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from palestra.config.model_fields import experts_field
-from palestra.config.schema import Lora
+from palestra.config.schema import Lora, ReshardAfter
 from palestra.core.errors import UserError
 from palestra.model.expert_adapters import expert_modules
 from palestra.model.experts import split_experts
@@ -26,6 +28,7 @@ from palestra.model.policy import Policy, check_against_own_forward, check_repla
 from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.tensor_plan import apply, num_whole, require_heads, split_of
 
+P = TypeVar("P")
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
 
 
@@ -161,10 +164,22 @@ def sharded_modules(policy: nn.Module) -> list[FSDPModule]:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
-def set_gradient_sync(policy: nn.Module, sync: bool) -> None:
-    """Whether the next backward adds up the gradients over replicas; before that they pile up on each.
+def passes(policy: nn.Module, packs: Sequence[P], reshard_after: ReshardAfter = "forward") -> Iterator[P]:
+    """Packs of one step, each to go forward and backward before the next is asked for.
 
-    Ranks that share weights add theirs up in every backward: what piles up is a rank's part, never a whole model.
+    Gradients are added up over replicas by the last; before that they pile up on each. Ranks that share weights add
+    theirs up in every backward: what piles up is a rank's part, never a whole model. Gathered weights are kept as
+    `reshard_after` says, and never beyond the last backward: an optimizer changes shards, not copies.
     """
-    for module in sharded_modules(policy):
-        module.set_requires_all_reduce(sync, recurse=False)
+    modules = sharded_modules(policy)
+    layers = [module for module in modules if module is not policy]  # the root is always kept for its backward
+    for index, pack in enumerate(packs):
+        is_last = index == len(packs) - 1
+        for module in modules:
+            module.set_requires_all_reduce(is_last, recurse=False)
+            module.set_reshard_after_backward(is_last or reshard_after != "step", recurse=False)
+        for module in layers:
+            module.set_reshard_after_forward(reshard_after == "forward", recurse=False)
+        yield pack
+    for module in layers:
+        module.set_reshard_after_forward(True, recurse=False)

@@ -311,10 +311,11 @@ def _kernel_ranges(pair: tuple[Block, ...], device: torch.device) -> tuple[Any, 
 
 
 def _kernel_window(pair: tuple[Block, ...]) -> tuple[list[int], bool]:
-    """The kernel counts from the last query at the last key, so all blocks of a pair must lie alike."""
+    """The kernel counts from the last query at the last key, so all blocks of a pair must lie alike: in one piece all
+    are triangles, of which a token alone is one, too; of two pieces there is one block, a rectangle."""
     block = pair[0]
     num_q, num_k = block.q[1] - block.q[0], block.k[1] - block.k[0]
-    is_causal = block.offset < num_k - 1
+    is_causal = any(b.offset < b.k[1] - b.k[0] - 1 for b in pair)
     reach = block.window - 1 - block.offset + num_k - num_q
     seen_whole = all(b.offset + b.q[1] - b.q[0] <= b.window for b in pair)
     return [-1 if seen_whole else reach, 0 if is_causal else -1], is_causal

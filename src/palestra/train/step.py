@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from palestra.algo.losses import LossTerm, PolicyLoss, cross_entropy, effective_sample_share, reference_kl
-from palestra.config.schema import Balance
+from palestra.config.schema import Balance, ReshardAfter
 from palestra.core.errors import PalestraError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Last, Max, Mean, Metrics, Sum
 from palestra.model.holdings import sharding_dims
-from palestra.model.load import set_gradient_sync
+from palestra.model.load import passes
 from palestra.model.policy import Policy
 from palestra.model.routers import max_violation
 from palestra.train.moments import local
@@ -88,6 +88,7 @@ def train_step(
     ledger: Ledger,
     lr_ess_power: float = 0.0,
     balance: Balance = _UNBALANCED,
+    reshard_after: ReshardAfter = "forward",
     hear: Callable[[Tensor], None] = _ignore,
 ) -> Metrics:
     """Turn the policy into the next version. A collective. Metrics are those of the whole batch on every rank.
@@ -100,8 +101,7 @@ def train_step(
     readings = Readings()
     policy.routers.forget(for_loss=balance.aux_loss > 0)
     with ledger.spend("forward_backward"):
-        for index, pack in enumerate(plan.packs):
-            set_gradient_sync(policy, index == len(plan.packs) - 1)
+        for pack in passes(policy, plan.packs, reshard_after):
             loss = pack_loss(policy, pack, plan.counts, rl_loss, readings, hear)
             if balance.aux_loss:
                 loss = loss + balance.aux_loss / plan.num_tokens * policy.routers.balance_loss(policy.context)

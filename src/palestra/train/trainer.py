@@ -106,6 +106,7 @@ class Trainer:
             ledger=ledger,
             lr_ess_power=self._config.train.lr_ess_power,
             balance=self._config.train.balance,
+            reshard_after=self._config.train.reshard_after,
             hear=logprobs.append,
         )
         if self._config.log.keep_logprobs and meshes.context.rank == 0 and plan.counts["rl"]:

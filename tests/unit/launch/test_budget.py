@@ -94,6 +94,21 @@ def test_ranks_share_weights_and_packs():
     assert parts(replicate=4)["optimizer"] == whole["optimizer"]
 
 
+def test_weights_that_are_kept_gathered_take_room_and_spare_gathering():
+    assert parts(shard=2)["weights in use"] == 2 * (600 + 2 * 1000)
+    for kept in ("backward", "step"):
+        assert parts(shard=2, reshard_after=kept)["weights in use"] == 2 * (600 + 4 * 1000)
+        assert parts(shard=2, reshard_after=kept, expert_parallel=2)["weights in use"] == 2 * (600 + 4 * (200 + 400))
+    told = {
+        when: budget_of(train(shard=2, reshard_after=when), MODEL, DEVICE, WORK, node_ranks=2)
+        for when in ("forward", "backward", "step")
+    }
+    gathering = {when: budget.seconds.communication - 2 * 4 * 4600 / 2 / 1e5 for when, budget in told.items()}
+    assert told["step"].packs == 2
+    once = 2 * 4600 / 2 / 1e5  # seconds
+    assert gathering == pytest.approx({"forward": 2 * 2 * once, "backward": 2 * once, "step": once})
+
+
 def test_muon_keeps_one_moment_of_matrices():
     assert parts()["optimizer"] - parts(optimizer="muon")["optimizer"] == 4 * 4 * 900
 

@@ -66,11 +66,13 @@ def test_ranks_have_equal_work_on_one_long_document():
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 20])
-def test_the_kernels_window_is_the_same(window):
-    """torch's kernel aligns the last query with the last key, and counts left and right from there."""
+@pytest.mark.parametrize("lengths", [(24,), LENGTHS, (7, 17), (1, 23), (6, 1, 1, 10, 6)])
+def test_the_kernels_window_is_the_same(lengths, window):
+    """torch's kernel aligns the last query with the last key, and counts left and right from there. In some of these
+    packs one token of a document comes first in a piece."""
     for q_rank in range(2):
         for k_rank in range(2):
-            for pair in blocks_of((24,), 2, q_rank, k_rank, window):
+            for pair in blocks_of(lengths, 2, q_rank, k_rank, window):
                 (left, right), is_causal = _kernel_window(pair)
                 for block in pair:
                     num_q, num_k = block.q[1] - block.q[0], block.k[1] - block.k[0]

@@ -6,13 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from palestra.algo.losses import policy_loss
 from palestra.config.schema import Train
 from palestra.core.errors import PalestraError
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import Mean, values
-from palestra.model.load import load_policy
+from palestra.model.load import load_policy, passes
 from palestra.train.optimizer import make_optimizer
 from palestra.train.packs import plan_step
 from palestra.train.step import Readings, pack_loss, train_step
@@ -49,7 +50,7 @@ def _assert_same(grads, others):
         torch.testing.assert_close(grad, others[name], atol=1e-6, rtol=1e-4)
 
 
-def _step(policy, batch, ranks, lr=1e-3, rl_loss=LOSS, lr_ess_power=0.0):
+def _step(policy, batch, ranks, lr=1e-3, rl_loss=LOSS, lr_ess_power=0.0, reshard_after="forward"):
     optimizer = make_optimizer(policy, policy.decoder_layers, Train())
     plan = plan_step(batch, rank=0, num_ranks=1)
     return train_step(
@@ -62,6 +63,7 @@ def _step(policy, batch, ranks, lr=1e-3, rl_loss=LOSS, lr_ess_power=0.0):
         ranks=ranks,
         ledger=Ledger("test"),
         lr_ess_power=lr_ess_power,
+        reshard_after=reshard_after,
     )
 
 
@@ -130,6 +132,36 @@ def test_a_rollout_of_two_samples_is_masked_whole(policy):
     _, readings = _gradients(policy, dataclasses.replace(batch, engine_logprobs=engine), mis)
     assert readings.means["train/rl/masked_rollouts"].tolist() == [1, 2]
     assert readings.means["train/rl/masked_tokens"].tolist() == [8, 12]
+
+
+@pytest.mark.parametrize(
+    ("reshard_after", "forward", "backward"),
+    [("forward", "....", "...."), ("backward", "gggg", "...."), ("step", "gggg", "ggg.")],
+)
+def test_gathered_weights_are_kept_as_long_as_is_said(policy, ranks, reshard_after, forward, backward):
+    """After the forward and the backward of each of four packs: gathered (g) or not; and no number changes."""
+    batch = make_batch(LENGTHS, packs=[0, 0, 1, 1, 2, 2, 3, 3])
+    plan = plan_step(batch, rank=0, num_ranks=1)
+    after: dict[str, list[str]] = {"forward": [], "backward": []}
+
+    def look(when: str) -> None:
+        is_sharded = {isinstance(parameter, DTensor) for parameter in policy.decoder_layers[0].parameters()}
+        after[when].append({True: ".", False: "g"}[is_sharded.pop()])
+        assert not is_sharded
+
+    for pack in passes(policy, plan.packs, reshard_after):
+        loss = pack_loss(policy, pack, plan.counts, LOSS, Readings())
+        look("forward")
+        loss.backward()
+        look("backward")
+    assert ("".join(after["forward"]), "".join(after["backward"])) == (forward, backward)
+    kept = {name: parameter.grad.full_tensor() for name, parameter in policy.named_parameters()}
+    policy.zero_grad()
+    once, _ = _gradients(policy, batch)
+    assert all(torch.equal(kept[name], gradient) for name, gradient in once.items())
+    _step(policy, batch, ranks, reshard_after=reshard_after)
+    assert policy.score(torch.arange(9)).isfinite().all()
+    assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
 
 
 def test_learns_and_accounts_for_its_time(policy, ranks):
