@@ -33,6 +33,17 @@ def test_every_environment_has_tasks(config):
         assert len([as_sent(task, i) for i, task in enumerate(islice(environment.tasks(), 16))]) == 16
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*/*.toml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_recipes_for_machines_that_are_not_here_name_environments_that_are(path):
+    config = load(path).config
+    for source in (*config.env.mix, *config.eval.sets):
+        environment = make_environment(source.id, split=source.split, seed=0, args=source.args)
+        if source.id != "gsm8k":  # which is on the Hugging Face hub
+            assert len(list(islice(environment.tasks(), 16))) == 16
+
+
 def test_evaluations_are_held_out_and_the_first_one_is_greedy(config):
     assert config.eval.sets
     assert config.eval.sets[0].temperature == 0

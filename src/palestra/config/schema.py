@@ -351,6 +351,11 @@ class Train(Section):
         return self.shard * self.context_parallel * self.tensor_parallel
 
     @property
+    def moment_bytes(self) -> int:
+        """What the optimizer has of a parameter on the device between two steps; of Muon, of a matrix of a layer."""
+        return 0 if self.offload_optimizer else 4 if self.optimizer == "muon" else 8
+
+    @property
     def num_data_ranks(self) -> int:
         """Ranks, or groups of them with one context or tensor axis, that train different packs."""
         return self.replicate * self.shard

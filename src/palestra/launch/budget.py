@@ -112,15 +112,28 @@ def budget_of(
 # --- bytes
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Parameters of one copy of the model, those that ranks of a tensor axis all have as often as they are there."""
+
+    trained: int
+    frozen: int
+    matrices: int  # of those that are trained
+
+
+def _held(train: Train, anatomy: Anatomy) -> _Held:
+    again, layers = train.tensor_parallel - 1, anatomy.layers
+    repeated = again * sum(layer.whole for layer in layers)  # most of it matrices
+    if anatomy.adapters:
+        adapters = anatomy.adapters + again * sum(layer.whole_adapters for layer in layers)
+        return _Held(trained=adapters, frozen=anatomy.parameters + repeated, matrices=adapters)
+    return _Held(trained=anatomy.parameters + repeated, frozen=0, matrices=anatomy.matrices + repeated)
+
+
 def _state(train: Train, anatomy: Anatomy) -> tuple[dict[str, float], float]:
     """What is there all the time: this rank's part; and what of it is in the host's memory."""
-    shards, tensors = train.num_sharing, train.tensor_parallel
-    repeated = (tensors - 1) * sum(layer.whole for layer in anatomy.layers)  # most of it matrices
-    held, matrices = anatomy.parameters + repeated, anatomy.matrices + repeated
-    trained, frozen = held, 0
-    if anatomy.adapters:
-        trained = matrices = anatomy.adapters + (tensors - 1) * sum(layer.whole_adapters for layer in anatomy.layers)
-        frozen = held
+    shards, held = train.num_sharing, _held(train, anatomy)
+    trained, frozen, matrices = held.trained, held.frozen, held.matrices
     by_muon = matrices if train.optimizer == "muon" else 0
     moments = MOMENT_BYTES["muon"] * by_muon + MOMENT_BYTES["adamw"] * (trained - by_muon)
     moved = moments / shards if train.offload_optimizer else 0.0
@@ -232,7 +245,7 @@ def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, pac
     rate_to_experts = hardware.link_bytes_s if owners <= node_ranks else hardware.network_bytes_s
     return Seconds(
         compute=compute,
-        communication=packs * _moved_bytes(train, anatomy, packs) / rate,
+        communication=_moved_bytes(train, anatomy, packs) / rate,
         offload=0.0,
         to_experts=routed * (1 - 1 / owners) / rate_to_experts,
         optimizer=_optimizer_seconds(train, anatomy, hardware),
@@ -241,17 +254,20 @@ def _seconds(train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, pac
 
 
 def _moved_bytes(train: Train, anatomy: Anatomy, packs: int) -> float:
-    """Of a pack, to and from one rank: weights are gathered twice, once, or for all packs of a step; gradients of what
-    is trained are added up."""
+    """Of a step, to and from one rank. Weights of layers are gathered twice a pack, once, or once for all packs, those
+    of the root at most once a pack; gradients of what is trained are added up in every pack over the ranks that share
+    weights, and in the last one over replicas."""
     shards, layers = train.num_sharing, anatomy.layers
+    beside_others, beside_owners = 1 - train.tensor_parallel / shards, 1 - train.expert_parallel / shards
     experts = sum(layer.experts for layer in layers) / train.expert_parallel
-    adapters = sum(gathered_adapters(layer, train) for layer in layers)
-    weights = sum(gathered(layer, train) for layer in layers) - experts
-    beside_others = 1 - train.tensor_parallel / shards
-    gathered_here = (anatomy.root + experts) * (1 - 1 / shards) + weights * beside_others
-    trained = adapters * beside_others if anatomy.adapters else gathered_here
-    times = {"forward": 2, "backward": 1, "step": 1 / packs}[train.reshard_after]
-    return times * anatomy.itemsize * gathered_here + GRADIENT_BYTES * trained
+    adapters = sum(gathered_adapters(layer, train) for layer in layers) * beside_others
+    weights = (sum(gathered(layer, train) for layer in layers) - experts) * beside_others + experts * beside_owners
+    root = anatomy.root * (1 - 1 / shards)
+    times = {"forward": 2 * packs, "backward": packs, "step": 1}[train.reshard_after]
+    gathering = anatomy.itemsize * (times * weights + min(times, packs) * root)
+    adding = GRADIENT_BYTES * packs * (adapters if anatomy.adapters else weights + root)
+    over_replicas = 2 * (1 - 1 / train.replicate) * GRADIENT_BYTES * _held(train, anatomy).trained / shards
+    return gathering + adding + over_replicas
 
 
 def _tensor_seconds(train: Train, anatomy: Anatomy, hardware: Hardware, tokens: float, node_ranks: int) -> float:
@@ -302,9 +318,7 @@ def changes(
             changed = Train.model_validate(train.model_dump() | settings)
         except ValidationError:
             continue
-        if anatomy.num_experts % changed.expert_parallel or (changed.expert_parallel > 1 and not anatomy.num_experts):
-            continue
-        if anatomy.tensor_divisor % changed.tensor_parallel:
+        if not _divides(changed, anatomy):
             continue
         told = {name: getattr(changed, name) for name in settings}
         found.append(
@@ -317,6 +331,17 @@ def changes(
             )
         )
     return found
+
+
+def _divides(train: Train, anatomy: Anatomy) -> bool:
+    """As `layout` will want it."""
+    if anatomy.num_experts % train.expert_parallel or (train.expert_parallel > 1 and not anatomy.num_experts):
+        return False
+    if anatomy.tensor_divisor % train.tensor_parallel:
+        return False
+    split = train.tensor_parallel if anatomy.are_heads_split else 1
+    dealt = train.context_parallel if train.context_kind == "ulysses" else 1
+    return all(layer.attention.heads // split % dealt == 0 for layer in anatomy.layers)
 
 
 def _variants(train: Train) -> list[dict[str, Any]]:

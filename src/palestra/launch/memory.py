@@ -116,8 +116,7 @@ def of_state(config: RunConfig, parameters: int) -> int:
     """What a trainer keeps between two steps on its device: masters and moments, or the frozen model of adapters."""
     if config.model.lora is not None:
         return parameters * _BYTES[config.model.dtype]
-    moments = 0 if config.train.offload_optimizer else 4 if config.train.optimizer == "muon" else 8
-    return parameters * (4 + moments)
+    return parameters * (4 + config.train.moment_bytes)
 
 
 def of_staging(config: RunConfig, parameters: int | None) -> int:

@@ -22,7 +22,7 @@ from palestra.model.files import model_directory
 from palestra.model.fill import empty_model, fill, in_one_line
 from palestra.model.float8 import require_float8, use_float8
 from palestra.model.lora import add_adapter, begin_adapter
-from palestra.model.memory import require_memory
+from palestra.model.memory import gathered_at_once, require_memory
 from palestra.model.mesh import Meshes
 from palestra.model.policy import Policy, check_against_own_forward, check_replay, require_softmax_attention
 from palestra.model.recompute import PLAIN, Activations, keep_activations
@@ -42,6 +42,7 @@ def load_policy(
     device: torch.device,
     lora: Lora | None = None,
     seed: int = 0,
+    moment_bytes: int = 8,
     activations: Activations = PLAIN,
     float8: bool = False,
     router_replay: bool = False,
@@ -49,21 +50,25 @@ def load_policy(
     """The model in `path` (a directory or a hub name), ready to train: float32 masters, computing in `dtype`.
 
     A collective; no process ever holds the whole model. With `lora` only adapters are trained, which `seed` begins.
+    `moment_bytes` of a parameter are what an optimizer will have on the device.
 
     Errors: UserError for a path without a model, a family that cannot be packed, or a model that does not fit.
     """
     config = read_config(path)
     model = empty_model(config, experts=experts)
+    require_softmax_attention(model)
+    policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
+    owners, tensors = meshes.experts["ep"].size(), meshes.tensor.size
     require_memory(
         model.num_parameters(),
+        num_gathered=gathered_at_once(model, policy.decoder_layers, owners=owners, tensors=tensors),
         dtype=dtype,
         num_shards=meshes.num_shards,
         device=device,
+        moment_bytes=moment_bytes,
         frozen=lora is not None,
-        num_repeated=(meshes.tensor.size - 1) * num_whole(model),
+        num_repeated=(tensors - 1) * num_whole(model),
     )
-    require_softmax_attention(model)
-    policy = Policy(model, head_chunk_tokens=head_chunk_tokens)
     if router_replay:
         policy.routers.accept_routes(policy.decoder_layers)
     if float8:

@@ -1,38 +1,57 @@
 """Refuse a model that does not fit, before it is loaded."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from palestra.core.errors import UserError
+from palestra.model.expert_adapters import expert_modules
 
 GIB = 1024**3
-_STATE_BYTES = 4 + 4 + 8  # master, gradient, two moments of AdamW
+_STATE_BYTES = 4 + 4  # master, gradient
 
 
 def require_memory(
     num_parameters: int,
     *,
+    num_gathered: int,
     dtype: torch.dtype,
     num_shards: int,
     device: torch.device,
+    moment_bytes: int = 8,
     frozen: bool = False,
     num_repeated: int = 0,
 ) -> None:
     """Errors: UserError with the numbers, if loading or training state alone would not fit.
 
-    Counts: weights, gradients and optimizer state of this rank's shard, and the weights in use. Activations come on
-    top. `frozen` weights have neither masters nor gradients nor moments; the adapters beside them are not counted.
-    `num_repeated` of a copy are there more than once, as a tensor axis does not split them.
+    Counts: weights, gradients and `moment_bytes` of a parameter, of this rank's shard, and the `num_gathered` weights
+    that it computes with at once. Activations come on top. `frozen` weights have neither masters nor gradients nor
+    moments; the adapters beside them are not counted. `num_repeated` of a copy are there more than
+    once, as a tensor axis does not split them.
     """
-    state = (num_parameters + num_repeated) * (dtype.itemsize if frozen else _STATE_BYTES) // num_shards
-    in_use = num_parameters * dtype.itemsize if dtype != torch.float32 or num_shards > 1 else 0
+    state = (num_parameters + num_repeated) * (dtype.itemsize if frozen else _STATE_BYTES + moment_bytes) // num_shards
+    in_use = num_gathered * dtype.itemsize if dtype != torch.float32 or num_shards > 1 else 0
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cuda":
         _require(num_parameters, state + in_use, torch.cuda.mem_get_info(device)[0], f"on {device}")
     else:
         _require(num_parameters, (state + in_use) * local_ranks, available_bytes(), "on this host")
+
+
+def gathered_at_once(model: PreTrainedModel, layers: Iterable[nn.Module], *, owners: int, tensors: int) -> int:
+    """Parameters that a rank computes with at once, at the least: what is no layer's, and two of the largest layers. Of
+    experts those that it owns among `owners` ranks; of all else in a layer its part among `tensors`."""
+    outside, sizes = model.num_parameters(), []
+    for layer in layers:
+        whole = sum(parameter.numel() for parameter in layer.parameters())
+        experts = sum(parameter.numel() for module in expert_modules(layer) for parameter in module.parameters())
+        outside -= whole
+        sizes.append((whole - experts) // tensors + experts // owners)
+    return outside + sum(sorted(sizes)[-2:])
 
 
 def _require(num_parameters: int, needed: int, available: int, where: str) -> None:

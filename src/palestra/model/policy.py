@@ -161,7 +161,7 @@ def check_replay(policy: Policy) -> None:
     heard: list[tuple[str, Tensor, Tensor]] = []
 
     def hear(router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        heard.append((type(router).__name__, *outputs[1:]))
+        heard.append((type(router).__name__, *policy.routers.in_order(outputs)[1:]))
 
     num = 4 * policy.context.pieces
     documents, routes_TLC = documents_of([num], device, policy.context), replay.drawn(num).to(device)

@@ -77,12 +77,12 @@ class Routers:
     def _hear(self, router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
         if not self._is_listening:
             return
-        heard = self._in_order(outputs)
+        heard = self.in_order(outputs)
         self._count(router, *heard)
         if self._for_loss:
             self._heard.append(heard)
 
-    def _in_order(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def in_order(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, weights, experts; families have orders of their own."""
         logits_TE = outputs[self._logits_at]
         (index_TK,) = (found for found in outputs if not found.is_floating_point())
@@ -148,10 +148,10 @@ class Routers:
 
 
 def _biased(model: nn.Module, routers: list[nn.Module]) -> Iterator[nn.Module]:
-    """A router, or the block it is in: whichever has the bias."""
+    """A router, or the block it is in: whichever has the bias as a buffer. Parameters are sharded."""
     for router in routers:
         block = next(module for module in model.modules() if router in module.children())
-        yield from [module for module in (router, block) if isinstance(getattr(module, _BIAS, None), Tensor)][:1]
+        yield from [module for module in (router, block) if _BIAS in dict(module.named_buffers(recurse=False))][:1]
 
 
 def max_violation(load_LE: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from palestra.wire.weights import files
 from palestra.wire.weights.manifest import KEPT_VERSIONS, MAX_CHAIN, Probe, Staged, WeightsManifest, chain, record
 
 if TYPE_CHECKING:
+    from palestra.wire.weights.handles import Copies
     from palestra.wire.weights.sender import Sender
 
 Sends = Literal["whole", "changes", "shards"]
@@ -93,7 +94,8 @@ class Publisher:
         self._sender: Sender | None = None
         if sends == "shards":
             self._sender = self.sender  # what cannot be sent is told before a step is taken
-        self._held: dict[int, list[torch.Tensor]] | None = {} if by_handle else None
+        self._held: dict[int, Copies] | None = {} if by_handle else None
+        self._spare: list[Copies] = []  # to be filled again
 
     @property
     def is_full(self) -> bool:
@@ -188,8 +190,7 @@ class Publisher:
         if adapter is not None:
             return files.stage_adapter(directory, version, self._attempt, tensors, adapter.config_json(self._base))
         if self._held is not None:
-            manifest, self._held[version] = self._hand_out(directory, version, tensors)
-            return manifest
+            return self._hand_out(directory, version, tensors, self._held)
         manifest = files.stage(
             directory, version, self._attempt, tensors, previous=self._differences.previous, mark=mark
         )
@@ -197,18 +198,26 @@ class Publisher:
         return manifest
 
     def _hand_out(
-        self, directory: Path, version: int, tensors: Iterator[tuple[str, torch.Tensor]]
-    ) -> tuple[WeightsManifest, list[torch.Tensor]]:
+        self, directory: Path, version: int, tensors: Iterator[tuple[str, torch.Tensor]], held: dict[int, "Copies"]
+    ) -> WeightsManifest:
         from palestra.wire.weights import handles  # vLLM's side of it: seconds to import, and nowhere else needed
 
-        return handles.stage(directory, version, self._attempt, tensors)
+        if self._spare:
+            copies = self._spare.pop()
+            copies.fill(tensors)
+        else:
+            copies = handles.Copies(tensors)
+        if version in held:
+            self._spare.append(held[version])
+        held[version] = copies
+        return handles.stage(directory, version, self._attempt, copies)
 
     def _record(self, staged: Staged, manifest: WeightsManifest, published: Path) -> None:
         def write_whole(target: Path) -> None:
             if self._held is None:
                 tensors = files.read(staged.directory, manifest)
             else:
-                tensors = zip((entry.name for entry in manifest.tensors), self._held[staged.version], strict=True)
+                tensors = self._held[staged.version].tensors
             files.stage(target, staged.version, 0, tensors)
 
         record(staged, published, write_whole if manifest.previous or self._held is not None else None)
@@ -218,7 +227,7 @@ class Publisher:
         life of the trainer staged it."""
         self._staged = [staged for staged in self._staged if staged >= version]
         if self._held is not None:
-            self._held = {staged: copy for staged, copy in self._held.items() if staged >= version}
+            self._spare += [self._held.pop(staged) for staged in list(self._held) if staged < version]
         if self._ranks.is_first:
             paths = {path: int(path.name[1:].split(".")[0]) for path in self._directory.glob("v*")}
             needed = {link for path, number in paths.items() if number >= version for link in _links(path)}

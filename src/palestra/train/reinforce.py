@@ -353,12 +353,16 @@ class Orchestrator:
             message = None if self._caller is None else self._hear(self._caller, waiting_for)
             message = self._ranks.from_first(message)
             assert message is not None
-            if not isinstance(message, StillEvaluating):
+            if not isinstance(message, StillEvaluating | Reconnected):
                 return message
 
-    def _hear(self, caller: BlockingCaller[ToTrainer, FromTrainer], waiting_for: str) -> ToTrainer | Woken:
+    def _hear(
+        self, caller: BlockingCaller[ToTrainer, FromTrainer], waiting_for: str
+    ) -> ToTrainer | Woken | Reconnected:
+        """A successor of the orchestrator is told at once what it may have missed."""
         deadline_s = self._deadline_s + (self._healthy_s if self._is_asking else 0)  # an engine may be starting
-        while isinstance(message := caller.receive(deadline_s=deadline_s, waiting_for=waiting_for), Reconnected):
+        message = caller.receive(deadline_s=deadline_s, waiting_for=waiting_for)
+        if isinstance(message, Reconnected):
             if self._version is not None:
                 steps = list(self._steps)
                 caller.send(TrainerReady(version=self._version, staged=self.staged, saved=self.saved, steps=steps))

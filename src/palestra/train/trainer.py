@@ -52,6 +52,7 @@ class Trainer:
                 device=ranks.device,
                 lora=config.model.lora,
                 seed=config.train.seed,
+                moment_bytes=config.train.moment_bytes,
                 activations=Activations(
                     recompute=config.train.recompute,
                     offload=config.train.offload_activations,

@@ -106,7 +106,7 @@ def test_weights_that_are_kept_gathered_take_room_and_spare_gathering():
     gathering = {when: budget.seconds.communication - 2 * 4 * 4600 / 2 / 1e5 for when, budget in told.items()}
     assert told["step"].packs == 2
     once = 2 * 4600 / 2 / 1e5  # seconds
-    assert gathering == pytest.approx({"forward": 2 * 2 * once, "backward": 2 * once, "step": once})
+    assert gathering == pytest.approx({"forward": 2 * (once + 2 * 4000 / 2 / 1e5), "backward": 2 * once, "step": once})
 
 
 def test_muon_keeps_one_moment_of_matrices():
@@ -172,7 +172,7 @@ def test_seconds_of_a_step():
     plain = budget_of(train(shard=2), MODEL, DEVICE, WORK, node_ranks=2)
     assert plain.packs == 2
     assert plain.seconds.compute == pytest.approx(flops / 2 / 5e5)
-    assert plain.seconds.communication == pytest.approx(2 * (2 * 2 + 4) * 4600 / 2 / 1e5)
+    assert plain.seconds.communication == pytest.approx(2 * (2 * 600 + 2 * 2 * 4000 + 4 * 4600) / 2 / 1e5)
     assert plain.seconds.optimizer == pytest.approx(28 * 4600 / 2 / 1e6)
     assert plain.seconds.to_experts == 0
     muon = budget_of(train(shard=2, optimizer="muon"), MODEL, DEVICE, WORK, node_ranks=2).seconds.optimizer
@@ -183,6 +183,10 @@ def test_seconds_of_a_step():
     assert again.seconds.compute == pytest.approx(4 / 3 * plain.seconds.compute)
     split = budget_of(train(shard=2, expert_parallel=2), MODEL, DEVICE, WORK, node_ranks=2)
     assert split.seconds.to_experts == pytest.approx(4 * 40 * 200 * 4 / 2 / 1e5)
+    no_experts = 2 * (2 * 600 + 2 * 2 * 4 * 200 + 4 * (600 + 4 * 200)) / 2 / 1e5  # each rank has its own, whole
+    assert split.seconds.communication == pytest.approx(no_experts)
+    replicas = budget_of(train(replicate=2), MODEL, DEVICE, WORK, node_ranks=2)
+    assert replicas.seconds.communication == pytest.approx(4 * 4600 / 1e5)  # half to another rank, half back, once
 
 
 # --- adapters
@@ -239,7 +243,7 @@ def test_seconds_of_a_step_of_adapters():
     assert step_flops(MODEL, WORK) + 3 * 2 * 400 * 200 - flops == 2 * 400 * 1500  # no gradients of frozen weights
     told = budget_of(train(shard=2), ADAPTED, DEVICE, WORK, node_ranks=2).seconds
     assert told.compute == pytest.approx(flops / 2 / 5e5)
-    assert told.communication == pytest.approx(2 * (2 * 2 * 4800 + 4 * 200) / 2 / 1e5)
+    assert told.communication == pytest.approx(2 * (2 * 600 + 2 * 2 * 4200 + 4 * 200) / 2 / 1e5)
     assert told.optimizer == pytest.approx(28 * 200 / 2 / 1e6)
 
 
@@ -261,6 +265,14 @@ def test_no_change_is_one_that_the_recipe_may_not_have():
         found = changes(train(shard=4), model, DEVICE, WORK, node_ranks=8)
         assert any("expert_parallel" in change.settings for change in found) is wanted
     assert all(change.settings.get("shard", 1) >= 1 for change in changes(train(), MODEL, DEVICE, WORK, node_ranks=8))
+
+
+@pytest.mark.parametrize(("heads", "kind", "wanted"), [(2, "ulysses", True), (3, "ulysses", False), (3, "ring", True)])
+def test_no_change_deals_heads_that_do_not_divide(heads, kind, wanted):
+    layer = msgspec.structs.replace(LAYER, attention=Attention(heads=heads, qk_width=4, v_width=4))
+    model = msgspec.structs.replace(MODEL, layers=(layer,))
+    found = changes(train(shard=4, context_kind=kind), model, DEVICE, WORK, node_ranks=8)
+    assert any("context_parallel" in change.settings for change in found) is wanted
 
 
 def test_the_longest_pack_fits_and_a_longer_one_does_not():

@@ -131,6 +131,16 @@ def test_other_choices_are_used_with_the_weights_of_the_familys_formula(make, fa
     check_replay(policy)
 
 
+def test_a_router_that_returns_its_experts_first_is_understood(make, monkeypatch):
+    config = {**tiny.GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setitem(tiny.FAMILIES, "GraniteMoeForCausalLM", config)
+    monkeypatch.setitem(FAMILIES, "GraniteMoeForCausalLM", {})
+    policy = make("GraniteMoeForCausalLM")
+    check_replay(policy)
+    routes = drawn(policy)
+    assert not torch.equal(measured(policy, routes)["log-probability"], forward(policy).detach())
+
+
 def by_hand(policy: Policy, routes: Tensor) -> dict[str, Tensor]:
     """Log-probabilities and gradients with each mixture of Qwen3-MoE replaced by its formula, token by token."""
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from palestra.model.documents import documents_of
 from palestra.model.policy import Policy
-from palestra.model.routers import max_violation
+from palestra.model.routers import Routers, max_violation
 from tests.unit.model import tiny
 
 MIXTURES = [name for name in tiny.FAMILIES if "Moe" in name or name.startswith(("GptOss", "Deepseek", "MiniMax"))]
@@ -57,6 +57,19 @@ def test_a_router_with_its_logits_at_the_end_is_understood(tmp_path, group, monk
         assert (index.sort().values == best.indices.sort().values).all()
         assert torch.allclose(weights, best.values.softmax(-1).to(weights))
         assert load.tolist() == index.flatten().bincount(minlength=4).tolist()
+
+
+def test_a_bias_that_is_a_parameter_is_not_ours_to_move(tmp_path):
+    """The optimizer's, and sharded as all parameters are."""
+    policy = tiny.unsharded(tiny.build(tmp_path, "Glm4MoeForCausalLM"))
+    assert len(policy.routers.biases) == 2
+    for layer in policy.decoder_layers[1:]:
+        for module in layer.modules():
+            if "e_score_correction_bias" in dict(module.named_buffers(recurse=False)):
+                bias = module.e_score_correction_bias
+                del module.e_score_correction_bias
+                module.e_score_correction_bias = torch.nn.Parameter(bias, requires_grad=False)
+    assert Routers(policy.model).biases == []
 
 
 def test_a_dense_model_has_none(tmp_path):

@@ -164,7 +164,7 @@ def test_after_a_restart_the_first_is_whole_and_the_life_before_is_left_to_engin
 
 
 def test_a_version_is_handed_out_by_handle_until_a_later_one_is_loaded(policy, ranks, tmp_path, monkeypatch):
-    fake_gpu(monkeypatch)
+    memory = fake_gpu(monkeypatch)
     publisher = _staging_publisher(
         policy,
         ranks,
@@ -187,6 +187,15 @@ def test_a_version_is_handed_out_by_handle_until_a_later_one_is_loaded(policy, r
     publisher.loaded(1)
     assert not publisher.is_full
     assert [path.name for path in (tmp_path / "staging").iterdir()] == ["v000001"]
+    num_handed_out = len(memory)
+    for version in range(2, 6):
+        serving = dict(handles.read(staged[-1], read_manifest(staged[-1]), DEVICE))
+        before = {name: tensor.clone() for name, tensor in serving.items()}
+        staged.append(Path(publisher.stage(version, Ledger("test")).directory))
+        assert all(torch.equal(serving[name], before[name]) for name in serving), "what an engine may still read"
+        _change(policy)
+        publisher.loaded(version)
+    assert len(memory) == num_handed_out, "no memory is handed out twice"
 
 
 def test_large_differences_bring_the_next_whole_version_forward():

@@ -14,6 +14,7 @@ from palestra.train import checkpoint
 from palestra.train import reinforce as module
 from palestra.train.background import Background, Written
 from palestra.train.publish import KEPT_VERSIONS
+from palestra.train.ranks import Ranks
 from palestra.train.reinforce import reinforce
 from palestra.train.trainer import Trainer
 from palestra.wire.channel import Reconnected, Woken
@@ -154,6 +155,15 @@ def test_an_orchestrator_that_took_anothers_place_is_told_what_may_be_lost_and_n
         *["TrainerReady", "TrainBatch", "TrainBatch", "WeightsStaged", "TrainBatch"],  # version 2, once
         *["WeightsLoaded", "TrainBatch", "StepTrained", "WeightsStaged", "Finish", "Exported"],
     ]
+
+
+def test_all_ranks_hear_whatever_makes_the_first_wait_anew(play, monkeypatch):
+    """Else they would be out of patience before it is."""
+    heard: list[str] = []
+    monkeypatch.setattr(Ranks, "from_first", lambda _, thing: heard.append(type(thing).__name__) or thing)
+    play(StillEvaluating(), Reconnected(), _train(0), Finish())
+    orders = [name for name in heard if name in ("StillEvaluating", "Reconnected", "TrainBatch", "Finish")]
+    assert orders == ["StillEvaluating", "Reconnected", "TrainBatch", "Finish"]
 
 
 def test_a_successor_begins_at_the_newest_checkpoint(play, tmp_path, monkeypatch):

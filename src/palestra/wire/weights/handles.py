@@ -27,33 +27,64 @@ HANDLES = "handles.pickle"
 _DEVICE = 6  # where the arguments of rebuild_cuda_tensor have the index of the device
 
 
-def stage(
-    directory: Path, version: int, attempt: int, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> tuple[WeightsManifest, list[torch.Tensor]]:
-    """Write handles of a copy of `tensors` to `directory`, and a manifest last. Keep the copy while it is staged.
+class Copies(WeightSource):
+    """The optimizer writes into parameters while an engine may still be reading: what is handed out is a copy.
 
-    Errors: InfrastructureError naming a tensor that is given twice, or a disk that is full.
+    One copy is handed out once and then filled again with later versions. torch keeps memory that was handed out until
+    it was opened exactly as often, which nobody can promise: versions are left out, and engines that die read twice.
     """
-    source, recorder = _Copies(tensors), _Recorder()
-    require_distinct([name for name, _ in source.copies], where=f"version {version}")
-    engine = WeightTransferTrainerFactory.trainer_init(IPCTrainerInitInfo(rank=0), client=recorder, source=source)
-    engine.send_weights()
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]):
+        """Errors: InfrastructureError naming a tensor that is given twice."""
+        self.tensors = [
+            (name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in tensors
+        ]
+        require_distinct([name for name, _ in self.tensors], where="the weights that are handed out")
+        recorder = _Recorder()
+        engine = WeightTransferTrainerFactory.trainer_init(IPCTrainerInitInfo(rank=0), client=recorder, source=self)
+        engine.send_weights()
+        self.handles = pickle.dumps(recorder.update_info)
+
+    @torch.no_grad()
+    def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """With the same tensors of a later version. No engine may need what was in it."""
+        for (name, copy), (given, tensor) in zip(self.tensors, tensors, strict=True):
+            if (given, tensor.shape, tensor.dtype) != (name, copy.shape, copy.dtype):
+                raise InfrastructureError(
+                    f"{given} {list(tensor.shape)} {tensor.dtype} cannot go where {name} {list(copy.shape)} "
+                    f"{copy.dtype} was handed out; weights have to come in one order"
+                )
+            copy.copy_(tensor)
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.tensors
+
+
+def stage(directory: Path, version: int, attempt: int, copies: Copies) -> WeightsManifest:
+    """Write the handles of `copies` to `directory`, and a manifest last. Leave them alone while they are staged.
+
+    Errors: InfrastructureError for a disk that is full.
+    """
+    if copies.tensors[0][1].is_cuda:
+        torch.cuda.synchronize()  # engines do not wait for this process's streams
     files.discard(directory)
     directory.mkdir(parents=True)
-    handles = pickle.dumps(recorder.update_info)
-    write_atomically(directory / HANDLES, handles)
+    write_atomically(directory / HANDLES, copies.handles)
     manifest = WeightsManifest(
         version=version,
         attempt=attempt,
         tensors=tuple(
             TensorEntry(name=meta.name, dtype=str(meta.dtype).split(".")[-1], shape=meta.shape, file=HANDLES, hash="")
-            for meta in source.metadata()
+            for meta in copies.metadata()
         ),
-        sent_bytes=len(handles),
-        full_bytes=sum(tensor.nbytes for _, tensor in source.copies),
+        sent_bytes=len(copies.handles),
+        full_bytes=sum(tensor.nbytes for _, tensor in copies.tensors),
     )
     write_manifest(directory, manifest)
-    return manifest, [tensor for _, tensor in source.copies]
+    return manifest
 
 
 def are_in(manifest: WeightsManifest) -> bool:
@@ -89,19 +120,6 @@ def read(directory: Path, manifest: WeightsManifest, device: torch.device) -> It
                 f"tensor {name} cannot be opened in the trainer's memory: {error}; is that process gone?"
             ) from error
         yield name, tensor
-
-
-class _Copies(WeightSource):
-    """The optimizer writes into parameters while an engine may still be reading: what is handed out is a copy."""
-
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]):
-        self.copies = [(name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in tensors]
-
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.copies]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.copies
 
 
 class _Recorder:
