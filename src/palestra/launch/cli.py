@@ -187,7 +187,7 @@ def _add_env(commands) -> None:
     inner = env.add_subparsers(metavar="COMMAND", required=True)
     new = _add(inner, "new", _env_new, "write a package that works, with its test, and install it")
     new.add_argument("name", help="small letters, digits and -, such as word-game")
-    new.add_argument("directory", nargs="?", type=Path, help="default: environments/NAME, or NAME")
+    new.add_argument("directory", nargs="?", type=Path, help="default: environments/NAME, or NAME, with _ for -")
     new.add_argument("--no-install", action="store_true", help="write it only")
     check = _add(inner, "check", _env_check, "prove without a model what must hold for an environment")
     check.add_argument("names", nargs="*", metavar="NAME", help="an installed one, module:Class or FILE.py:Class")

@@ -80,6 +80,7 @@ def _add_evaluations(inner, add: Callable[..., argparse.ArgumentParser], add_jso
     verify.add_argument("evaluations", nargs="*", metavar="ID", help="default: all that nobody has scored again")
     verify.add_argument("--data", type=Path, default=Path("hub"), metavar="DIR", help="of the hub (default: hub)")
     verify.add_argument("--database", default="", metavar="URL", help="as the hub was served with")
+    verify.add_argument("--storage", default="", metavar="URL", help="as the hub was served with")
     verify.add_argument("--sandbox", metavar="NAME", help="default: the best that works here")
 
 
@@ -93,7 +94,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     from palestra.launch import hub_evals
 
     return hub_evals.verify(
-        arguments.evaluations, data=arguments.data, database=arguments.database, sandbox=arguments.sandbox
+        arguments.evaluations,
+        data=arguments.data,
+        database=arguments.database,
+        storage=arguments.storage,
+        sandbox=arguments.sandbox,
     )
 
 

@@ -13,6 +13,7 @@ from palestra.hub.client import Client
 from palestra.hub.evals.answers import EvaluationPushed
 from palestra.hub.evals.archive import check, pack
 from palestra.launch.hub_account import Account, account
+from palestra.launch.hub_serving import bucket
 from palestra.launch.telling import ToPush, told_by
 
 _PREFIX = "palestra-"
@@ -68,7 +69,7 @@ def _say(at: Account, pushed: EvaluationPushed, *, as_json: bool) -> None:
     print(f"{at.url}{pushed.url}")
 
 
-def verify(ids: Sequence[str], *, data: Path, database: str, sandbox: str | None) -> int:
+def verify(ids: Sequence[str], *, data: Path, database: str, storage: str, sandbox: str | None) -> int:
     """On the machine of the hub, beside its server. 1, if one came out otherwise. Errors: UserError."""
     try:
         from palestra.hub.evals import board
@@ -78,7 +79,7 @@ def verify(ids: Sequence[str], *, data: Path, database: str, sandbox: str | None
         raise UserError(f"the hub needs {error.name}: pip install 'palestra[hub]'") from None
     if not data.is_dir():
         raise UserError(f"there is no hub in {data}; name its directory by --data")
-    hub = Hub.open(Settings(data=data), database)
+    hub = Hub.open(Settings(data=data), database, bucket(storage))
 
     def say(text: str) -> None:
         print(text, flush=True)

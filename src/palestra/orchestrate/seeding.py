@@ -15,7 +15,7 @@ class _Task(Struct, frozen=True):
 
 
 class _Line(Struct, frozen=True):
-    """A rollout as `rollouts/eval-*.jsonl` has it, or {"key", "rewards"}: the part that counts."""
+    """A rollout as `results.jsonl` and `rollouts/eval-*.jsonl` have it, or {"key", "rewards"}: the part that counts."""
 
     key: str = ""
     rewards: list[float] | dict[str, float] = []
@@ -40,7 +40,7 @@ def read_seeds(path: Path, solved_at: float | None) -> dict[str, Result]:
         raise UserError(f"env.curriculum.seed_from={path} cannot be read: {error.strerror}; give a file") from error
     seeds = {key: result_of(values, solved_at) for key, values in rewards.items() if values}
     if not seeds:
-        raise UserError(f"env.curriculum.seed_from={path} has no rewards; give rollouts/eval-*.jsonl of an evaluation")
+        raise UserError(f"env.curriculum.seed_from={path} has no rewards; give results.jsonl of an evaluation")
     return seeds
 
 

@@ -21,6 +21,7 @@ from palestra.hub.registry.database import sqlite_url
 from palestra.hub.registry.hub import Hub, Settings
 from palestra.hub.registry.rights import ANYBODY, Role, Who
 from palestra.hub.registry.schema import environments, files, owners, versions
+from palestra.launch.cli import main
 from tests.unit.hub.evals.made import told
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -163,3 +164,11 @@ async def test_a_row_is_verified_by_a_sandbox_and_a_forged_one_is_not(hub: Hub, 
         "another reward" in note for note in views.evaluation(hub, ANYBODY, "alice", "reverse-text", forged).notes
     )
     assert verify.waiting(hub) == []
+
+
+def test_the_command_looks_where_the_hub_keeps_its_contents(tmp_path, capsys):
+    command = ["hub", "verify", "--data", str(tmp_path)]
+    assert main(command) == 0
+    assert "0 evaluations were waiting" in capsys.readouterr().err
+    assert main([*command, "--storage", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
