@@ -15,6 +15,8 @@ from palestra.core.records import Reply, Span
 from palestra.env.chat import ChatTokenizer, Conversation, TemplateError, load_tokenizer, render_completion, render_sft
 from palestra.env.chat.frame import Shape
 
+pytestmark = pytest.mark.slow
+
 TOOLS = [
     {
         "type": "function",

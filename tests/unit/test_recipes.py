@@ -72,6 +72,7 @@ def make_as_told(path: str, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_a_new_models_vocabulary_has_what_it_reads_and_its_context_holds_it(config, rows, tmp_path):
     """Whole conversations of the warm-up, and the first words of every task."""
     if config.model.build is None:

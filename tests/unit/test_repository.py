@@ -163,12 +163,14 @@ def _modules(room: str) -> list[str]:
     return [".".join(path.parts).removesuffix(".__init__") for path in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["core", "config", "env", "hub", "orchestrate", "launch"])
 def test_a_light_room_loads_no_torch(room: str):
     code = f"import {', '.join(_modules(room))}, sys; print(*sorted({UPSTREAM!r} & set(sys.modules)))"
     assert _python(code).stdout.split() == []
 
 
+@pytest.mark.slow
 def test_a_room_that_loads_torch_is_noticed():
     code = f"import palestra.algo.losses, sys; print(*sorted({UPSTREAM!r} & set(sys.modules)))"
     assert "torch" in _python(code).stdout.split()

@@ -29,10 +29,10 @@ class Section(BaseModel):
 class Log(Section):
     """Where a run writes and how much it keeps."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    outputs: Path = Path("outputs")
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")  # of the run: its directory within `outputs`
+    outputs: Path = Path("outputs")  # where runs lie
     keep_batches: bool = True  # every batch stays, for `palestra replay`; otherwise only those a kept checkpoint needs
-    keep_rollouts: bool = True
+    keep_rollouts: bool = True  # conversations stay, for `palestra view` and `palestra replay`
     keep_logprobs: bool = (
         True  # the trainer's, of every trained token, for `palestra view`: 4 bytes each, beside batches
     )
@@ -44,23 +44,23 @@ class Log(Section):
 class Build(Section):
     """A model made from a configuration class of transformers instead of loaded: architecture and its fields."""
 
-    architecture: str
-    config: dict[str, Any] = {}
+    architecture: str  # a class of transformers, such as Qwen3ForCausalLM
+    config: dict[str, Any] = {}  # fields of its configuration class
     alphabet: str = Field(min_length=1)  # one token per character, in this order, after pad, bos, eos and unk
     words: tuple[str, ...] = ()  # further tokens, of several characters
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)  # of its first weights
 
 
 class Lora(Section):
     """Train low-rank adapters beside frozen weights, instead of the weights."""
 
-    rank: int = Field(default=16, ge=1, le=512)
+    rank: int = Field(default=16, ge=1, le=512)  # of the two matrices of an adapter
     alpha: PositiveFloat = 32.0  # adapters count alpha / rank times, with use_rslora alpha / sqrt(rank)
     targets: Literal["all-linear"] | tuple[str, ...] = (
         "all-linear"  # ends of names of linear layers in the decoder, and "experts"
     )
-    use_rslora: bool = False
-    dropout: float = 0.0
+    use_rslora: bool = False  # rank-stabilised scale
+    dropout: float = 0.0  # must be 0: engine and trainer would differ
 
     @model_validator(mode="after")
     def _one_policy(self) -> Self:
@@ -81,10 +81,10 @@ class Lora(Section):
 class Model(Section):
     """The policy: a Hugging Face directory or hub name, or a `build`."""
 
-    path: str | None = None
+    path: str | None = None  # a directory in Hugging Face layout, or a name on its hub; or give `model.build`
     build: Build | None = None
     dtype: Dtype = "bfloat16"  # of the forward pass; masters are float32
-    experts: Literal["grouped_mm", "eager", "batched_mm"] = "grouped_mm"
+    experts: Literal["grouped_mm", "eager", "batched_mm"] = "grouped_mm"  # how transformers computes experts
     lora: Lora | None = None  # None trains all weights
 
     @model_validator(mode="after")
@@ -97,9 +97,9 @@ class Model(Section):
 class SftSource(Section):
     """Rows with `messages`, or `prompt` and `completion`: a JSONL or Parquet file, or a Hugging Face data set."""
 
-    path: str
-    weight: PositiveFloat = 1.0
-    split: str = "train"
+    path: str  # a .jsonl, .ndjson or .parquet file, or a data set of a directory or hub
+    weight: PositiveFloat = 1.0  # share among the sources
+    split: str = "train"  # of a data set
 
     @property
     def file(self) -> Path | None:
@@ -111,11 +111,11 @@ class SftSource(Section):
 class WarmUp(Section):
     """Supervised steps on `data.sources` before version 0, with an optimizer of their own."""
 
-    steps: int = Field(default=0, ge=0)
-    samples_per_step: PositiveInt = 64
-    lr: PositiveFloat = 1e-3
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    lr_warmup_steps: int = Field(default=10, ge=0)
+    steps: int = Field(default=0, ge=0)  # 0: none
+    samples_per_step: PositiveInt = 64  # rows of a step
+    lr: PositiveFloat = 1e-3  # learning rate at its highest
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"  # of the learning rate
+    lr_warmup_steps: int = Field(default=10, ge=0)  # over which it rises
 
 
 class Data(Section):
@@ -157,7 +157,7 @@ class Frozen(Section):
     """A model with the policy's tokens whose weights never change, behind an engine of its own (settings: `engine`)."""
 
     path: str  # Hugging Face directory or hub name
-    weight: PositiveFloat
+    weight: PositiveFloat  # of its component of the loss, or of its advantages
     max_in_flight: PositiveInt = 32  # samples that its engine is asked about at once
 
 
@@ -174,13 +174,13 @@ class Teacher(Frozen):
 class Algo(Section):
     """What a step trains on and how a token is weighed."""
 
-    loss: Loss = "mis"
-    loss_args: dict[str, float | str] = {}
-    groups_per_step: PositiveInt = 16
-    group_size: PositiveInt = 16
-    baseline: BaselineKind = "mean"
+    loss: Loss = "mis"  # see docs/stability.md
+    loss_args: dict[str, float | str] = {}  # of the loss, such as {low = 0.2, high = 5.0}
+    groups_per_step: PositiveInt = 16  # groups that a step trains
+    group_size: PositiveInt = 16  # rollouts of one task
+    baseline: BaselineKind = "mean"  # what is taken off a reward
     average_decay: Fraction = Field(default=0.95, ge=0, lt=1)  # of moving_average: weight of the past, group by group
-    advantage_scale: AdvantageScale = "none"
+    advantage_scale: AdvantageScale = "none"  # what it is divided by then
     masks: Masks = Masks()
     length: Length = Length()
     reference: Reference | None = None
@@ -226,9 +226,9 @@ class Algo(Section):
 class SamplingConfig(Section):
     """How training rollouts are sampled. The trainer applies the same temperature to its logits."""
 
-    temperature: PositiveFloat = 1.0
-    top_p: Fraction = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
+    temperature: PositiveFloat = 1.0  # of engines and trainer
+    top_p: Fraction = Field(default=1.0, gt=0, le=1)  # must be 1
+    top_k: int = Field(default=0, ge=0)  # must be 0
     max_tokens: PositiveInt = 1024  # per reply
 
     @model_validator(mode="after")
@@ -253,8 +253,8 @@ class Balance(Section):
 class Muon(Section):
     """How `train.optimizer = "muon"` steps the matrices of decoder layers. All else is stepped by AdamW."""
 
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    nesterov: bool = True
+    momentum: float = Field(default=0.95, ge=0, lt=1)  # of the running mean of gradients
+    nesterov: bool = True  # looks ahead by a step
     ns_steps: int = Field(default=5, ge=1, le=20)  # of Newton-Schulz
     scale: Literal["match_adamw", "spectral"] = "match_adamw"  # 0.2 sqrt(max(out, in)), or sqrt(max(1, out / in))
     lr_ratio: PositiveFloat = 1.0  # of the matrices' learning rate to train.lr
@@ -263,8 +263,8 @@ class Muon(Section):
 class Train(Section):
     """The trainer process."""
 
-    steps: PositiveInt = 100
-    seed: int = Field(default=0, ge=0)
+    steps: PositiveInt = 100  # optimizer steps
+    seed: int = Field(default=0, ge=0)  # of everything drawn by chance: order of tasks, sampling, adapters
     shard: PositiveInt = 1  # ranks that share one copy of the weights (FSDP2)
     replicate: PositiveInt = 1  # copies
     context_parallel: PositiveInt = 1  # ranks that share each pack; the weights are sharded over them too
@@ -279,22 +279,22 @@ class Train(Section):
     float8: bool = False  # linear products of layers in float8 (torchao); compute capability 9.0 and later
     router_replay: bool = False  # routers choose the experts that the engine chose; engines on GPUs only
     balance: Balance = Balance()
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of layers
     muon: Muon = Muon()
     offload_optimizer: bool = False  # its moments are in host memory, and on the device only while they are used
-    lr: PositiveFloat = 1e-6
+    lr: PositiveFloat = 1e-6  # learning rate at its highest
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: PositiveFloat = 1.0
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    lr_warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)  # decoupled
+    max_grad_norm: PositiveFloat = 1.0  # longer gradients are clipped to it
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"  # of the learning rate
+    lr_warmup_steps: int = Field(default=0, ge=0)  # over which it rises
     lr_decay_steps: int = Field(default=0, ge=0)  # wsd: length of the decay at the end
     lr_ess_power: float = Field(default=0.0, ge=0)  # lr x (effective sample share)^this; 0.5 suits Adam, 0 is off
     samples_per_step: PositiveInt = 64  # supervised runs; in RL a step trains groups_per_step x group_size rollouts
     max_pack_tokens: PositiveInt = 4096  # tokens of one forward
     head_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at once
-    checkpoint_every: PositiveInt = 50
-    keep_checkpoints: PositiveInt = 2
+    checkpoint_every: PositiveInt = 50  # steps
+    keep_checkpoints: PositiveInt = 2  # the newest; older ones are removed
     threads: PositiveInt = 1  # CPU threads of each rank
     batch_deadline_s: PositiveFloat = 1800  # a wait for a batch longer than this is an error
 
@@ -364,17 +364,17 @@ class Train(Section):
 class Engine(Section):
     """vLLM, unmodified. `args` are further flags of its server, e.g. {"max-num-seqs": 64}."""
 
-    replicas: PositiveInt = 1
-    tensor_parallel: PositiveInt = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    replicas: PositiveInt = 1  # engines of the policy
+    tensor_parallel: PositiveInt = 1  # GPUs of one engine
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: what the installed vLLM computes on
     dtype: Dtype | None = None  # default: model.dtype
-    max_model_len: PositiveInt = 4096
+    max_model_len: PositiveInt = 4096  # tokens of a prompt and its reply
     max_in_flight: PositiveInt = 256  # rollouts per engine, at most; fewer where its cache is too small for them
     load_every_s: PositiveFloat = 1.0  # between two readings of an engine's gauges, by which rollouts are admitted
     join_max_tokens: int = Field(default=64, ge=0)  # up to here equal prompts of a group share a request
     kv_cache_gib: PositiveFloat = 1.0  # CPU
     threads: PositiveInt = 1  # CPU
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = {}  # further flags of vLLM's server
     healthy_s: PositiveFloat = 600  # from start to first answer
     call_s: PositiveFloat = 600  # an engine whose next token of a reply takes longer is started again
     stream_tokens: PositiveInt = 16  # a reply is streamed in pieces of so many tokens
@@ -399,18 +399,18 @@ class Sync(Section):
     the trainer's GPUs to the engines'; `nccl_m2n`, from all of them to one engine, by shards; `sparse_nccl`, only what
     changed."""
 
-    kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"
-    kv: Literal["keep", "recompute"] = "keep"
+    kind: Literal["files", "ipc", "nccl", "nccl_m2n", "sparse_nccl"] = "files"  # see docs/trainer.md
+    kv: Literal["keep", "recompute"] = "keep"  # of replies on their way: caches stay, or prompts are prefilled again
     wait: bool = False  # rollouts that run end before a load, none starts meanwhile; otherwise they go on across it
-    at_once: PositiveInt = 1
+    at_once: PositiveInt = 1  # engines that load at a time
     every: PositiveInt = 1  # steps between publishes
     staging: Path | None = None  # default: shared memory on one machine
     difference: bool = False  # stage only what changed since the version before, where that is smaller
     full_every: int = Field(default=16, ge=2)  # with difference: at least every so many publishes is whole
     local: Path | None = None  # on engines' machines: copies of what they load, where staging is far from them
     tolerance: PositiveFloat | None = None  # mean |trainer - engine| log-probability of the probe; default by dtype
-    probe_tokens: int = Field(default=128, ge=2)
-    deadline_s: PositiveFloat = 300
+    probe_tokens: int = Field(default=128, ge=2)  # of the sequence that proves a publish
+    deadline_s: PositiveFloat = 300  # of one load
 
     @model_validator(mode="after")
     def _writes_files(self) -> Self:
@@ -432,25 +432,25 @@ class Endpoint(Section):
 
     url: str = Field(pattern=r"^https?://")  # with its version: http://127.0.0.1:8000/v1
     key_env: str | None = None  # the name of the variable that holds the key
-    call_s: PositiveFloat = 600
-    max_in_flight: PositiveInt = 32
+    call_s: PositiveFloat = 600  # of one request
+    max_in_flight: PositiveInt = 32  # requests at once
 
 
 class SeatModel(Endpoint):
     """Who speaks for a seat of an environment in place of the policy: a user, a frozen opponent."""
 
     model: str  # its name at that endpoint
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)  # it is asked at
     max_tokens: PositiveInt | None = None  # of a reply; default: sampling.max_tokens
 
 
 class SourceAlgo(Section):
     """What is otherwise for one environment of a mix; None: as in `algo` and `sampling`."""
 
-    baseline: BaselineKind | None = None
-    advantage_scale: AdvantageScale | None = None
-    length: Length | None = None
-    temperature: PositiveFloat | None = None
+    baseline: BaselineKind | None = None  # as algo.baseline
+    advantage_scale: AdvantageScale | None = None  # as algo.advantage_scale
+    length: Length | None = None  # as algo.length
+    temperature: PositiveFloat | None = None  # as sampling.temperature
     max_tokens: PositiveInt | None = None  # per reply
     advantage_weight: PositiveFloat = 1.0  # how much its advantages count
 
@@ -458,11 +458,11 @@ class SourceAlgo(Section):
 class Source(Section):
     """One environment. `id` is an installed environment, `module:Class`, or `path/to/file.py:Class`."""
 
-    id: str
+    id: str  # installed, `module:Class`, or `path/to/file.py:Class`
     name: str | None = None  # default: the id; must differ within a mix
-    weight: PositiveFloat = 1.0
-    args: dict[str, Any] = {}
-    split: str = "train"
+    weight: PositiveFloat = 1.0  # share among the entries
+    args: dict[str, Any] = {}  # of the environment
+    split: str = "train"  # of its tasks
     python: Path | None = None  # of a virtual environment with palestra and this environment, for clashing dependencies
     seats: dict[str, SeatModel] = {}  # by parameter of the environment's `run`; all others are the policy's
 
@@ -480,19 +480,19 @@ class Trained(Source):
 class PoolWeights(Section):
     """Shares of the draws of a source, by pool; those of an empty pool go to the others."""
 
-    easy: float = Field(default=0.1, ge=0)
+    easy: float = Field(default=0.1, ge=0)  # of tasks that are mostly solved
     normal: PositiveFloat = 0.7  # tasks that were never drawn are normal, unless `seed_from` says otherwise
-    hard: float = Field(default=0.2, ge=0)
+    hard: float = Field(default=0.2, ge=0)  # of tasks that are seldom solved
 
 
 class Curriculum(Section):
     """Which task comes next: pools by observed solve rate. Off: each task once per epoch."""
 
-    on: bool = False
+    on: bool = False  # whether tasks are drawn by pools
     rate: Literal["solved", "reward"] = "solved"  # share of solved rollouts, or their mean reward
     solved_at: float = 1.0  # a rollout of this reward or more is solved
-    easy_above: float = 0.8
-    hard_below: float = 0.2
+    easy_above: float = 0.8  # a task of a higher rate is easy
+    hard_below: float = 0.2  # a task of a lower rate is hard
     weights: PoolWeights = PoolWeights()
     window_groups: PositiveInt = 2  # a task's rate is that of its last groups
     retire_at: float = 1.0  # a task of this rate or more is not drawn any more; 2 keeps all
@@ -543,9 +543,9 @@ class Env(Section):
 class SandboxConfig(Section):
     """Sandboxes of environments that run programs: limits of each, and how many. Which they are, says `env.sandbox`."""
 
-    memory_mb: int = Field(default=512, ge=16, le=2**22)
-    disk_mb: int = Field(default=256, ge=1, le=2**22)
-    processes: int = Field(default=128, ge=4, le=2**22)
+    memory_mb: int = Field(default=512, ge=16, le=2**22)  # of one sandbox
+    disk_mb: int = Field(default=256, ge=1, le=2**22)  # of one sandbox
+    processes: int = Field(default=128, ge=4, le=2**22)  # of one sandbox
     cpus: float | None = Field(default=None, ge=0.01, le=1024)  # of one core; default: as many as there are
     timeout_s: float = Field(default=3600, gt=0, le=86_400)  # a rollout whose sandbox is older is invalid
     # None: namespaces, or what a sandbox has that `env.sandbox` names
@@ -558,14 +558,14 @@ class SandboxConfig(Section):
 class EvalSet(Source):
     """A measurement: tasks of a held-out split, sampled in one way."""
 
-    split: str = "test"
-    num_tasks: PositiveInt = 100
-    rollouts_per_task: PositiveInt = 1
-    temperature: float = Field(default=0.0, ge=0)
-    top_p: Fraction = Field(default=1.0, gt=0, le=1)
+    split: str = "test"  # of its tasks
+    num_tasks: PositiveInt = 100  # how many of them
+    rollouts_per_task: PositiveInt = 1  # for pass@k
+    temperature: float = Field(default=0.0, ge=0)  # 0: greedy
+    top_p: Fraction = Field(default=1.0, gt=0, le=1)  # evaluations may cut the distribution
     max_tokens: PositiveInt | None = None  # default: sampling.max_tokens
-    start: bool = True
-    end: bool = True
+    start: bool = True  # before the first step
+    end: bool = True  # after the last step
 
 
 class Eval(Section):
@@ -591,11 +591,11 @@ class Launch(Section):
     """How processes are started and how long they may take to end."""
 
     turns: bool = False  # one GPU: trainer and engine take turns on it, the engine sleeps while the trainer is at work
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # where engines listen
     engine_port: int | None = Field(default=None, ge=1, le=65535)  # of the first engine; default: free ports
-    stop_s: PositiveFloat = 20
+    stop_s: PositiveFloat = 20  # to end by itself, before a process is killed
     max_restarts: int = Field(default=8, ge=0)  # of one process within restart_window_s; one more ends the run
-    restart_window_s: PositiveFloat = 600
+    restart_window_s: PositiveFloat = 600  # over which restarts count
 
 
 class RunConfig(Section):

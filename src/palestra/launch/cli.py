@@ -118,6 +118,10 @@ def _add_config(commands) -> None:
     show.add_argument("--sources", action="store_true", help="and where it was set")
     _add_json(show)
     _add(inner, "schema", _config_schema, "the JSON schema of a recipe")
+    explain = _add(inner, "explain", _config_explain, "what settings mean")
+    explain.add_argument("names", nargs="*", metavar="NAME", help="such as train.muon or sync.kind (default: all)")
+    explain.add_argument("--markdown", action="store_true", help="as docs/settings.md")
+    _add_json(explain)
 
 
 def _add_runs(commands) -> None:
@@ -352,6 +356,12 @@ def _config_schema(_: argparse.Namespace) -> None:
     from palestra.launch import recipes
 
     recipes.show_schema()
+
+
+def _config_explain(arguments: argparse.Namespace) -> None:
+    from palestra.launch import recipes
+
+    recipes.explain_settings(arguments.names, as_markdown=arguments.markdown, as_json=arguments.json)
 
 
 def _runs_ls(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@ from palestra.env.aside import TooSlowError, aside, limited
 from palestra.env.load import OF_FILES
 from palestra.env.mathematics import math_equal
 
+pytestmark = pytest.mark.slow
+
 
 def burn(cpu_s: float) -> str:
     began = time.process_time()

@@ -7,6 +7,8 @@ import pytest
 from palestra.env.check import Case, Check, Here
 from palestra.launch.env import examine
 
+pytestmark = pytest.mark.slow
+
 FAULTY = Path(__file__).with_name("faulty.py")
 
 

@@ -16,6 +16,8 @@ from palestra.env import Environment, mcp, reward
 from palestra.env.play import score
 from palestra.env.tools import ToolBox, as_tool_call
 
+pytestmark = pytest.mark.slow
+
 SERVER = Path(__file__).with_name("mcp_server.py")
 COMMAND = [sys.executable, str(SERVER)]
 

@@ -88,6 +88,7 @@ def test_json_reply_is_the_last_whole_value(text, found):
     assert json_reply(text) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["[" * 200_000, "{" * 200_000, "[1," * 70_000, '{"a":' * 40_000, "[" * 900 + "1," * 95_000]
 )

@@ -25,6 +25,8 @@ from palestra.sandbox import IsolationError, Limits
 from palestra.sandbox.host import host_of
 from palestra.sandbox.records import MOST_OUTPUT, Isolation
 
+pytestmark = pytest.mark.slow
+
 # --- programs, without walls
 
 

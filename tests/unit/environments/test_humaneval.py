@@ -19,6 +19,8 @@ from palestra.env.play import score
 from palestra.env.sandbox import Sandboxes
 from tests.unit.environments.laws import check_gold_is_one_and_nothing_is_less, check_reply_is_scored, some_tasks
 
+pytestmark = pytest.mark.slow
+
 TEST = """
 def check(candidate):
     assert candidate(2, 3) == 5

@@ -25,6 +25,8 @@ from tests.unit.environments.laws import (
     some_tasks,
 )
 
+pytestmark = pytest.mark.slow
+
 FAST = ["course_schedule", "cryptarithm", "kakurasu", "mini_sudoku"]
 EACH = [(level, generator) for level, generators in LEVELS.items() for generator in generators]
 

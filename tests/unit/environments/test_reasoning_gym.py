@@ -19,6 +19,8 @@ from tests.unit.environments.laws import (
     some_tasks,
 )
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["basic_arithmetic", "leg_counting", "spell_backward", "base_conversion", "prime_factorization", "game_of_life"]
 
 

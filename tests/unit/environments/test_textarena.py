@@ -273,6 +273,7 @@ def test_the_broken_games_are_there_and_broken():
 # --- every game
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", SAMPLE)
 def test_it_is_played_to_the_end_by_chance(id):
     assert played(id) == ""

@@ -9,6 +9,8 @@ from palestra.config import RunConfig
 from palestra.core.errors import UserError
 from palestra.launch.adapters import require_adapters
 
+pytestmark = pytest.mark.slow
+
 MOE = {"model_type": "glm4_moe", "num_hidden_layers": 1, "n_routed_experts": 8, "first_k_dense_replace": 0}
 RL: dict[str, Any] = {"env": {"mix": [{"id": "a"}]}}
 

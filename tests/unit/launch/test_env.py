@@ -18,6 +18,8 @@ from palestra.launch import env
 from palestra.launch.cli import _parse, _wish, main
 from palestra.launch.evaluation import config_of
 
+pytestmark = pytest.mark.slow
+
 FAULTY = Path(__file__).parents[1] / "env" / "faulty.py"
 
 

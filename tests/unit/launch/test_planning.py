@@ -43,6 +43,7 @@ def planned(name: str, *overrides: str) -> planning.Planned:
     return planning.plan(planning.Wish(recipe=REPORT / name, overrides=list(overrides), mean_tokens=24_000))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_torch")
 def test_the_report_fits_on_its_machines_and_the_plan_says_what_would_not():
     rl = planned("rl.toml")
@@ -110,6 +111,7 @@ def planned_bytes(anatomy: Anatomy, tokens: int, **settings) -> int:
     return budget.device_bytes - device.reserved_bytes
 
 
+@pytest.mark.slow
 def test_planned_bytes_are_those_of_a_trainer_here(monkeypatch):
     """Of 42 M parameters, over two packs and two steps: by then everything is there that ever is."""
     tokens = 128
@@ -121,6 +123,7 @@ def test_planned_bytes_are_those_of_a_trainer_here(monkeypatch):
     assert planned_bytes(anatomy, tokens, optimizer="muon") != pytest.approx(measured, rel=0.1)  # 4 bytes less of each
 
 
+@pytest.mark.slow
 def test_planned_bytes_of_adapters_are_those_of_a_trainer_here(monkeypatch):
     """Most of it is frozen weights and activations, which grow with the tokens."""
     tokens, rank = 128, 64

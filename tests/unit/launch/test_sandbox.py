@@ -11,6 +11,8 @@ import pytest
 from palestra.launch.cli import main
 from palestra.sandbox.tenants import Tenants
 
+pytestmark = pytest.mark.slow
+
 RUN = [sys.executable, "-m", "palestra.launch.cli", "sandbox", "run"]
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the backend local is Linux's")

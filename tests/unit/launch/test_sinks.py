@@ -18,6 +18,8 @@ from palestra.launch.sinks import keeping
 from palestra.launch.sinks.following import Once, Row, Tail
 from palestra.wire.rundir import RunDir
 
+pytestmark = pytest.mark.slow
+
 _DEADLINE_S = 60.0
 
 

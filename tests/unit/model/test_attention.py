@@ -48,6 +48,7 @@ def _by_hand(
     return torch.stack(rows)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(
     ("window", "softcap", "with_sinks"),

@@ -134,6 +134,7 @@ def test_sliding_windows_and_latent_attention_are_read():
     assert anatomy_of(latent).layers[0].attention == Attention(heads=4, qk_width=16, v_width=12)
 
 
+@pytest.mark.slow
 def test_the_models_of_the_report():
     found = anatomy_of(json.loads(SHAPES.read_text()), torch.bfloat16)
     assert len(found.layers) == 46

@@ -12,6 +12,8 @@ from palestra.core.errors import InfrastructureError, UserError
 from palestra.model import fetch as fetching
 from palestra.model.fetch import ORIGINS, Origin, download, fetch
 
+pytestmark = pytest.mark.slow
+
 CONTENT = b"GGUF, or so it says"
 
 

@@ -75,6 +75,7 @@ def test_the_seed_begins_it_alike_everywhere(tmp_path, adapt):
     assert one[name].abs().max() <= 1 / math.sqrt(one[name].shape[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Glm4MoeForCausalLM", "DeepseekV3ForCausalLM"])
 @pytest.mark.parametrize("lora", [LORA, Lora(rank=4, alpha=3, use_rslora=True)], ids=["plain", "rslora"])
 def test_the_export_is_the_adapted_model_in_both_layouts(tmp_path, adapt, architecture, lora):
@@ -97,6 +98,7 @@ def test_the_export_is_the_adapted_model_in_both_layouts(tmp_path, adapt, archit
 DENSE_AND_EXPERTS = Lora(rank=8, alpha=12, targets=("q_proj", "down_proj", "experts"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "lora"),
     [

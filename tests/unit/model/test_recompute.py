@@ -20,6 +20,8 @@ from palestra.model.policy import Policy
 from palestra.model.recompute import PLAIN, Activations, keep_activations
 from tests.unit.model import tiny
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [40, 3, 30, 7]
 CPU = torch.device("cpu")
 WAYS = [

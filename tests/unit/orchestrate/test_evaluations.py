@@ -3,7 +3,11 @@
 import asyncio
 import json
 
+import pytest
+
 from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, reward_by_seed
+
+pytestmark = pytest.mark.slow
 
 SETS = {"sets": [{"id": "scripted", "name": "held-out", "num_tasks": 5, "temperature": 1.0}]}
 

@@ -19,6 +19,8 @@ from palestra.wire.policy import EngineError, UnpublishedError, UnreachableError
 from tests.unit.orchestrate.mortal import MortalRun
 from tests.unit.orchestrate.scripted import GROUP_SIZE, GROUPS, make_config, reward_by_seed
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 TRAIN = {"steps": STEPS, "max_pack_tokens": 64, "checkpoint_every": 3, "batch_deadline_s": 20}
 

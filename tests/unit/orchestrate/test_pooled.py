@@ -145,6 +145,7 @@ def test_a_task_without_a_list_error_is_the_users_to_fix(tmp_path):
         Drawing(drawing_config(tmp_path), lambda source, epoch: []).open()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, 7])
 def test_killed_anywhere_the_same_tasks_are_drawn(tmp_path, every):
     def drawn(name: str, restart_every: int | None) -> list[tuple[str, str]]:
@@ -264,6 +265,7 @@ async def test_where_hardly_a_group_has_signal_ratings_do_not_wait_for_a_batch(t
     assert {rating.after for rating in first.ratings} == {Pool.HARD}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 async def test_a_run_that_is_killed_and_resumed_draws_what_an_uninterrupted_one_draws(tmp_path, seed):
     """With `max_age` 0, whatever the order in which groups end."""

@@ -206,6 +206,7 @@ def test_the_age_foretold_is_the_step_of_its_batch_less_the_version_that_samples
     assert [predicted_age(half, group, groups_per_step=2, loaded=6) for group in range(5)] == [1, 1, 1, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pace_age", [0.5, 1.0, 2.0])
 async def test_the_age_measured_is_the_age_foretold(tmp_path, pace_age: float):
     algo = {"groups_per_step": 4, "group_size": GROUP_SIZE, "max_age": 8, "pace_age": pace_age}

@@ -37,6 +37,8 @@ from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, r
 from tests.unit.orchestrate.test_parts import RULES as PLAIN
 from tests.unit.orchestrate.test_parts import record
 
+pytestmark = pytest.mark.slow
+
 OWN = dataclasses.replace(PLAIN.default, advantage_scale="std")
 RULES = dataclasses.replace(PLAIN, default=OWN, max_pack_tokens=64)
 

@@ -23,6 +23,8 @@ from palestra.sandbox.images.packages import debian_image, pip_image
 from palestra.sandbox.images.unpack import Bounds, Tree
 from tests.unit.sandbox.archives import config_of, docker_files, oci_files, saved, tar_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -21,6 +21,8 @@ from palestra.sandbox import Host, Isolation, Limits, SandboxGoneError, SandboxS
 from palestra.sandbox.backends import choose, providers, remote
 from palestra.sandbox.host import Options
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(memory_mb=1000, disk_mb=1500, cpus=1.5)
 NAMES = ["prime", "e2b", "modal", "daytona"]
 WITH_ONE = pytest.mark.parametrize("far", ["modal"], indirect=True)

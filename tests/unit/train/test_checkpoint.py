@@ -14,6 +14,8 @@ from palestra.core.ledger import Ledger
 from palestra.train.trainer import Trainer
 from tests.unit.train.batches import make_batch
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [9, 4, 17, 5, 12, 6, 4, 8]
 
 

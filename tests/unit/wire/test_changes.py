@@ -25,6 +25,8 @@ from tests.unit.model import tiny
 from tests.unit.wire.meeting import CPU, Group, Trainer, stand_in
 from tests.unit.wire.real_model import change_some, configured, model_of, same
 
+pytestmark = pytest.mark.slow
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch, as vLLM's layers are imported
     from vllm.config import VllmConfig

@@ -131,6 +131,7 @@ async def cost_s(server: Server, transport: httpx.AsyncBaseTransport, *, at_once
         return (time.process_time() - began) / 400
 
 
+@pytest.mark.slow
 async def test_a_request_costs_the_same_however_many_are_in_flight(server: Server):
     """httpx's own pool, which looks at every connection for every other one, is the control."""
     few = min([await cost_s(server, Connections(keepalive_s=5.0), at_once=8) for _ in range(3)])

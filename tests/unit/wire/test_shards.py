@@ -30,6 +30,8 @@ from tests.unit.wire.fake_m2n import CPU, Exchange
 from tests.unit.wire.meeting import Trainer
 from tests.unit.wire.real_model import change_some, configured, model_of, same
 
+pytestmark = pytest.mark.slow
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch, as vLLM's layers are imported
     from vllm.config import VllmConfig

@@ -24,6 +24,8 @@ from palestra.hub.registry.schema import environments, files, owners, versions
 from palestra.launch.cli import main
 from tests.unit.hub.evals.made import told
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[4]
 ASKED = Asked(environment="reverse-text", split="test", args={}, num_tasks=3, rollouts_per_task=2)
 

@@ -9,6 +9,8 @@ from palestra.hub.registry.actions import ACTIONS
 from palestra.hub.registry.pages import PAGES
 from tests.unit.hub.registry.packages import wheel
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 12
 
 

@@ -301,6 +301,7 @@ def test_what_administrators_do_others_may_not(served):
     assert served.get("/audit.json", "root").json()["rows"][0]["action"] == "token.create"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.path)
 def test_no_action_is_done_for_nobody(served, action):
     served.push(wheel())

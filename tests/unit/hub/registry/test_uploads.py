@@ -4,9 +4,13 @@ import asyncio
 import json
 from collections.abc import Iterable
 
+import pytest
+
 from palestra.hub.registry import receive, uploads
 from palestra.hub.registry.web import application
 from tests.unit.hub.registry.packages import wheel
+
+pytestmark = pytest.mark.slow
 
 START = b'--x\r\ncontent-disposition: form-data; name="content"; filename="palestra_slow-1.0-py3-none-any.whl"\r\n\r\n'
 

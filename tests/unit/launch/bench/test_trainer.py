@@ -94,6 +94,7 @@ def test_a_quarter_of_a_document_is_prompt_in_rl_and_its_first_token_in_sft():
         assert batch.token_ids.max() < 9
 
 
+@pytest.mark.slow
 def test_a_whole_one_agrees_with_transformers_alone(monkeypatch, tmp_path):
     """The same objective on the same weights and tokens: the losses are equal, after a step of training too."""
     monkeypatch.setattr(bench, "build", lambda fields, directory, threads: build(fields, directory))
