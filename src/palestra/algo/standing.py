@@ -13,6 +13,8 @@ from palestra.algo.intervals import Interval, over_tasks
 from palestra.algo.scores import SOLVED_AT, by_task, cause, of_rewards, pass_at_k, powers
 from palestra.core.records import Ending, RolloutRecord
 
+_MOST_CAUSES = 100  # whoever pushes an evaluation writes them
+
 
 class Tokens(Struct, frozen=True, kw_only=True):
     """What the rollouts cost, invalid ones included: they were paid for too. None where nobody counted prompts."""
@@ -59,7 +61,7 @@ def standing(records: Sequence[RolloutRecord], *, seed: int = 0) -> Standing:
         num_tasks=len(tasks),
         num_rollouts=sum(counts),
         num_errors=len(invalid),
-        errors=dict(Counter(cause(record) for record in invalid)),
+        errors=dict(Counter(cause(record) for record in invalid).most_common(_MOST_CAUSES)),
         endings=dict(Counter(str(record.ending) for record in records)),
         tokens=_tokens(records),
     )

@@ -1,8 +1,11 @@
 """Token-exact conversations: each family's text, what breaks a conversation, how a reply is taken apart."""
 
 import json
+import random
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -519,6 +522,44 @@ def test_reasoning_is_not_the_answer(text: str, inside: bool, expected: Assistan
 )
 def test_tool_calls_of_each_shape(text: str, content: str, call: ToolCall) -> None:
     assert split_tool_calls(text) == (content, (call,))
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        *("<tool_call>", "<tool_call>f<arg_key>", "<arg_key>a</arg_key>", "<arg_key>a</arg_key><arg_value>"),
+        *("<function=", "<function=f>", "<function=f><parameter=a>", "[TOOL_CALLS]", "[TOOL_CALLS]a "),
+        *(" ", "{", "</tool_call>"),
+    ],
+)
+@pytest.mark.parametrize("around", ["{}", "<tool_call>{}</tool_call>", "</tool_call></function>{}", "[TOOL_CALLS]a{}"])
+def test_a_model_that_says_one_thing_over_and_over_holds_nobody_up(again: str, around: str) -> None:
+    """As many times as a long reply has tokens. Quadratic, it would take minutes."""
+    text = around.replace("{}", again * 30_000)
+    began = time.process_time()
+    split_tool_calls(text)
+    assert time.process_time() - began < 2
+
+
+def test_calls_are_found_where_a_plain_search_finds_them() -> None:
+    """What is cut off to be quick holds none: against the pattern on the whole text, over words drawn at random."""
+    words = ["<tool_call>", "</tool_call>", '{"name": "f", "arguments": {}}', "{", "\n"]
+    draw, num_calls = random.Random(0), 0
+    plain = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+    for _ in range(3000):
+        text = "".join(draw.choices(words, k=9))
+        found = [body.strip() for body in plain.findall(text) if body.strip() == words[2]]
+        calls = split_tool_calls(text)[1]
+        num_calls += len(calls)
+        if not text.startswith("{"):
+            assert len(calls) == len(found), text
+    assert num_calls > 50
+
+
+def test_arguments_between_other_words_are_read_in_their_order() -> None:
+    body = "f<arg_key>a</arg_key> \n<arg_value>1</arg_value> and <arg_key>lost</arg_key>, "
+    body += "<arg_key>b</arg_key><arg_value><arg_key>x</arg_value><arg_key>open"
+    assert split_tool_calls(f"<tool_call>{body}</tool_call>") == ("", (ToolCall("f", {"a": 1, "b": "<arg_key>x"}),))
 
 
 def test_what_is_no_tool_call_stays_text() -> None:

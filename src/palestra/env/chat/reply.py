@@ -99,11 +99,13 @@ def split_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     return text.replace("[TOOL_CALLS]", "").replace("<|python_tag|>", ""), ()
 
 
+# Each is given what ends with the last of its closing tags: else every opening that is never closed would be looked for
+# to the end of the text, and a model that says nothing but openings would hold up its worker for minutes.
 _TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_GLM_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
-_CODER_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
-_CODER_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_MISTRAL_CALL = re.compile(r"\s*([\w.-]+)\s*(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
+_CODER_CALL = re.compile(r"<function=([^<>\n]+)>(.*?)</function>", re.DOTALL)
+_CODER_ARGUMENT = re.compile(r"<parameter=([^<>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_MISTRAL_CALL = re.compile(r"\s*([\w.-]+)\s*(?:\[ARGS\]\s*)?(\{.*)", re.DOTALL)
+_SPACE = re.compile(r"\s*")
 
 
 def _tagged(text: str) -> tuple[str, tuple[ToolCall, ...]]:
@@ -116,8 +118,15 @@ def _tagged(text: str) -> tuple[str, tuple[ToolCall, ...]]:
         calls.append(call)
         return ""
 
-    content = _TAGGED.sub(take, text)
+    closed, rest = _closed(text, "</tool_call>")
+    content = _TAGGED.sub(take, closed) + rest
     return (content.rstrip() if calls else text), tuple(calls)
+
+
+def _closed(text: str, tag: str) -> tuple[str, str]:
+    """Up to the last `tag`, which is a part of it, and what comes after."""
+    end = text.rfind(tag) + len(tag) if tag in text else 0
+    return text[:end], text[end:]
 
 
 def _hermes(body: str) -> ToolCall | None:
@@ -125,17 +134,34 @@ def _hermes(body: str) -> ToolCall | None:
 
 
 def _coder(body: str) -> ToolCall | None:
-    match = _CODER_CALL.search(body)
+    match = _CODER_CALL.search(_closed(body, "</function>")[0])
     if match is None:
         return None
-    return ToolCall(match[1].strip(), {key.strip(): _value(text) for key, text in _CODER_ARGUMENT.findall(match[2])})
+    arguments = _CODER_ARGUMENT.findall(_closed(match[2], "</parameter>")[0])
+    return ToolCall(match[1].strip(), {key.strip(): _value(text) for key, text in arguments})
 
 
 def _glm(body: str) -> ToolCall | None:
     name = body.split("<arg_key>", 1)[0].strip()
     if not name or any(character in name for character in "\n{}<>"):
         return None
-    return ToolCall(name, {key.strip(): _value(text) for key, text in _GLM_ARGUMENT.findall(body)})
+    return ToolCall(name, {key.strip(): _value(text) for key, text in _glm_arguments(body)})
+
+
+def _glm_arguments(body: str) -> Iterator[tuple[str, str]]:
+    """Each key with the value that follows it."""
+    at = 0
+    while (opened := body.find("<arg_key>", at)) >= 0 and (closed := body.find("</arg_key>", opened)) >= 0:
+        at = closed + len("</arg_key>")
+        space = _SPACE.match(body, at)
+        value = space.end() if space else at
+        if not body.startswith("<arg_value>", value):
+            continue
+        end = body.find("</arg_value>", value)
+        if end < 0:
+            return
+        yield body[opened + len("<arg_key>") : closed], body[value + len("<arg_value>") : end]
+        at = end + len("</arg_value>")
 
 
 def _mistral(text: str) -> tuple[str, tuple[ToolCall, ...]]:

@@ -4,9 +4,11 @@ Whoever reads it knows before it begins how much it may become: sizes, lines and
 the archive says of itself (sizes, counts, names) is compared with what is there.
 """
 
+import errno
 import hashlib
-import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,12 @@ from palestra.hub.evals.told import Evaluation
 SETTINGS, ROLLOUTS = "evaluation.json", "rollouts.jsonl"
 _DATE = (1980, 1, 1, 0, 0, 0)  # the same content is the same archive
 _CHUNK = 1 << 20
+_MAX_NUMBER = 1e12  # so that sums of squares are numbers, too
+_MAX_KEY = 4000  # characters
+_BROKEN = (  # what zipfile raises at files that are no whole archives
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error),
+    *(EOFError, NotImplementedError, RuntimeError, ValueError),
+)
 _decode = msgspec.json.Decoder(RolloutRecord).decode
 
 
@@ -81,7 +89,9 @@ def check(path: Path, *, to: Path | None = None, limits: Limits = DEFAULT) -> Ch
             told = _told(settings)
             with file.open(ROLLOUTS) as lines:
                 return _counted(told, _lines(lines, limits), digest, to)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (*_BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the file's beginning
+            raise
         raise UserError(f"this is no archive of an evaluation: {error}") from None
 
 
@@ -167,11 +177,15 @@ def _record(line: bytes, number: int, told: Evaluation) -> RolloutRecord:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{ROLLOUTS}:{number} is no rollout: {str(error)[:300]}") from None
     numbers = (record.reward, *record.rewards.values(), *record.metrics.values(), record.wall_s, record.engine_s)
-    if not all(map(math.isfinite, numbers)):
-        raise UserError(f"{ROLLOUTS}:{number}: its reward, or another number of it, is not finite")
+    if not all(abs(one) < _MAX_NUMBER for one in numbers):  # nor is any that is no number
+        raise UserError(
+            f"{ROLLOUTS}:{number}: its reward, or another number of it, is not finite, or beyond all bounds"
+        )
     counts = (record.rollout_id, record.num_tokens, record.num_prompt_tokens, record.num_turns)
     if not all(0 <= count < 2**53 for count in counts):
         raise UserError(f"{ROLLOUTS}:{number}: a count of it is below 0, or beyond all bounds")
+    if len(record.task.key) > _MAX_KEY:
+        raise UserError(f"{ROLLOUTS}:{number}: the key of its task is longer than {_MAX_KEY} characters")
     if record.ending == Ending.INVALID and (record.reward or record.rewards):
         raise UserError(f"{ROLLOUTS}:{number} is invalid and has a reward: errors are never rewards")
     if record.environment != told.environment:

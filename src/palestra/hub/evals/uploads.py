@@ -11,7 +11,7 @@ from functools import partial
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 
-from palestra.core.errors import UserError
+from palestra.core.errors import DeadlineError, UserError
 from palestra.hub.evals import answers, board
 from palestra.hub.evals.archive import DEFAULT
 from palestra.hub.evals.pages import HOME
@@ -48,7 +48,10 @@ class EvaluationUploads(Taking):
             await _received(request, incoming, deadline_s=hub.settings.push_s)
             pushing = partial(board.push, hub, who, owner, name, incoming.received())
             work = asyncio.get_running_loop().run_in_executor(self._threads, pushing)
-            return await asyncio.wait_for(asyncio.shield(work), timeout=_CHECK_S)
+            try:
+                return await asyncio.wait_for(asyncio.shield(work), timeout=_CHECK_S)
+            except TimeoutError:
+                raise DeadlineError("the evaluation to be looked through", _CHECK_S) from None
 
     def _allowed(self, request: Request) -> Who:
         """Only by a token: a page of another site can make a browser send its cookie."""

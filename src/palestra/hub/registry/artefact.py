@@ -249,6 +249,13 @@ def _check_kind(member: zipfile.ZipInfo) -> None:
         raise BadArtefactError(f"member {member.filename!r} is a link or a device; files and directories are taken")
     if member.flag_bits & 0x1:
         raise BadArtefactError(f"member {member.filename!r} is encrypted")
+    require_deflate(member)
+
+
+def require_deflate(member: zipfile.ZipInfo) -> None:
+    """Other ways of compressing are unpacked without a bound, whatever a reader asks for."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadArtefactError(f"member {member.filename!r} is compressed in a way that is not read here; use deflate")
 
 
 def _dist_info(names: set[str], project: str, version: str) -> str:
@@ -271,18 +278,18 @@ def _dist_info(names: set[str], project: str, version: str) -> str:
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, seen: _Seen, *, keep: bool) -> bytes:
     """Unpacks it for its checksum and its true length; the content, if it is to be kept."""
-    kept = []
+    kept = b""
     with archive.open(member) as content:
         while piece := content.read(_PIECE):
             seen.content(len(piece))
             if keep:
-                kept.append(piece)
-    return _bounded(b"".join(kept), member.filename)
+                kept = _bounded(kept + piece, member.filename)
+    return kept
 
 
 def _bounded(content: bytes, name: str) -> bytes:
     if len(content) > _MAX_METADATA_BYTES:
-        raise BadArtefactError(f"{name} has {len(content)} bytes; at most {_MAX_METADATA_BYTES} are taken")
+        raise BadArtefactError(f"{name} is larger than {_MAX_METADATA_BYTES} bytes, which is the most that is taken")
     return content
 
 

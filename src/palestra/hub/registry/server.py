@@ -14,12 +14,13 @@ from functools import partial
 from sqlalchemy import func, select
 
 from palestra import __version__
+from palestra.hub.evals.archive import DEFAULT as evaluation
 from palestra.hub.operation.limits import Bounds
 from palestra.hub.operation.operation import Operation
 from palestra.hub.operation.serving import Serving
 from palestra.hub.registry import actions, rights
 from palestra.hub.registry.database import ClashError
-from palestra.hub.registry.hub import Hub
+from palestra.hub.registry.hub import Hub, Settings
 from palestra.hub.registry.receive import FORM_BYTES
 from palestra.hub.registry.rights import ANYBODY
 from palestra.hub.registry.schema import owners
@@ -54,8 +55,13 @@ def serve(hub: Hub, plan: Plan, *, say: Callable[[str], None]) -> None:
     hub.close()
 
 
+def longest_body(settings: Settings) -> int:
+    """An artefact in its form, or an evaluation; each route has a bound of its own within."""
+    return max(settings.max_upload_bytes + FORM_BYTES, evaluation.archive_bytes)
+
+
 async def _serve(hub: Hub, listener, plan: Plan, say: Callable[[str], None]) -> None:
-    bounds = replace(plan.bounds, body_bytes=hub.settings.max_upload_bytes + FORM_BYTES)
+    bounds = replace(plan.bounds, body_bytes=longest_body(hub.settings))
     operation = Operation(hub.database, hub.blobs, bounds, num_waiting=lambda: queue.counts(hub.database))
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="answer") as threads:
         asyncio.get_running_loop().set_default_executor(threads)

@@ -62,12 +62,12 @@ class Index:
     """Renders, and keeps what it rendered until the environment changes. Thread-safe."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, int, str, str], Rendered] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, float, int, str, str], Rendered] = OrderedDict()
         self._lock = Lock()
 
     def project(self, connection: Connection, environment: Row[Any], base: str, kind: str) -> Rendered:
         """`base` is the address of the environment, as paths or with a host."""
-        key = (environment.id, environment.revision, base, kind)
+        key = (environment.id, environment.created, environment.revision, base, kind)
         with self._lock:
             if (found := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
@@ -99,7 +99,8 @@ def _rows(connection: Connection, environment_id: int) -> list[Row[Any]]:
 
 
 def _rendered(environment: Row[Any], rows: list[Row[Any]], base: str, kind: str) -> Rendered:
-    etag = f'"{environment.id}-{environment.revision}-{"j" if kind == JSON else "h"}"'
+    born = int(environment.created * 1e6)  # the number of one that was deleted may be another's
+    etag = f'"{environment.id}-{born}-{environment.revision}-{"j" if kind == JSON else "h"}"'
     content = _json(environment.project, rows, base) if kind == JSON else _page(environment.project, rows, base)
     return Rendered(content, kind if kind == JSON else f"{kind}; charset=utf-8", etag)
 

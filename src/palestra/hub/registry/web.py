@@ -42,6 +42,7 @@ from palestra.hub.web import make_templates
 
 _HERE = Path(__file__).parent.parent
 _MAX_BODY = 64 << 10
+_MAX_FIELDS = 100
 _BODY_S = 30.0
 _FLUSH_S = 5.0
 _METHODS = frozenset({"GET", "HEAD", "POST"})
@@ -226,7 +227,11 @@ async def _body(request: Request) -> tuple[dict[str, Any], bool]:
     except TimeoutError:
         raise SlowError(f"the body did not come within {_BODY_S:g} s") from None
     if kind == "application/x-www-form-urlencoded":
-        return dict(parse_qsl(content.decode(errors="replace"), keep_blank_values=True, max_num_fields=100)), True
+        try:
+            said = parse_qsl(content.decode(errors="replace"), keep_blank_values=True, max_num_fields=_MAX_FIELDS)
+        except ValueError:
+            raise UserError(f"a form of more than {_MAX_FIELDS} fields") from None
+        return dict(said), True
     if not content:
         return {}, False
     try:

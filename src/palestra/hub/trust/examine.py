@@ -9,6 +9,7 @@ import asyncio
 import configparser
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -23,6 +24,7 @@ from palestra.env.case import Case
 from palestra.env.check import Check
 from palestra.env.load import GROUP
 from palestra.env.subject import Boxed, Failure
+from palestra.hub.registry.artefact import BadArtefactError, require_deflate
 from palestra.hub.trust.verdict import MOST_LOG, Status, Verdict
 from palestra.sandbox.box import Sandbox
 from palestra.sandbox.records import IsolationError, Result, SandboxError, SandboxStartError, UnsupportedError
@@ -165,9 +167,10 @@ def _offered(name: str, content: bytes) -> list[str]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             places = [one for one in archive.namelist() if one.count("/") == 1 and one.endswith("/entry_points.txt")]
             for place in places:
+                require_deflate(archive.getinfo(place))
                 with archive.open(place) as file:
                     parser.read_string(file.read(1 << 20).decode("utf-8", "replace"))
-    except (zipfile.BadZipFile, configparser.Error, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, configparser.Error, OSError, ValueError, BadArtefactError) as error:
         raise BadError(f"{name} cannot be read: {error}") from None
     found = list(parser[GROUP]) if parser.has_section(GROUP) else []
     if not found:

@@ -7,8 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from palestra.algo.standing import standing
 from palestra.core.errors import UserError
-from palestra.core.records import RolloutRecord
+from palestra.core.records import Ending, RolloutRecord
 from palestra.hub.evals.archive import ROLLOUTS, SETTINGS, Limits, check, pack
 from tests.unit.hub.evals.made import archive, record, records, spoiled, told
 
@@ -48,6 +49,8 @@ def _changed(number: int, **changes):
         (_changed(2, reward=float("inf")), "rollouts.jsonl:3"),
         (_changed(2, reward=float("nan")), "rollouts.jsonl:3 is no rollout"),
         (_changed(2, reward="1"), "rollouts.jsonl:3 is no rollout"),
+        (_changed(2, reward=1.7e308), "rollouts.jsonl:3: its reward, .* beyond all bounds"),  # two of them are infinite
+        (_changed(2, task={"key": "a" * 5000}), "the key of its task is longer than 4000"),
         (_changed(1, metrics={"m": float("-inf")}), "rollouts.jsonl:2"),
         (_changed(1, ending="invalid"), "errors are never rewards"),
         (_changed(1, ending="won"), "rollouts.jsonl:2 is no rollout"),
@@ -160,3 +163,23 @@ def test_an_import_says_less_and_is_read_all_the_same(tmp_path: Path):
     found = check(tmp_path / "a.zip")
     assert (found.standing.num_rollouts, found.told.missing) == (2, ("no seeds",))
     assert json.loads(found.told.model_dump_json())["imported"] == "verifiers"
+
+
+def test_whatever_is_broken_is_refused_and_nothing_else_is_raised(tmp_path: Path):
+    whole, refused = archive(tmp_path / "a.zip").read_bytes(), 0
+    for place in range(len(whole)):
+        broken = bytearray(whole)
+        broken[place] ^= 0xFF
+        (tmp_path / "b.zip").write_bytes(bytes(broken))
+        try:
+            check(tmp_path / "b.zip")
+        except UserError:
+            refused += 1
+    assert refused > len(whole) / 2
+
+
+def test_of_causes_only_the_most_frequent_are_told():
+    invalid = [record(n, 0.0, ending=Ending.INVALID, error=f"cause {max(n - 50, 0)}") for n in range(300)]
+    found = standing([record(300, 1.0), *invalid])
+    assert (found.num_errors, len(found.errors)) == (300, 100)
+    assert found.errors["cause 0"] == 51

@@ -1,6 +1,7 @@
 """Evaluations over HTTP: pages, twins, the client; and archives that should not be taken."""
 
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from html import unescape
@@ -14,8 +15,8 @@ from sqlalchemy import insert, update
 from palestra.core.errors import InfrastructureError
 from palestra.core.records import Ending
 from palestra.hub.evals import pages, uploads
-from palestra.hub.evals.archive import Limits, pack
-from palestra.hub.registry import description, rights
+from palestra.hub.evals.archive import DEFAULT, Limits, pack
+from palestra.hub.registry import description, rights, server
 from palestra.hub.registry.database import sqlite_url
 from palestra.hub.registry.hub import Hub, Settings
 from palestra.hub.registry.schema import environments, owners, versions
@@ -281,3 +282,18 @@ def test_the_client_pushes_lists_compares_and_deletes(site: Site, tmp_path: Path
         thread.join(10)
     with pytest.raises(InfrastructureError), Client(f"http://127.0.0.1:{port}") as client:
         list(client.evaluations("alice", "reverse-text"))
+
+
+async def test_an_evaluation_that_takes_too_long_to_look_through_is_asked_to_come_again(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "_CHECK_S", 0.05)
+    monkeypatch.setattr(uploads.board, "push", lambda *_: time.sleep(0.5))
+    answer = await site.push(archive(tmp_path / "a.zip"))
+    assert (answer.status_code, "to be looked through" in answer.text) == (503, True)
+
+
+@pytest.mark.parametrize("upload_bytes", [1 << 20, 1 << 40])
+def test_the_hub_takes_bodies_as_long_as_its_longest(tmp_path, upload_bytes):
+    """What is bounded more tightly is so by its own route."""
+    most = server.longest_body(Settings(data=tmp_path, max_upload_bytes=upload_bytes))
+    assert most >= DEFAULT.archive_bytes
+    assert most > upload_bytes

@@ -189,6 +189,21 @@ def test_a_wheel_that_says_less_than_it_unpacks_to_is_refused(tmp_path):
     refused(tmp_path, (name, bytes(forged)), "no whole zip archive")
 
 
+@pytest.mark.parametrize("how", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_is_unpacked_without_a_bound_is_refused(tmp_path, how):
+    """A kilobyte of it becomes a gigabyte before any of it is looked at."""
+    name, content = wheel()
+    made = io.BytesIO(content)
+    with zipfile.ZipFile(made, "a") as archive:
+        archive.writestr("x", b"\0" * (8 << 20), how)
+    refused(tmp_path, (name, made.getvalue()), "use deflate", Bounds(max_ratio=10**6))
+
+
+def test_metadata_are_kept_up_to_their_bound(tmp_path):
+    made = wheel(metadata=core("palestra-words", "1.0", readme="a" * (3 << 20)))
+    refused(tmp_path, made, "METADATA is larger than 2097152 bytes", Bounds(max_ratio=10**6))
+
+
 def test_a_header_that_would_fill_the_memory_is_refused(tmp_path):
     info = tarfile.TarInfo("palestra_words-1.0/x")
     info.pax_headers = {"comment": "a" * (3 << 20)}

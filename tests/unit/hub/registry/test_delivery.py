@@ -119,6 +119,16 @@ def test_an_index_is_not_sent_again_while_it_is_the_same(served):
     assert (fresh.status_code, "1.1" in fresh.text) == (200, True)
 
 
+def test_an_index_of_one_that_was_deleted_is_not_taken_for_its_successors(served):
+    """A database may give the number of a deleted one again, and revisions begin anew."""
+    served.push(wheel())
+    etag = served.get(INDEX).headers["etag"]
+    assert served.tell("/api/environments/alice/words/delete", "alice").status_code == 200
+    served.push(wheel(version="1.1"))
+    fresh = served.get(INDEX, headers={"if-none-match": etag})
+    assert (fresh.status_code, "1.1" in fresh.text, "1.0" in fresh.text) == (200, True, False)
+
+
 def test_files_may_be_kept_for_ever(served):
     served.push(wheel())
     url = index(served)["files"][0]["url"]

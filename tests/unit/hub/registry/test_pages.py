@@ -114,6 +114,11 @@ def test_a_readme_of_another_kind_is_shown_as_it_is():
 # --- finding
 
 
+def test_a_form_of_too_many_fields_is_the_clients_mistake(served):
+    answer = served.http.post("/api/login", data={f"field{number}": "" for number in range(200)})
+    assert (answer.status_code, "more than 100 fields" in answer.text) == (400, True)
+
+
 def test_words_are_found_where_they_are(served):
     served.push(wheel("palestra-wordle", summary="Guess hidden letters", keywords="game"))
     served.push(wheel("palestra-logic", readme="Puzzles about knights, solved by deduction."), "bob")
