@@ -47,6 +47,8 @@ from tests.unit.env.tiny import answer, last_user_text, save_tokenizer
 DEADLINE_S = 60
 SAMPLING = Sampling(max_tokens=16)
 FAULTY = '''
+import asyncio
+
 from palestra.env import Environment, Sandbox, Task, reward
 
 class Faulty(Environment):
@@ -72,7 +74,9 @@ class Faulty(Environment):
         return 1 / len(rollout.reply)
 
     @reward(group=True, weight=10.0)
-    def rank(self, task, rollouts):
+    async def rank(self, task, rollouts):
+        if any(rollout.reply == "hang" for rollout in rollouts):
+            await asyncio.Event().wait()
         return [float(rollout.reply == max(r.reply for r in rollouts)) for rollout in rollouts]
 '''
 
@@ -269,6 +273,19 @@ async def test_group_rewards_are_added_to_the_records_in_order(tmp_path):
         assert [record.rollout_id for record in scored.records] == [0, 1, 2]
         assert [record.rewards["rank"] for record in scored.records] == [0.0, 1.0, 0.0]
         assert [record.reward for record in scored.records] == pytest.approx([1.0, 1 / 3 + 10.0, 0.5])
+
+
+async def test_a_group_reward_that_hangs_is_cancelled_and_holds_up_no_end(tmp_path):
+    async with bench(tmp_path) as worker:
+        records = [await worker.play(Task(prompt="g"), "hang", rollout_id=0)]
+        for request in (9, 10):  # the first is given up; the second still hangs when the worker is told to stop
+            await worker.send(ScoreGroup(request_id=request, source="faulty", records=records))
+        await worker.send(Cancel(rollout_id=9))
+        assert (await worker.receive_a(Cancelled)).rollout_id == 9
+        await worker.send(Stop())
+        while not (await worker.receive_a(LedgerClosed)).is_last:
+            pass
+        assert await asyncio.wait_for(worker.process.wait(), 20) == 0
 
 
 async def test_the_worker_dies_with_its_parent(tmp_path):

@@ -628,6 +628,11 @@ class RunConfig(Section):
         frozen = [*self.algo.frozen.values()][max(index - self.engine.replicas, 0) :]
         return frozen[0].path if frozen and index >= self.engine.replicas else self.model_dir
 
+    def in_flight_of(self, index: int) -> int:
+        """What engine `index` is asked at once, at most."""
+        frozen = [*self.algo.frozen.values()][max(index - self.engine.replicas, 0) :]
+        return frozen[0].max_in_flight if frozen and index >= self.engine.replicas else self.engine.max_in_flight
+
     @property
     def pythons(self) -> list[Path | None]:
         """Of the environment workers, `env.workers` of each: None is ours."""

@@ -4,7 +4,7 @@ A mean is kept as (total, count), so a mean over ranks, packs or steps is never 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -86,3 +86,9 @@ def add_to(merged: Metrics, part: Mapping[str, Metric]) -> None:
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """The numbers, for JSON and people."""
     return {name: metric.value for name, metric in metrics.items()}
+
+
+def percentile(numbers: Sequence[float], share: float) -> float:
+    """The smallest of the numbers that at least `share` of them do not exceed; 0 for none."""
+    ordered = sorted(numbers)
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else 0.0

@@ -23,6 +23,7 @@ from palestra.config import RunConfig
 from palestra.config.schema import EvalSet, SeatModel, Source
 from palestra.core.errors import InfrastructureError, UserError
 from palestra.core.ledger import LedgerSelector
+from palestra.core.metrics import percentile
 from palestra.core.process import life, resident_bytes
 from palestra.core.records import ChatReply, Reply, Sampling
 from palestra.core.spans import SpanLog
@@ -168,7 +169,7 @@ class Worker:
     ):
         self._index, self._stages, self._make_voice = index, stages, make_voice
         self._orchestrator, self._selector, self._spans = orchestrator, selector, spans
-        self._plays: dict[int, asyncio.Task[None]] = {}
+        self._plays: dict[int, asyncio.Task[None]] = {}  # and groups that are scored: numbers of one counter
         self._replies: dict[tuple[int, int], asyncio.Future[Reply | ChatReply]] = {}
         self._closed_at = time.monotonic()
         self._num_ended = 0
@@ -197,6 +198,11 @@ class Worker:
         sources = list(self._stages)
         await self._orchestrator.send(WorkerReady(index=self._index, pid=os.getpid(), life=life(), sources=sources))
 
+    def _keep(self, number: int, task: asyncio.Task[None]) -> None:
+        """Until it has ended: what hangs in code of an environment can be cancelled."""
+        self._plays[number] = task
+        task.add_done_callback(lambda _: self._plays.pop(number))
+
     def _cancel_plays(self) -> None:
         for task in self._plays.values():
             task.cancel()
@@ -209,16 +215,15 @@ class Worker:
             case CallReply():
                 self._answer(message)
             case Play():
-                self._plays[message.rollout_id] = task = jobs.create_task(self._play(message))
-                task.add_done_callback(lambda _: self._plays.pop(message.rollout_id))
+                self._keep(message.rollout_id, jobs.create_task(self._play(message)))
             case Cancel():
                 if (play := self._plays.get(message.rollout_id)) is not None:
                     play.cancel()
                 await self._orchestrator.send(Cancelled(rollout_id=message.rollout_id))
             case ListTasks():
-                jobs.create_task(self._list_tasks(message))
+                jobs.create_task(self._list_tasks(message))  # never cancelled: its thread would go on in the list
             case ScoreGroup():
-                jobs.create_task(self._score_group(message))
+                self._keep(message.request_id, jobs.create_task(self._score_group(message)))
             case Reconnected():
                 self._cancel_plays()
                 await self._say_ready()
@@ -305,11 +310,7 @@ class Worker:
         self._closed_at = time.monotonic()
         turns_s = sorted(self._selector.take_lag())
         entry = self._selector.ledger.close()
-        lag = (
-            {"turns": len(turns_s), "p99_s": turns_s[int(0.99 * len(turns_s))], "longest_s": turns_s[-1]}
-            if turns_s
-            else {}
-        )
+        lag = {"turns": len(turns_s), "p99_s": percentile(turns_s, 0.99), "longest_s": turns_s[-1]} if turns_s else {}
         cpu_s = time.process_time()  # since the process began
         self._spans.write("loop", entry.started_at, entry.wall_s, {"rollouts": self._num_ended, "cpu_s": cpu_s, **lag})
         self._num_ended = 0

@@ -5,7 +5,7 @@ Environment: PALESTRA_INDEX, which engine (default 0); PALESTRA_PORT, where it l
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from palestra.config import RunConfig, read_resolved
 from palestra.core.errors import UserError
@@ -13,8 +13,7 @@ from palestra.core.process import die_with_parent
 from palestra.infer.launch import device_of, engine_argv, engine_environment, require_dense
 from palestra.infer.turn import wait_for_turn
 
-# The logits of a whole chunk of a scored prompt exist at once, beside what vLLM takes of a GPU's memory.
-_SCORING = {"max-num-batched-tokens": 2048}
+_SCORED_TOKENS = 2048
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -51,14 +50,14 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         device=device,
         max_model_len=engine.max_model_len,
         tensor_parallel=engine.tensor_parallel,
-        max_in_flight=engine.max_in_flight,
+        max_in_flight=config.in_flight_of(index),
         kv_cache_gib=engine.kv_cache_gib,
         seed=config.train.seed + index,
         lora=lora,
         sleeps=config.takes_turns and device == "cuda",
         sent_by=config.sync.kind if config.sync.is_sent and config.is_rl and index < engine.replicas else None,
         returns_routes=config.replays_routers and index < engine.replicas,
-        args={**(_SCORING if is_frozen_on_gpu else {}), **engine.args},
+        args={**(_scoring(config.in_flight_of(index)) if is_frozen_on_gpu else {}), **engine.args},
     )
     environment = engine_environment(
         model=model,
@@ -68,6 +67,12 @@ def engine_command(config: RunConfig, *, index: int, port: int) -> tuple[list[st
         loads_adapters=lora is not None,
     )
     return command, environment
+
+
+def _scoring(max_in_flight: int) -> dict[str, Any]:
+    """The logits of a whole chunk of a scored prompt exist at once, beside what vLLM takes of a GPU's memory. It wants
+    room for a token of every request."""
+    return {"max-num-batched-tokens": max(_SCORED_TOKENS, max_in_flight)}
 
 
 def _environment_integer(name: str, default: str | None) -> int:

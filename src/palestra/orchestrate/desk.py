@@ -13,7 +13,7 @@ import msgspec
 from palestra.config.schema import RunConfig
 from palestra.core.deadline import within
 from palestra.core.ledger import Ledger, LedgerEntry, LedgerSelector
-from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, add_to, merge, values
+from palestra.core.metrics import Last, Max, Mean, Metric, Metrics, add_to, merge, percentile, values
 from palestra.core.process import life
 from palestra.core.records import RolloutRecord, Sampling
 from palestra.core.spans import SpanLog
@@ -23,7 +23,7 @@ from palestra.orchestrate.frozen import FrozenModels
 from palestra.orchestrate.gateway import Gateway
 from palestra.orchestrate.health import Health
 from palestra.orchestrate.journal import Journal
-from palestra.orchestrate.report import Totals, percentile
+from palestra.orchestrate.report import Totals
 from palestra.orchestrate.state import LoopState
 from palestra.orchestrate.trainer import TrainerLink
 from palestra.orchestrate.turns import Turns

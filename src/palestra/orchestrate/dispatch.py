@@ -133,7 +133,9 @@ class Dispatcher:
 
     async def _play_to_end(self, rollout_id: int) -> None:
         """Play a rollout until it is valid or its retries are used up. Infrastructure failures are never rewards."""
-        desk, group = self._desk, self._desk.state.groups[rollout_id // self._desk.config.algo.group_size]
+        desk, group = self._desk, self._desk.state.groups.get(rollout_id // self._desk.config.algo.group_size)
+        if group is None:
+            return  # its task was put into quarantine meanwhile
         with Pulse(desk.config.algo.stuck_s, lambda: self._part_if_stuck(group)) as pulse:
             self._pulses[rollout_id] = pulse
             try:

@@ -17,6 +17,7 @@ a higher limit. Ends: with the loop.
 
 import asyncio
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -273,25 +274,27 @@ class Fleet:
 
         Errors: DeadlineError, if no engine serves in time.
         """
-        if session not in self._home and self.room > 0:
-            self._settle(session, self._soonest())
-        elif session not in self._home:
-            await self._hold(session)
+        until = time.monotonic() + self._healthy_s
+        while session not in self._home:  # the engine that let it in may be gone before it is heard of
+            if self.room > 0:
+                self._settle(session, self._soonest())
+            else:
+                await self._hold(session, max(until - time.monotonic(), 0.0))
         return self._home[session]
 
-    async def _hold(self, session: int) -> None:
+    async def _hold(self, session: int, deadline_s: float) -> None:
         held = (session, asyncio.Event())
         self._held.append(held)
         try:
             hint = "see logs/engine-*.log"
-            await within(self._healthy_s, held[1].wait(), waiting_for="an engine that serves", hint=hint)
+            await within(deadline_s, held[1].wait(), waiting_for="an engine that serves", hint=hint)
         except DeadlineError:
             if not self.serving:
                 raise
+            if session not in self._home:
+                self._settle(session, self._soonest())
         finally:
             self._held = deque(other for other in self._held if other is not held)
-        if session not in self._home:
-            self._settle(session, self._soonest())
 
     def _soonest(self) -> EngineLink:
         """Of the serving engines with room, or of all where none has any."""

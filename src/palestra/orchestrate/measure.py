@@ -106,6 +106,8 @@ class Evaluations:
                 return await self._desk.seats.ask(source, call, seed=seed + call.call)
             return await self._desk.gateway.call(session, call.token_ids, call.sampling, seed=seed + call.call)
 
+        while self._desk.fleet.holds:
+            await self._desk.changed.wait("the publish before which no rollout starts (sync.wait)")
         order = PlayOrder(rollout_id=0, source=source, task=task, sampling=sampling, seed=seed, answer=answer)
         try:
             record = await self._desk.pool.play(order)

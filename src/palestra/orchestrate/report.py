@@ -68,12 +68,6 @@ class Tails:
             self._note({"group/tail_s": Mean(time.monotonic() - ends[(len(ends) - 1) // 2])})
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The smallest value that `share` of the values do not exceed; 0 for none."""
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
-
-
 @dataclass
 class Totals:
     """What the summary is computed from; gathered while the run goes on."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from palestra.core.metrics import Last, Max, Mean, Metrics, Sum, merge, values
+from palestra.core.metrics import Last, Max, Mean, Metrics, Sum, merge, percentile, values
 
 
 def test_a_mean_adds_totals_and_counts():
@@ -47,3 +47,18 @@ def test_a_name_that_only_one_part_has_is_kept():
 def test_one_name_with_two_kinds_is_refused():
     with pytest.raises(TypeError, match="metric reward is a Mean and a Sum"):
         merge([{"reward": Mean(1.0)}, {"reward": Sum(1.0)}])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "share", "expected"),
+    [
+        (range(1, 101), 0.99, 99),
+        (range(1, 101), 1.0, 100),
+        ([0, 1], 0.5, 0),
+        ([3, 1, 2], 0.5, 2),
+        ([5], 0.01, 5),
+        ([], 0.99, 0),
+    ],
+)
+def test_a_percentile_is_the_smallest_that_so_many_do_not_exceed(numbers, share, expected):
+    assert percentile(list(numbers), share) == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from palestra.config import RunConfig
-from palestra.config.schema import Lora
+from palestra.config.schema import Lora, Teacher
 from palestra.core.errors import UserError
 from palestra.infer import engine_argv, engine_environment
 from palestra.infer.__main__ import engine_command
@@ -159,6 +159,11 @@ def test_the_engine_of_a_frozen_model() -> None:
     on_gpu = config.model_copy(update={"engine": config.engine.model_copy(update={"device": "cuda"})})
     flag = "--max-num-batched-tokens"  # a chunk's logits exist at once
     assert [flag in engine_command(on_gpu, index=index, port=1)[0] for index in range(3)] == [False, False, True]
+    asked = [value(engine_command(on_gpu, index=index, port=1)[0], "--max-num-seqs") for index in range(3)]
+    assert asked == ["256", "256", "32"]
+    crowded = config.algo.model_copy(update={"teacher": Teacher(path="org/teacher", weight=1.0, max_in_flight=5000)})
+    command, _ = engine_command(on_gpu.model_copy(update={"algo": crowded}), index=2, port=1)
+    assert (value(command, flag), value(command, "--max-num-seqs")) == ("5000", "5000")  # vLLM wants no fewer tokens
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,19 @@ async def test_every_n_versions_although_some_are_skipped(tmp_path):
     assert during == sorted(set(during))
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_with_sync_wait_an_evaluation_lets_publishes_through_unless_it_is_pinned(tmp_path, pinned):
+    """A publish waits for the rollouts that run; the others of an evaluation wait for it."""
+    sets = {"sets": [{**SETS["sets"][0], "num_tasks": 48, "start": False, "end": False}], "every": 1, "pinned": pinned}
+    config = make_config(tmp_path, eval=sets, sync={"wait": True})
+    life = Life(
+        config, reward=reward_by_seed, engine=lambda url: ScriptedEngine(url, delay_s=lambda seed: 0.02 + seed % 7 / 50)
+    )
+    await life.play()
+    during = [e["versions"] for e in summary_of(life)["evals"] if e["when"] == "during"]
+    assert any(len(versions) > 1 for versions in during) is not pinned
+
+
 async def test_a_set_that_wants_no_start_is_still_measured_at_the_end(tmp_path):
     sets = {"sets": [{**SETS["sets"][0], "start": False}]}
     life = Life(make_config(tmp_path, eval=sets), reward=reward_by_seed)

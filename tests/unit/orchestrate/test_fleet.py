@@ -37,6 +37,35 @@ async def engine_of(fleet: Fleet, session: int) -> str:
 # --- room
 
 
+async def test_who_was_let_in_as_the_engine_left_waits_for_the_next():
+    """Both before it runs again: it has no home then, and there is none to choose from."""
+    fleet = make_fleet(1)
+    link = fleet.links[0]
+    fleet.sleeps(link)
+    waiting = asyncio.create_task(fleet.engine_for(7))
+    await asyncio.sleep(0)
+    fleet.joined(link)
+    fleet.sleeps(link)
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    fleet.joined(link)
+    assert (await waiting).name == "engine-0"
+    assert sessions(fleet) == [1]
+
+
+async def test_one_deadline_counts_however_often_it_was_let_in():
+    fleet = make_fleet(1, healthy_s=0.3)
+    link = fleet.links[0]
+    fleet.sleeps(link)
+    waiting = asyncio.create_task(fleet.engine_for(7))
+    for _ in range(5):
+        await asyncio.sleep(0.1)
+        fleet.joined(link)
+        fleet.sleeps(link)
+    with pytest.raises(DeadlineError, match="an engine that serves"):
+        await asyncio.wait_for(waiting, 0.1)
+
+
 async def test_a_group_shares_an_engine_while_that_has_room_and_spills_over_then():
     fleet = make_fleet(6, 6)
     for session in range(8):

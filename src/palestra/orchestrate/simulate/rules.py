@@ -61,5 +61,6 @@ def rules_of(config: RunConfig, *, updates: Updates | None = None) -> Rules:
         publish_every=config.sync.every,
         checkpoint_every=config.train.checkpoint_every,
         trainer_gpus=config.train.num_ranks,
+        is_shared=config.takes_turns,
         updates=updates or ("drain" if config.sync.wait else "in_flight"),
     )

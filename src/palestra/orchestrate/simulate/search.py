@@ -42,7 +42,8 @@ def search(
         engines = min(max(engines, 1), most)
         if engines not in known:
             trainer_gpus = gpus - engines * width
-            split = replace(rules, engines=engines, trainer_gpus=trainer_gpus, at_once=_at_once(rules, engines))
+            sizes = {"engines": engines, "trainer_gpus": trainer_gpus, "at_once": _at_once(rules, engines)}
+            split = replace(rules, **sizes, is_shared=False)
             known[engines] = Split(trainer_gpus, engines, simulate(split, curves, seed=seed, skip=skip, steps=steps))
 
     for share in _SHARES:
