@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
@@ -130,7 +129,6 @@ FAULTS = {  # the layout that has it, and what shows it
     "routes of another rank": ("ring2", "weights"),
     "experts counted in a part": ("ring2", "gradients"),
     "orthogonalised in pieces": ("fsdp4", "weights"),
-    "copies kept over a step": ("replicate2-shard2", "weights"),
     "norms summed twice": ("tp2-ep2", "gradients"),
     "norms not summed": ("tp2-ep2", "gradients"),
     "bias of every rank": ("tp2", "gradients"),
@@ -365,11 +363,6 @@ def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
     elif fault == "frozen experts end gradients":
         routed = experts._routed
         with patch.object(experts, "_routed", lambda module, hidden, *more: routed(module, hidden.detach(), *more)):
-            yield
-            return
-    elif fault == "copies kept over a step":
-        kept = FSDPModule.set_reshard_after_backward
-        with patch.object(FSDPModule, "set_reshard_after_backward", lambda module, _, **how: kept(module, False, **how)):
             yield
             return
     elif fault == "orthogonalised in pieces":

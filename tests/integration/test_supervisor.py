@@ -372,6 +372,7 @@ def test_a_killed_leader_is_started_again_and_hears_how_things_stand(scripted: S
         scripted.wait_for(name)
     os.kill(scripted.wait_for("env-0"), signal.SIGKILL)
     scripted.wait_for_restarts(1)
+    wait_until(lambda: len(scripted.heard()) >= 2, "the leader to hear of a death and of a start")
     os.kill(scripted.wait_for("orchestrator"), signal.SIGKILL)
     scripted.wait_for_restarts(2)
     scripted.wait_for_life("trainer", 1)  # it was done, but for an orchestrator that is gone
