@@ -102,7 +102,7 @@ class Session:
             raise BadRequest(str(refused)) from refused
         finally:
             self._busy.discard(talk)
-        self._answered[id] = list(talk.messages)
+        self._answered[id] = list(talk.messages[asked.is_instructed :])
         _keep_newest(self._answered, _REMEMBERED)
         return Answer(
             id=id,
@@ -119,8 +119,8 @@ class Session:
             return asked.messages
         if asked.after not in self._answered:
             raise BadRequest(f"previous_response_id={asked.after!r} is no answer of this rollout")
-        system, rest = _split(asked.messages)
-        return with_names([*system, *_split(self._answered[asked.after])[1], *rest])
+        instructions, rest = asked.messages[: asked.is_instructed], asked.messages[asked.is_instructed :]
+        return with_names([*instructions, *self._answered[asked.after], *rest])
 
     def _talk_of(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
@@ -142,12 +142,6 @@ class Session:
 def _keep_newest(known: dict[Any, Any], count: int) -> None:
     while len(known) > count:
         del known[next(iter(known))]
-
-
-def _split(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What the system is told at the beginning, and the rest."""
-    is_told = bool(messages) and messages[0]["role"] == "system"
-    return messages[:is_told], messages[is_told:]
 
 
 def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What every part of the client shares: one connection to a viewer or a hub, and how its answers are read."""
 
+import time
 from collections.abc import Iterator
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -7,8 +8,10 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from palestra.core.errors import InfrastructureError, UserError
+from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.hub import answers
+
+_INDEXING_S = 600.0
 
 Answer = TypeVar("Answer")
 Listed = TypeVar("Listed", answers.Rollouts, answers.Groups)
@@ -43,6 +46,11 @@ class Asking:
         self._http.close()
 
     def _pages(self, path: str, kind: type[Listed], where: dict[str, Any]) -> Iterator[Listed]:
+        """Once all files have been read: of a part of them the pages would be a part, and look whole."""
+        until = time.monotonic() + _INDEXING_S
+        while (first := self._ask(path, kind, where | {"limit": 1})).indexed.share < 1:  # waits for a second itself
+            if time.monotonic() > until:
+                raise DeadlineError(f"{self.url} to read all files of {path} ({first.indexed.share:.0%})", _INDEXING_S)
         after = ""
         while True:
             page = self._ask(path, kind, {"limit": 200} | where | {"after": after})

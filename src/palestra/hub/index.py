@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
+from palestra.core.errors import InfrastructureError
 from palestra.core.files import write_atomically
 from palestra.hub.columns import COLUMNS, Header, Held, Part, place, read_part
 from palestra.wire.rundir import RunDir
@@ -96,7 +97,11 @@ class RunIndex:
             self._take(part)
             self._note_progress(sources)
             if file is not None and part.num_rows > _GROWTH * self._written.get(part.name, -1):
-                self._append(file, part)
+                try:
+                    self._append(file, part)
+                except OSError:  # a full disk: the index stays in memory
+                    os.ftruncate(file, self._end)
+                    file = None
 
     def _take(self, *parts: Part) -> None:
         self._by_name |= {part.name: part for part in parts}
@@ -179,7 +184,10 @@ class RunIndex:
         row_bytes = sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values())
         if self._end > 4 * row_bytes * sum(self._written.values()) + _SLACK_BYTES:
             frames = [_frame(self._by_name[name]) for name in self._written if name in self._by_name]
-            write_atomically(self._path, _MAGIC + b"".join(frames))
+            try:
+                write_atomically(self._path, _MAGIC + b"".join(frames))
+            except InfrastructureError:  # a full disk: it stays as long as it is
+                pass
 
 
 def _is_of(part: Part | None, stat: os.stat_result) -> bool:

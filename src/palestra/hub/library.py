@@ -125,6 +125,13 @@ class Library:
                     found[f"{path.name}{_SEPARATOR}{inner.name}"] = RunDir(inner)
         return dict(sorted(found.items()))
 
+    def places(self) -> list[Path]:
+        """Directories that are runs, or may become some."""
+        if _is_run(self.outputs):
+            return [self.outputs]
+        first = _subdirectories(self.outputs)
+        return [*first, *(inner for path in first if not _is_run(path) for inner in _subdirectories(path))]
+
     def open(self, run_id: str) -> OpenRun:
         """Errors: UnknownRunError. An id is looked up, never made a path."""
         run = self.directories().get(run_id)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,8 +23,10 @@ class Site:
         self._updates: dict[str, Future[bool]] = {}
         self._stop = threading.Event()
         self._watching: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __aenter__(self) -> "Site":
+        self._loop = asyncio.get_running_loop()
         self._watching = asyncio.create_task(self.watch.run())
         return self
 
@@ -52,9 +55,13 @@ class Site:
         return known
 
     def _bring_up(self, run: OpenRun) -> bool:
+        """Pages that did not wait for all of it hear when it is there."""
+        began = time.monotonic()
         is_changed = run.index.update(should_stop=self._stop)
         if is_changed and not self._stop.is_set():
             self._threads.submit(prepare_groups, run.index.parts, run.group_size, self._stop)
+            if time.monotonic() - began >= PATIENCE_S and self._loop is not None:
+                self._loop.call_soon_threadsafe(self.watch.tell, {run.id: {"rollouts"}})
         return is_changed
 
     def _changed(self, changed: Changed) -> None:

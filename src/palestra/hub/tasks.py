@@ -2,14 +2,16 @@
 
 import numpy as np
 
+from palestra.core.records import Ending
 from palestra.hub.answers import Said, TaskHistory, VersionRow
-from palestra.hub.columns import Part
+from palestra.hub.columns import ENDINGS, Part
 from palestra.hub.library import OpenRun
 from palestra.hub.queries import OfTask, Where
 from palestra.hub.reading import record_at, row_of
 from palestra.hub.search import matching
 
 _MOST_SAID = 8  # rollouts of each version
+_INVALID = ENDINGS.index(Ending.INVALID.value)
 
 
 def history(of: OpenRun, query: OfTask) -> TaskHistory:
@@ -38,12 +40,14 @@ Found = list[tuple[Part, np.ndarray]]
 
 
 def _found(parts: tuple[Part, ...], where: Where, group_size: int) -> Found:
-    """Parts with lines that match, in which something was sampled."""
+    """Parts with lines that match, in which something was sampled that has a reward."""
     found = []
     for part in parts:
         mask = matching(part, where, group_size)
-        if mask is not None and (lines := np.flatnonzero(mask & (part.columns["version"] >= 0))).size:
-            found.append((part, lines))
+        if mask is not None:
+            mask = mask & (part.columns["version"] >= 0) & (part.columns["ending"] != _INVALID)
+            if (lines := np.flatnonzero(mask)).size:
+                found.append((part, lines))
         part.relax()
     return found
 

@@ -6,6 +6,7 @@ Ends when: it is closed; then every subscription ends.
 """
 
 import asyncio
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from palestra.wire.rundir import RunDir
 
 MOST_SUBSCRIBERS = 100
 _DEBOUNCE_MS, _STEP_MS = 400, 100
+_AGAIN_S = 1.0
 _KINDS = {
     "metrics.jsonl": "metrics",
     "ledger.jsonl": "ledger",
@@ -100,7 +102,11 @@ class Watch:
         """Watches directories, not trees: checkpoints and weights below them are of no interest, and many."""
         while not self._is_closed:
             directories = await asyncio.to_thread(self._directories)
-            await self._until_new(directories)
+            try:
+                await self._until_new(directories)
+            except OSError as error:  # one of them is gone, or there are more than the kernel watches
+                print(f"pages are not told of changes for a moment: {error}", file=sys.stderr, flush=True)
+                await asyncio.sleep(_AGAIN_S)
 
     async def _until_new(self, directories: set[Path]) -> None:
         """Until there is a directory that is not watched yet."""
@@ -116,9 +122,8 @@ class Watch:
             changed = self._changed({Path(path) for _, path in changes})
             if changed:
                 self._on_change(changed)
-                for subscription in self._subscriptions:
-                    subscription.tell(changed)
-            if any(change is watchfiles.Change.added and Path(path).is_dir() for change, path in changes):
+                self.tell(changed)
+            if any(change is watchfiles.Change.added and _may_be_a_runs(Path(path)) for change, path in changes):
                 fresh = await asyncio.to_thread(self._directories)
                 if fresh != directories:
                     self._announce(fresh - directories)
@@ -128,11 +133,15 @@ class Watch:
         """What was written into new directories before they were watched."""
         changed = self._changed({path / "config.json" for path in directories})
         self._on_change(changed)
+        self.tell(changed)
+
+    def tell(self, changed: Changed) -> None:
         for subscription in self._subscriptions:
             subscription.tell(changed)
 
     def _directories(self) -> set[Path]:
-        found = {self._library.outputs.resolve()}
+        """Those of runs, and those in which there may be some."""
+        found = {self._library.outputs.resolve(), *(path.resolve() for path in self._library.places())}
         for run in self._library.directories().values():
             found |= {path.resolve() for path in (run.path, run.path.parent, run.rollouts, run.path / "spans")}
         return {path for path in found if path.is_dir()}
@@ -152,3 +161,8 @@ class Watch:
             if kind is not None and home in runs:
                 changed.setdefault(runs[home], set()).add(kind)
         return changed
+
+
+def _may_be_a_runs(path: Path) -> bool:
+    """A directory, or the file that makes one a run's: it may come later."""
+    return path.is_dir() or path.name in ("config.json", "results.jsonl")

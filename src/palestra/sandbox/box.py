@@ -268,6 +268,7 @@ class Process:
     def __init__(self, connection: Connection, number: int, pid: int):
         self._connection, self.number, self.pid = connection, number, pid
         self._at = {"stdout": 0, "stderr": 0}
+        self._waited = bytearray(), bytearray()  # what a wait read that ended before the program did
         self._end: Result | None = None
 
     @property
@@ -315,14 +316,14 @@ class Process:
         await self._connection.call({"do": "signal", "process": self.number, "tree": True})
 
     async def wait(self, timeout_s: float = 3600.0) -> Result:
-        """Its end, with what was not read of its output. Errors: TimeoutError; it goes on."""
-        out, err = bytearray(), bytearray()
+        """Its end, with what was not read of its output. Errors: TimeoutError; it goes on, and nothing is lost."""
+        out, err = self._waited
         async with asyncio.timeout(timeout_s):
             while self._end is None:
                 piece = await self.read()
                 out += piece[0]
                 err += piece[1]
-        end = self._end
+        end, self._waited = self._end, (bytearray(), bytearray())
         return Result(
             exit_code=end.exit_code,
             signal=end.signal,

@@ -106,12 +106,13 @@ def _settings(limits: Limits, version: int) -> list[tuple[str, str, int | str]]:
         ]
     return [
         ("memory", "memory.limit_in_bytes", memory),
+        ("memory", "memory.swappiness", 0),
         ("pids", "pids.max", limits.processes + 2),
         ("cpu", "cpu.cfs_quota_us", quota or -1),
     ]
 
 
-_OPTIONAL = ("memory.swap.max",)  # a kernel that counts no swap has none
+_OPTIONAL = ("memory.swap.max", "memory.swappiness")  # a kernel that counts no swap has none
 _names = itertools.count(1)  # two backends of one process share none
 
 

@@ -33,7 +33,7 @@ def read_rows(source: SftSource) -> Iterator[RawRow]:
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")  # what is no UTF-8 is told with its line
     except OSError as error:
         raise UserError(f"data.sources: {path} cannot be read: {error.strerror}") from error
     with file:

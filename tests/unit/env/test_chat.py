@@ -27,6 +27,7 @@ from palestra.env.chat import (
     render_completion,
     render_sft,
 )
+from palestra.env.chat.conversation import _first_free
 from palestra.env.chat.reply import parse_text, split_tool_calls
 from tests.templates.families import FAMILIES, build_characters, build_family
 
@@ -560,6 +561,21 @@ def test_arguments_between_other_words_are_read_in_their_order() -> None:
     body = "f<arg_key>a</arg_key> \n<arg_value>1</arg_value> and <arg_key>lost</arg_key>, "
     body += "<arg_key>b</arg_key><arg_value><arg_key>x</arg_value><arg_key>open"
     assert split_tool_calls(f"<tool_call>{body}</tool_call>") == ("", (ToolCall("f", {"a": 1, "b": "<arg_key>x"}),))
+
+
+def test_a_name_that_no_message_can_hold_is_no_call() -> None:
+    text = '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'
+    assert split_tool_calls(text) == (text, ())
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [([], 0), (["call00001", "call00003"], 4), (["other", "another", "call00000"], 3), (["call"], 1)],
+)
+def test_the_next_call_has_a_number_of_its_own(ids: list[str], expected: int) -> None:
+    """Also where a program left out earlier ones."""
+    messages = [{"role": "assistant", "content": "", "tool_calls": [{"id": id} for id in ids]}]
+    assert _first_free(messages) == expected
 
 
 def test_what_is_no_tool_call_stays_text() -> None:

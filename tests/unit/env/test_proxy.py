@@ -58,12 +58,15 @@ async def by_chat(agent: Agent, *, stream: bool) -> str:
             ]
 
 
-async def by_responses(agent: Agent, *, stream: bool, after: bool = False) -> str:
+async def by_responses(agent: Agent, *, stream: bool, after: bool = False, in_items: bool = False) -> str:
+    """`in_items`: the system message is an item of the input, not the instructions of every request."""
     tools = [{"type": "function", "name": "add", "description": "Add.", "parameters": PARAMETERS, "strict": False}]
     items, previous = [{"role": "user", "content": QUESTION}], None
+    items = [{"role": "developer", "content": SYSTEM}, *items] if in_items else items
     async with openai.AsyncOpenAI(base_url=f"{agent.url}/v1", api_key=agent.key) as client:
         while True:
-            asked = {"model": "policy", "instructions": SYSTEM, "input": items, "tools": tools}
+            asked = {"model": "policy", "input": items, "tools": tools}
+            asked |= {} if in_items else {"instructions": SYSTEM}
             asked |= {"previous_response_id": previous} if previous else {}
             if stream:
                 async with client.responses.stream(**asked) as events:
@@ -144,9 +147,11 @@ async def test_thoughts_are_signed_as_programs_repeat_unsigned_ones_as_text(qwen
     assert (thought.type, thought.thinking, bool(thought.signature), text.text) == ("thinking", "Hm.", True, "Yes.")
 
 
-async def test_a_response_that_names_the_one_before_needs_no_history(qwen):
+@pytest.mark.parametrize("in_items", [False, True])
+async def test_a_response_that_names_the_one_before_needs_no_history(qwen, in_items):
     engine = Engine(qwen, SAID)
-    record = await played(lambda agent: by_responses(agent, stream=False, after=True), engine)
+    record = await played(lambda agent: by_responses(agent, stream=False, after=True, in_items=in_items), engine)
+    assert all(prompt.count(SYSTEM) == 1 for prompt in engine.prompts)
     assert record.ending == Ending.OK
     assert len(record.seats[0].samples) == 1
     require_exact(record, engine)

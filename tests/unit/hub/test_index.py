@@ -1,5 +1,6 @@
 """The index equals its files: however they grow, whoever else looks, whatever happened to it."""
 
+import errno
 import fcntl
 import random
 from contextlib import suppress
@@ -9,7 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from palestra.core.errors import InfrastructureError
 from palestra.core.records import RolloutRecord
+from palestra.hub import index as index_module
 from palestra.hub.columns import COLUMNS, read_part
 from palestra.hub.index import NAME, RunIndex
 from palestra.wire.rundir import RunDir
@@ -284,3 +287,25 @@ def test_what_is_given_back_is_there_again(run: RunDir, monkeypatch: pytest.Monk
     write(run, "step-000009", [record(i, random.Random(3)) for i in range(200, 240)])
     index.update()
     assert rows(index) == rows(updated(run))
+
+
+def test_on_a_full_disk_all_is_read_and_stays_in_memory(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    expected = rows(updated(run))
+    (run.path / NAME).unlink()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunIndex, "_append", full)
+    assert rows(updated(run)) == expected
+
+
+def test_an_index_that_cannot_be_written_anew_is_used_as_it_is(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    expected = rows(updated(run))
+
+    def full(path, data):
+        raise InfrastructureError(f"{path} cannot be written: the disk is full")
+
+    monkeypatch.setattr(index_module, "_SLACK_BYTES", -(1 << 40))  # time to write it anew
+    monkeypatch.setattr(index_module, "write_atomically", full)
+    assert rows(updated(run)) == expected

@@ -1,5 +1,6 @@
 """Pages and twins: the same numbers as the files, nothing of a rollout that acts, nobody who should not ask."""
 
+import asyncio
 import json
 import random
 import re
@@ -13,9 +14,11 @@ import httpx
 import msgspec
 import pytest
 
+from palestra.core.errors import DeadlineError
 from palestra.core.ledger import LedgerEntry
 from palestra.core.metrics import Mean
-from palestra.core.records import Ending
+from palestra.core.records import Ending, Sample, Seat, Span, Task, TurnSpan
+from palestra.hub import site as site_module
 from palestra.hub import watch
 from palestra.hub.guard import is_ours
 from palestra.hub.pages import PAGES
@@ -283,3 +286,81 @@ async def test_those_who_listen_hear_what_is_theirs(outputs: Path):
             subscription.tell({"demo": {"ledger"}})
         assert await of_demo.next(1.0) == {"demo": {"metrics", "ledger"}}
         assert await of_all.next(1.0) == {"demo": {"metrics", "ledger"}, "other": {"rollouts"}}
+
+
+@pytest.mark.parametrize(("patience_s", "is_told"), [(0.0, True), (60.0, False)])
+async def test_who_saw_a_part_hears_when_all_has_been_read(outputs: Path, monkeypatch, patience_s, is_told):
+    """Nothing of a finished run changes any more: nobody else would tell."""
+    monkeypatch.setattr(site_module, "PATIENCE_S", patience_s)
+    async with Site(outputs) as site:
+        subscription = site.watch.subscribe("demo")
+        run = site.library.open("demo")
+        await site.ready(run)
+        await asyncio.wrap_future(site._update(run))
+        if is_told:
+            assert await subscription.next(10.0) == {"demo": {"rollouts"}}
+        else:
+            with pytest.raises(DeadlineError):
+                await subscription.next(0.2)
+
+
+async def test_a_run_is_heard_of_wherever_it_begins(tmp_path: Path):
+    """In a directory that had none, and whose files come after it."""
+    (tmp_path / "evals").mkdir()
+    async with Site(tmp_path) as site:
+        subscription = site.watch.subscribe("")
+        await asyncio.sleep(0.5)  # it watches
+        begun = RunDir(tmp_path / "evals" / "later")
+        begun.path.mkdir()
+        await asyncio.sleep(1.0)
+        begun.config.write_text(json.dumps({"log": {"name": "later"}}))
+        heard = await subscription.next(10.0)
+    assert [kinds for run, kinds in heard.items() if "later" in run] == [{"state"}]
+
+
+async def test_a_watcher_that_fails_begins_again(tmp_path: Path, monkeypatch, capsys):
+    calls = []
+
+    async def fails(self, directories):
+        calls.append(directories)
+        if len(calls) == 1:
+            raise OSError("No space left on device")
+        await self._stop.wait()
+
+    monkeypatch.setattr(watch.Watch, "_until_new", fails)
+    monkeypatch.setattr(watch, "_AGAIN_S", 0.01)
+    async with Site(tmp_path):
+        await asyncio.sleep(0.3)
+    assert len(calls) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+async def test_links_to_a_task_name_its_environment(outputs: Path):
+    """Sets of one environment have the same tasks."""
+    async with client_of(outputs) as client:
+        for page in ("rollouts", "groups"):
+            links = re.findall(r'href="(/runs/demo/task[^"]*)"', (await client.get(f"/runs/demo/{page}")).text)
+            assert links
+            assert all("environment=" in link for link in links)
+
+
+async def test_what_is_invalid_is_in_no_mean_of_a_task(tmp_path: Path):
+    run = write_run(tmp_path, "demo")
+    chance = random.Random(0)
+    made = [
+        record(i, chance, version=1, task=Task(prompt="p", key="one"), environment="calc", reward=reward, ending=ending)
+        for i, (reward, ending) in enumerate([(1.0, Ending.OK), (0.5, Ending.OK), (0.0, Ending.INVALID)])
+    ]
+    sampled = [msgspec.structs.replace(one, seats=made_seats(1)) for one in made]
+    write(run, "step-000009", sampled)
+    async with client_of(tmp_path) as client:
+        found = (await client.get("/runs/demo/task.json", params={"task": "one", "environment": "calc"})).json()
+    assert [(row["num_rollouts"], row["mean_reward"]) for row in found["versions"]] == [(2, 0.75)]
+
+
+def made_seats(version: int) -> tuple[Seat, ...]:
+    spans, turns = (Span(version, 2, 4),), (TurnSpan(0, 2, 4),)
+    said = Sample(
+        token_ids=[1, 2, 3, 4], logprobs=[0.0, 0.0, -1.0, -1.0], sampled=[0, 0, 1, 1], spans=spans, turns=turns
+    )
+    return (Seat(samples=(said,)),)

@@ -61,6 +61,7 @@ class Machine:
         for place in made.values():
             file(place / "tasks")
         file(made["memory"] / "memory.oom_control", NO_KILL_1)
+        file(made["memory"] / "memory.swappiness", "60")
         return made
 
 
@@ -196,6 +197,7 @@ def test_settings_of_version_1(machine: Machine) -> None:
     group = machine.cgroups().take(LIMITS)
     assert group is not None
     assert (made["memory"] / "memory.limit_in_bytes").read_text() == str((100 + 28 + 32) * MB)
+    assert (made["memory"] / "memory.swappiness").read_text() == "0"
     assert (made["pids"] / "pids.max").read_text() == "12"
     assert (made["cpu"] / "cpu.cfs_quota_us").read_text() == "50000"
     assert len(group.fds) == 3

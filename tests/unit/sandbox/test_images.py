@@ -161,6 +161,27 @@ def test_bounds_count_all_layers_together(top: Path):
         layered(top, one, one, bounds=Bounds(most_bytes=2 * len(one) - 1))
 
 
+def sparse(name: str, num_bytes: int) -> bytes:
+    """An archive with one file that is a hole: a few hundred bytes say how long it is."""
+    entry, map_of_it = tarfile.TarInfo(name), b"0\n".ljust(512, b"\0")
+    entry.size = len(map_of_it)
+    said = {"major": "1", "minor": "0", "name": name, "realsize": str(num_bytes)}
+    entry.pax_headers = {f"GNU.sparse.{key}": value for key, value in said.items()}
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(entry, io.BytesIO(map_of_it))
+    return made.getvalue()
+
+
+def test_holes_count_as_what_they_become(top: Path):
+    hole = sparse("a", 600_000)
+    assert len(hole) < 20_000
+    layered(top, hole, bounds=Bounds(most_bytes=1_000_000))
+    assert (top / "a").stat().st_size == 600_000
+    with pytest.raises(UserError, match="more than 1000000 bytes when unpacked"):
+        layered(top, hole, sparse("b", 600_000), bounds=Bounds(most_bytes=1_000_000))
+
+
 def test_a_bomb_is_stopped_while_it_is_decompressed(tmp_path: Path, top: Path):
     bomb = saved(tmp_path / "bomb.tar", oci_files([tar_of(*((f"{n}", "file", bytes(400_000)) for n in range(50)))]))
     assert bomb.stat().st_size < 100_000

@@ -103,6 +103,13 @@ def test_a_source_without_a_usable_row_says_so(tmp_path, tokenizer, monkeypatch)
         _stream(tokenizer, _jsonl(tmp_path / "rows.jsonl"), max_tokens=3).take(1)
 
 
+def test_a_line_that_is_no_utf_8_is_named(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b'\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: not JSON"):
+        _stream(tokenizer, SftSource(path=str(path)), shuffle_rows=0).take(2)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

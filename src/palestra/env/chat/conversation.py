@@ -10,6 +10,7 @@ text as the conversation grows (Mistral moves its tools and its system prompt to
 such move.
 """
 
+import re
 from collections.abc import Sequence
 from copy import copy
 from datetime import datetime
@@ -21,6 +22,8 @@ from palestra.env.chat.draft import Draft
 from palestra.env.chat.reply import AssistantMessage
 from palestra.env.chat.template import Message
 from palestra.env.chat.tokenizer import ChatTokenizer
+
+_CALL = re.compile(r"call([0-9]{1,9})")  # as `as_tool_call` numbers them
 
 
 class Conversation:
@@ -55,7 +58,7 @@ class Conversation:
         if not messages:
             raise ValueError("Conversation.start got no messages; give at least one user message")
         self._tools = None if tools is None else list(tools)
-        self._num_calls = sum(len(message.get("tool_calls") or ()) for message in messages)
+        self._num_calls = _first_free(messages)
         self._render([dict(message) for message in messages])
 
     @property
@@ -169,3 +172,10 @@ def _check(reply: Reply) -> None:
         raise ValueError(
             f"version spans {reply.spans} do not cover the reply's {num_tokens} tokens one after the other"
         )
+
+
+def _first_free(messages: Sequence[Message]) -> int:
+    """The number of the next call: no call of these messages has it, also where earlier ones were left out."""
+    ids = [str(call.get("id", "")) for message in messages for call in message.get("tool_calls") or ()]
+    numbers = [int(found[1]) for id in ids if (found := _CALL.fullmatch(id))]
+    return max([len(ids), *(number + 1 for number in numbers)])

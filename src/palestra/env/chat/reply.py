@@ -94,7 +94,7 @@ def split_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """
     for read in (_tagged, _mistral, _llama):
         content, calls = read(text)
-        if calls and all(is_sendable(call.arguments) for call in calls):
+        if calls and all(is_sendable([call.name, call.arguments]) for call in calls):
             return content, calls
     return text.replace("[TOOL_CALLS]", "").replace("<|python_tag|>", ""), ()
 

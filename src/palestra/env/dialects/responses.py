@@ -45,6 +45,7 @@ class Responses:
             max_tokens=number_in(body, "max_output_tokens"),
             is_streamed=bool(body.get("stream")),
             after=None if after is None else text_of(after, "previous_response_id").removeprefix("resp_"),
+            is_instructed=bool(instructions),
         )
 
     def whole(self, asked: Asked, answer: Answer) -> dict[str, Any]:

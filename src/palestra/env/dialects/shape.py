@@ -19,7 +19,8 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One request. `tools` are JSON schemas as chat templates expect them; `after` is an answer it goes on from."""
+    """One request. `tools` are JSON schemas as chat templates expect them; `after` is an answer it goes on from.
+    `is_instructed`: the first message holds for this request alone, and for none that goes on from it."""
 
     messages: list[Message]
     tools: list[dict[str, Any]]
@@ -28,6 +29,7 @@ class Asked:
     is_streamed: bool = False
     wants_usage: bool = False  # at the end of the stream
     after: str | None = None
+    is_instructed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ few:      32 single-turn rollouts, from the first one's start to the last one's 
 import asyncio
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from palestra.env.chat import Conversation, load_tokenizer
 from palestra.launch import run as running
 from palestra.launch.bench.bare import Ask, BareClient
 from palestra.launch.bench.loop import outputs_directory, state_of_machine
+from palestra.launch.bench.parts import clear
 from palestra.launch.bench.report import say, tell_numbers
 from palestra.launch.machine import this_machine
 from palestra.launch.plan import make_plan
@@ -166,7 +166,7 @@ def _evaluate(
     one = {"id": id, "name": "measured", "num_tasks": num_tasks, "temperature": 1.0, "args": args or {}}
     config = RunConfig.model_validate(tree | {"eval": {"sets": [one]}})
     run = RunDir(config.run_dir)
-    shutil.rmtree(run.path, ignore_errors=True)  # it is measured from its start
+    clear(run)
     plan = make_plan(config, this_machine())
     ports = free_ports(config.launch.host, len(plan.engines))
     config = config.model_copy(update={"launch": config.launch.model_copy(update={"engine_port": ports[0]})})

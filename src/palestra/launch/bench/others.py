@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ _COUNTED = 8  # user to steal; guests are in user already
 
 @dataclass(frozen=True)
 class Used:
-    """Seconds of processors since the machine's start: by all, and by this process and its children that ended."""
+    """Seconds of the processors that this process may use, since the machine's start: by all, and by this process and
+    its children that ended."""
 
     all_s: float
     ours_s: float
@@ -23,18 +25,22 @@ class Used:
     def now(cls) -> "Used | None":
         if not _STAT.is_file():
             return None
-        return cls(busy_s(_STAT.read_text(), os.sysconf("SC_CLK_TCK")), _ours_s(), time.monotonic())
+        busy = busy_s(_STAT.read_text(), os.sysconf("SC_CLK_TCK"), os.sched_getaffinity(0))
+        return cls(busy, _ours_s(), time.monotonic())
 
     def by_others(self, before: "Used", cpus: int) -> float:
-        """Share of all processors, from `before` to this."""
+        """Share of these processors, `cpus` of them, from `before` to this."""
         busy_s = (self.all_s - before.all_s) - (self.ours_s - before.ours_s)
         return max(0.0, busy_s / (cpus * (self.at - before.at)))
 
 
-def busy_s(stat: str, ticks_per_s: int) -> float:
-    """From the first line of /proc/stat."""
-    ticks = [int(word) for word in stat.split("\n", 1)[0].split()[1 : 1 + _COUNTED]]
-    return sum(tick for column, tick in enumerate(ticks) if column not in _IDLE) / ticks_per_s
+def busy_s(stat: str, ticks_per_s: int, cpus: Collection[int]) -> float:
+    """Of these processors, from the lines of /proc/stat."""
+    names, busy = {f"cpu{number}" for number in cpus}, 0
+    for name, *words in map(str.split, stat.splitlines()):
+        if name in names:
+            busy += sum(int(tick) for column, tick in enumerate(words[:_COUNTED]) if column not in _IDLE)
+    return busy / ticks_per_s
 
 
 def _ours_s() -> float:

@@ -156,13 +156,25 @@ def _is_finished(config: RunConfig) -> bool:
     run = RunDir(config.run_dir)
     status = read_status(run)
     if status is None or not run.config.exists():
-        shutil.rmtree(run.path, ignore_errors=True)  # a run that was interrupted before it began
+        clear(run)  # a run that was interrupted before it began
         return False
     if read_resolved(run.config) != RunConfig.model_validate_json(config.model_dump_json()):
         raise UserError(f"{run.path} is a part of a bench with other values; give another directory by --outputs")
     if status.state is not State.FINISHED:
-        shutil.rmtree(run.path)  # it is measured from its start
+        clear(run)
     return status.state is State.FINISHED
+
+
+def clear(run: RunDir) -> None:
+    """Make room for a run that is measured from its start. Errors: UserError for one that goes on, and for what is no
+    run's."""
+    status = read_status(run)
+    if status is not None and status.state is State.RUNNING:
+        raise UserError(f"{run.path} is running; wait for its end, or give another directory by --outputs")
+    is_there = run.path.is_dir() and any(run.path.iterdir())
+    if is_there and status is None and not (run.config.exists() or (run.path / "lock").exists()):
+        raise UserError(f"{run.path} is no run, and is left alone; give another directory by --outputs")
+    shutil.rmtree(run.path, ignore_errors=True)
 
 
 def trainer_cores(config: RunConfig) -> int:

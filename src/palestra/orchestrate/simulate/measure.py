@@ -105,7 +105,7 @@ def _steps(run: RunDir) -> list[dict[str, Any]]:
 def _skip(run: RunDir, rows: Sequence[dict[str, Any]]) -> int:
     """Steps at the start that are not like the others."""
     evaluations = [span for span in read_spans(run, "orchestrator") if span["name"] == "evaluate"]
-    early = [span["started_at"] + span["wall_s"] for span in evaluations if span["started_at"] < rows[-1]["time"]]
+    early = [span["started_at"] + span["wall_s"] for span in evaluations if span["version"] == 0]  # others run beside
     evaluated = sum(row["time"] <= max(early, default=0.0) for row in rows)
     return min(max(3, len(rows) // 10, evaluated), len(rows) - 4)
 

@@ -126,23 +126,23 @@ class FarLink:
             task.cancel()
 
     async def _asked(self, said: bytes, limit_s: float) -> tuple[dict[str, Any], bytes]:
+        """Files of a call that was cancelled are never another's: what it began there may go on."""
         slot = next(number for number in range(len(self._slots) + 1) if number not in self._slots)
         self._slots.add(slot)
-        try:
-            request, answer = f"{DIRECTORY}/request-{slot}", f"{DIRECTORY}/answer-{slot}"
-            if len(said) > _MOST_IN_LINE:
-                await self._place.write(request, said)
-                told = f"@{request}"
-            else:
-                told = base64.b64encode(said).decode()
-            words = ["python3", "-I", "-S", f"{DIRECTORY}/once.py", DIRECTORY, HOME, str(self._memory), answer, told]
-            code, output = await self._place.run(shlex.join(words), limit_s)
-            last = output.strip().rpartition("\n")[2].strip()
-            if code != 0 or not last:
-                raise ValueError(f"its agent ended with exit code {code}: {output[-200:]!r}")
-            return _parsed(await self._place.read(answer) if last == "@" else _decoded(last))
-        finally:
-            self._slots.discard(slot)
+        request, answer = f"{DIRECTORY}/request-{slot}", f"{DIRECTORY}/answer-{slot}"
+        if len(said) > _MOST_IN_LINE:
+            await self._place.write(request, said)
+            told = f"@{request}"
+        else:
+            told = base64.b64encode(said).decode()
+        words = ["python3", "-I", "-S", f"{DIRECTORY}/once.py", DIRECTORY, HOME, str(self._memory), answer, told]
+        code, output = await self._place.run(shlex.join(words), limit_s)
+        last = output.strip().rpartition("\n")[2].strip()
+        if code != 0 or not last:
+            raise ValueError(f"its agent ended with exit code {code}: {output[-200:]!r}")
+        found = _parsed(await self._place.read(answer) if last == "@" else _decoded(last))
+        self._slots.discard(slot)
+        return found
 
 
 def _decoded(text: str) -> bytes:

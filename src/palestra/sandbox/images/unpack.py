@@ -77,7 +77,7 @@ class Tree:
     def __init__(self, top: Path, what: str, *, bounds: Bounds | None = None, follows_links: bool = False):
         self._top, self._what, self._bounds = top, what, bounds or Bounds()
         self._follows_links = follows_links
-        self._num_entries, self._num_bytes = 0, 0
+        self._num_entries, self._num_bytes, self._num_written = 0, 0, 0
         self._added: set[str] = set()
 
     @property
@@ -146,6 +146,9 @@ class Tree:
     def _put_file(self, tar: tarfile.TarFile, entry: tarfile.TarInfo, place: str) -> None:
         if entry.size > self._bounds.most_bytes:
             raise UserError(f"{self._what}: {entry.name} has {entry.size} bytes; at most {self._bounds.most_bytes}")
+        self._num_written += entry.size  # of a sparse one far more than the archive has of it
+        if self._num_written > self._bounds.most_bytes:
+            raise UserError(f"{self._what}: more than {self._bounds.most_bytes} bytes when unpacked")
         content = tar.extractfile(entry)
         mode = 0o755 if entry.mode & 0o111 else 0o644
         fd = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)

@@ -8,12 +8,19 @@ import pytest
 
 from palestra.launch.bench.others import Used, busy_s
 
-STAT = "cpu  1000 200 300 9000 500 10 20 30 400 50\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
+STAT = """cpu  9 9 9 9 9 9 9 9 9 9
+cpu0 1000 200 300 9000 500 10 20 30 400 50
+cpu1 1 0 0 7 7 0 0 0 0 0
+cpu10 1 1 1 1 1 1 1 1 1 1
+intr 1
+"""
 
 
 def test_busy_is_all_but_idle_and_waiting():
-    """1000 + 200 + 300 + 10 + 20 + 30 ticks; guests are part of the first."""
-    assert busy_s(STAT, 100) == pytest.approx(15.6)
+    """1000 + 200 + 300 + 10 + 20 + 30 ticks; guests are part of the first. Of those processors that may be used."""
+    assert busy_s(STAT, 100, {0}) == pytest.approx(15.6)
+    assert busy_s(STAT, 100, {0, 1}) == pytest.approx(15.61)
+    assert busy_s(STAT, 100, {10}) == pytest.approx(0.06)
 
 
 def test_others_are_all_but_ours():
