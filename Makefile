@@ -39,7 +39,7 @@ stamp = @rm -f $(stamps)/$(1)-* && touch $@
 help:
 	@echo "make quickstart  install, then train a small policy end to end and print before and after"
 	@echo "make install     make .venv, with .venv/bin/palestra"
-	@echo "make check       format, lint, types, layers, the quick unit and property tests: two minutes"
+	@echo "make check       format, lint, types, layers, unit and property tests that are not slow"
 	@echo "make test        everything make check does, and all the other tests"
 	@echo "make test-dist   every layout of the trainer's ranks against one process, in a table"
 	@echo "make test-fault  kills, full disks, torn files and other faults: what was lost, in a table"
