@@ -44,7 +44,7 @@ def test_the_numbers_of_a_real_run(part: Part):
     reading = readings.read(part.rows, part.entries, rollouts_per_step=16, within=within)
     (alone,) = part.alone
     assert (alone.num_replies, alone.in_flight) == (16, 8)
-    assert 0 < readings.engine_utilisation(reading, alone) < 4  # the two were measured beside whatever else ran then
+    assert 0 < readings.engine_utilisation(reading, alone) < 1.5
     assert 0 <= reading.trainer_idle < 1
     assert reading.stall_s > 0.02  # vLLM sleeps so long in a pause
     assert math.isfinite(readings.stall_decode_steps(reading, alone))

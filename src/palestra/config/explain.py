@@ -112,7 +112,7 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 
 
 def _literal(value: Any) -> str:
-    """As TOML has it; nothing for None, which TOML cannot say."""
+    """As TOML has it, but for None, which it cannot say."""
     match value:
         case None:
             return "none"

@@ -625,13 +625,18 @@ class RunConfig(Section):
 
     def engine_model(self, index: int) -> str:
         """What engine `index` loads: behind the policy's replicas come the frozen models, in the order of `frozen`."""
-        frozen = [*self.algo.frozen.values()][max(index - self.engine.replicas, 0) :]
-        return frozen[0].path if frozen and index >= self.engine.replicas else self.model_dir
+        frozen = self._frozen_at(index)
+        return self.model_dir if frozen is None else frozen.path
 
     def in_flight_of(self, index: int) -> int:
         """What engine `index` is asked at once, at most."""
+        frozen = self._frozen_at(index)
+        return self.engine.max_in_flight if frozen is None else frozen.max_in_flight
+
+    def _frozen_at(self, index: int) -> Frozen | None:
+        """None for the policy's own engines."""
         frozen = [*self.algo.frozen.values()][max(index - self.engine.replicas, 0) :]
-        return frozen[0].max_in_flight if frozen and index >= self.engine.replicas else self.engine.max_in_flight
+        return frozen[0] if frozen and index >= self.engine.replicas else None
 
     @property
     def pythons(self) -> list[Path | None]:
