@@ -55,7 +55,7 @@ def lingers() -> None:
 
 
 def listen() -> None:
-    """A leader that notes what the supervisor tells it, a line each, asks for what RUN_DIR/ask says, and ends at
+    """A leader that notes what the supervisor tells this life, a line each, asks for what RUN_DIR/ask says, and ends at
     RUN_DIR/go."""
     supervisor: BlockingCaller[ToOrchestrator, ToSupervisor] = BlockingCaller(
         attempt.supervisor, name=name, attempt=attempt.number, receives=ToOrchestrator, life=life()
@@ -65,7 +65,7 @@ def listen() -> None:
     while not (run.path / "go").exists():
         try:
             heard = supervisor.receive(deadline_s=0.05, waiting_for="news")
-            with (run.path / f"{name}.heard").open("a") as file:
+            with (run.path / f"{name}.heard-{life()}").open("a") as file:
                 file.write(f"{heard}\n")
         except DeadlineError:
             pass
