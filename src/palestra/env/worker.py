@@ -172,13 +172,15 @@ class Worker:
         self._plays: dict[int, asyncio.Task[None]] = {}  # and groups that are scored: numbers of one counter
         self._replies: dict[tuple[int, int], asyncio.Future[Reply | ChatReply]] = {}
         self._closed_at = time.monotonic()
-        self._num_ended = 0
+        self._num_ended, self._cpu_before_s = 0, 0.0
         self._proxy: Proxy | None = None
 
     async def run(self) -> None:
         """Errors: an ExceptionGroup of what our own code raised, or of the UserError that an environment sends what the
         policy cannot be given; nothing else that environment code does can end a worker."""
         self._selector.ledger.switch("work")
+        self._selector.take_lag()  # starting up is one long turn, in which nobody waits
+        self._cpu_before_s = time.process_time()
         await self._say_ready()
         async with asyncio.TaskGroup() as jobs:
             for number in itertools.count(1):
@@ -311,7 +313,7 @@ class Worker:
         turns_s = sorted(self._selector.take_lag())
         entry = self._selector.ledger.close()
         lag = {"turns": len(turns_s), "p99_s": percentile(turns_s, 0.99), "longest_s": turns_s[-1]} if turns_s else {}
-        cpu_s = time.process_time()  # since the process began
+        cpu_s = time.process_time() - self._cpu_before_s  # since it was ready
         self._spans.write("loop", entry.started_at, entry.wall_s, {"rollouts": self._num_ended, "cpu_s": cpu_s, **lag})
         self._num_ended = 0
         closed = LedgerClosed(entry=entry, is_last=is_last, resident_bytes=resident_bytes())

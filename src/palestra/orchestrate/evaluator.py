@@ -94,6 +94,7 @@ class Evaluator:
         self._lives: dict[str, int] = {}  # of the processes that had more than one
         self._one_gone = asyncio.Event()
         self._tally = _Tally()  # of the set that is measured
+        self._cpu_before_s = 0.0
 
     def _make_answers(self) -> Answers:
         endpoint = self._config.eval.endpoint
@@ -110,6 +111,7 @@ class Evaluator:
                 await self._tell("starting environment workers", 0, 0)
                 await self._pool.wait_ready()
                 await self._answers.start()
+                self._cpu_before_s = time.process_time()
                 results = [await self._measure(entry) for entry in self._config.eval.sets]
                 await self._finish(results)
                 for task in (*serving, *self._answers.joining):
@@ -180,7 +182,7 @@ class Evaluator:
             "endpoint": endpoint and endpoint.url,
             "sets": {result.name: scores(result.records) for result in results},
             "wall_s": unix_now() - self._attempt.started_at,
-            "cpu_s": time.process_time(),
+            "cpu_s": time.process_time() - self._cpu_before_s,  # since everything was ready
             "attempts": self._attempt.number,
             "restarts": as_rows(read_restarts(self._run)),
         }

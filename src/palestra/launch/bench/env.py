@@ -1,6 +1,6 @@
 """`palestra bench env`: what a rollout costs beside the model, with an engine that answers at once.
 
-Costs are differences between a longer and a shorter evaluation, so that starting up is in none of them.
+Costs are differences between a longer and a shorter evaluation, so that what happens once is in none of them.
 
 rollouts: single-turn, 1,000 in flight; then the same requests by the bare client   -> cpu_ms_per_rollout, ratio
 burn:     a reward that burns 50 ms of CPU in a process aside                       -> p99 of workers' event-loop lag
@@ -90,7 +90,7 @@ class Waiting(Single):
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation that is done. CPU seconds are of the orchestrator and the workers."""
+    """One evaluation that is done. CPU seconds are of the orchestrator and the workers, since they were ready."""
 
     run: RunDir
     cpu_s: float
