@@ -19,7 +19,7 @@ from palestra.wire.status import State, locked, read_status
 
 SCRIPT = Path(__file__).parent / "scripted" / "run.py"
 SOURCES = Path(__file__).parents[2] / "src"
-DEADLINE_S = 60
+DEADLINE_S = 180
 
 
 class Scripted:
@@ -29,9 +29,12 @@ class Scripted:
         self.outputs = outputs
         self.run = RunDir(outputs / "scripted")
 
-    def start(self, *entries: str, start_s: float = 30, stop_s: float = 5, **sections) -> subprocess.Popen:
+    def start(
+        self, *entries: str, start_s: dict[str, float] | None = None, stop_s: float = 60, **sections
+    ) -> subprocess.Popen:
+        """`start_s` of those that have less than the others."""
         overrides = {**sections, "launch": {"stop_s": stop_s, **sections.get("launch", {})}}
-        env = {**os.environ, "START_S": str(start_s), "PYTHONPATH": str(SOURCES)}
+        env = {**os.environ, "START_S": json.dumps(start_s or {}), "PYTHONPATH": str(SOURCES)}
         argv = [sys.executable, str(SCRIPT), str(self.outputs), json.dumps(overrides), *entries]
         return subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -66,6 +69,12 @@ class Scripted:
         """What a life of the leader was told."""
         path = self.run.path / f"orchestrator.heard-{life}"
         return path.read_text().splitlines() if path.exists() else []
+
+    def ask(self, text: str) -> None:
+        """The leader asks for a restart: `NAME LIFE [planned]`."""
+        beside = self.run.path / ".ask"
+        beside.write_text(text)
+        beside.replace(self.run.path / "ask")
 
     def let_go(self) -> None:
         """The leader may end."""
@@ -173,7 +182,7 @@ def test_last_words_of_a_failed_process_are_shown(scripted: Scripted):
 
 
 def test_an_engine_that_never_becomes_healthy(scripted: Scripted):
-    code, said = scripted.ends("engine-0:member:hang", "orchestrator:lead:wait_for_file", start_s=1.5)
+    code, said = scripted.ends("engine-0:member:hang", "orchestrator:lead:wait_for_file", start_s={"engine-0": 1.5})
     assert code == 1
     assert "waited 1.5 s for engine-0 to answer at http://127.0.0.1:" in said
     assert str(scripted.run.log("engine-0")) in said
@@ -181,7 +190,7 @@ def test_an_engine_that_never_becomes_healthy(scripted: Scripted):
 
 
 def test_a_leader_that_says_nothing(scripted: Scripted):
-    code, said = scripted.ends("orchestrator:lead:hang", start_s=1)
+    code, said = scripted.ends("orchestrator:lead:hang", start_s={"orchestrator": 1})
     assert code == 1
     assert "for the first word of orchestrator" in said
 
@@ -208,7 +217,7 @@ def test_a_member_may_not_leave_while_the_leader_goes_on(scripted: Scripted):
 def running(scripted: Scripted) -> Iterator[subprocess.Popen]:
     """A run in its middle; one of its processes and a child of that one ignore SIGTERM."""
     process = scripted.start(
-        "orchestrator:lead:wait_for_file", "engine-0:member:serve", "env-0:member:deaf", "trainer:member:hang", stop_s=2
+        "orchestrator:lead:wait_for_file", "engine-0:member:serve", "env-0:member:deaf", "trainer:member:hang", stop_s=6
     )
     for name in ("orchestrator", "env-0", "env-0-child", "trainer"):
         scripted.wait_for(name)
@@ -225,7 +234,7 @@ def test_an_interrupt_stops_everything(scripted: Scripted, running: subprocess.P
     _, said = running.communicate(timeout=DEADLINE_S)
     assert running.returncode == 130
     assert "killing env-0" in said  # it had its time, the others needed none
-    assert not any(map(is_alive, pids))
+    wait_until_gone(pids, [])
     assert scripted.leftovers() == []
     status = read_status(scripted.run)
     assert status is not None
@@ -234,15 +243,16 @@ def test_an_interrupt_stops_everything(scripted: Scripted, running: subprocess.P
 
 def test_a_second_interrupt_does_not_wait(scripted: Scripted):
     process = scripted.start("orchestrator:lead:wait_for_file", "env-0:member:deaf", stop_s=600)
-    for name in ("orchestrator", "env-0"):
+    for name in ("orchestrator", "env-0", "env-0-child"):
         scripted.wait_for(name)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    wait_until_gone([scripted.wait_for("orchestrator")], [])
     assert process.poll() is None
+    assert is_alive(scripted.wait_for("env-0"))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
-    assert not any(map(is_alive, scripted.pids()))
+    wait_until_gone(scripted.pids(), [])
 
 
 def test_nothing_outlives_a_killed_supervisor(scripted: Scripted, running: subprocess.Popen):
@@ -319,11 +329,15 @@ def test_nothing_to_resume(scripted: Scripted):
 # --- restarts
 
 
+def wait_until_said(process: subprocess.Popen, words: str) -> None:
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")  # they end with the run, at the latest after START_S
+    assert any(words in line for line in lines), f"the run ended without {words!r}"
+
+
 def wait_for_first_word(process: subprocess.Popen) -> None:
     """Until the supervisor has heard the leader: what ends before that is told twice, or with its successor only."""
-    assert process.stderr is not None
-    words = iter(process.stderr.readline, "")  # it ends with the run, at the latest after START_S
-    assert any("orchestrator: training" in line for line in words), "the run ended without a word of its leader"
+    wait_until_said(process, "orchestrator: training")
 
 
 def go_on(scripted: Scripted, process: subprocess.Popen) -> str:
@@ -393,6 +407,28 @@ def test_a_killed_leader_is_started_again_and_hears_how_things_stand(scripted: S
     assert scripted.num_lives("env-0") == 2, "it went on beside its leaders"
 
 
+def test_what_ended_before_the_first_leader_speaks_is_not_started_again(scripted: Scripted):
+    process = scripted.start("orchestrator:lead:listen_late", "trainer:member:do_all")
+    wait_for_first_word(process)
+    time.sleep(0.5)  # whatever the word woke has begun, and is told of
+    go_on(scripted, process)
+    assert scripted.heard(life=0) == []
+    assert scripted.num_lives("trainer") == 1
+
+
+def test_what_ends_after_the_successor_spoke_but_was_done_before_is_needed_again(scripted: Scripted):
+    process = scripted.start("orchestrator:lead:listen", "trainer:member:do_all_and_linger")
+    wait_for_first_word(process)
+    scripted.wait_for("trainer")
+    time.sleep(0.5)  # its words
+    os.kill(scripted.wait_for("orchestrator"), signal.SIGKILL)
+    scripted.wait_for_restarts(1)
+    assert scripted.num_lives("trainer") == 1
+    (scripted.run.path / "leave").touch()
+    scripted.wait_for_life("trainer", 1)
+    go_on(scripted, process)
+
+
 def test_a_storm_ends_the_run_with_its_cause_and_how_often(scripted: Scripted):
     code, said = scripted.ends("orchestrator:lead:listen", "env-0:member:work_shortly", launch={"max_restarts": 2})
     assert code == 1
@@ -436,10 +472,9 @@ def test_the_orchestrator_may_ask_for_a_restart_of_the_life_it_knows(scripted: S
     process = scripted.start("orchestrator:lead:listen", "env-0:member:work")
     for name in ("orchestrator", "env-0"):
         scripted.wait_for(name)
-    ask = scripted.run.path / "ask"
-    ask.write_text("env-0 7")  # control: not this life
-    wait_until(lambda: not ask.exists(), "the leader to ask")
-    ask.write_text("env-0 0")
+    scripted.ask("env-0 7")  # control: not this life
+    wait_until(lambda: not (scripted.run.path / "ask").exists(), "the leader to ask")
+    scripted.ask("env-0 0")
     scripted.wait_for_restarts(1)
     go_on(scripted, process)
     [restarted] = read_restarts(scripted.run)
@@ -452,11 +487,11 @@ def test_restarts_that_are_planned_are_no_storm(scripted: Scripted):
     process = scripted.start(*entries, launch={"max_restarts": 1})
     for life in range(3):
         scripted.wait_for_life("env-0", life)
-        (scripted.run.path / "ask").write_text(f"env-0 {life} planned")
+        scripted.ask(f"env-0 {life} planned")
         scripted.wait_for_restarts(life + 1)
     for life in (3, 4):  # control
         scripted.wait_for_life("env-0", life)
-        (scripted.run.path / "ask").write_text(f"env-0 {life}")
+        scripted.ask(f"env-0 {life}")
     _, said = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
     assert "2 ends within 600 s, launch.max_restarts=1" in said
@@ -471,7 +506,7 @@ def test_an_engine_comes_back_at_its_port(scripted: Scripted):
     scripted.wait_for("orchestrator")
     pid = scripted.wait_for("engine-0")
     wait_until(lambda: bool(holder_of("127.0.0.1", port_of(scripted))), "the engine to listen")
-    time.sleep(0.5)  # it answered
+    wait_until_said(process, "engine-0 is ready")
     os.kill(pid, signal.SIGKILL)
     scripted.wait_for_restarts(1)
     assert f"process {scripted.wait_for_life('engine-0', 1)} " in holder_of("127.0.0.1", port_of(scripted))
@@ -486,13 +521,15 @@ def test_a_port_that_somebody_took_meanwhile_is_named(scripted: Scripted):
     scripted.wait_for("orchestrator")
     pid = scripted.wait_for("engine-0")
     wait_until(lambda: bool(holder_of("127.0.0.1", port_of(scripted))), "the engine to listen")
-    time.sleep(0.5)  # it answered
+    wait_until_said(process, "engine-0 is ready")
     with socket.socket() as thief:
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        process.send_signal(signal.SIGSTOP)  # the thief is there before a second life can be
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not holder_of("127.0.0.1", port_of(scripted)), "the port to be free")
         thief.bind(("127.0.0.1", port_of(scripted)))
         thief.listen()
+        process.send_signal(signal.SIGCONT)
         _, said = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
     assert f"its port {port_of(scripted)} on 127.0.0.1 is in use by process {os.getpid()}" in said

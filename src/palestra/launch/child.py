@@ -30,6 +30,7 @@ class Child:
     started_at: float = field(default_factory=unix_now)
     ready: asyncio.Event = field(default_factory=asyncio.Event)  # an end from now on is no failed start
     done: asyncio.Event = field(default_factory=asyncio.Event)  # it said Done
+    done_under: int = 0  # the life of the leader that was heard last before
     last_word: asyncio.Event = field(default_factory=asyncio.Event)  # Done or Failed
     failure: Failed | None = None
     late: DeadlineError | None = None  # it was ended because it was not ready in time

@@ -22,7 +22,7 @@ import httpx
 
 from palestra.config.schema import Launch
 from palestra.core.clock import unix_now
-from palestra.core.deadline import within
+from palestra.core.deadline import Unhurried, within
 from palestra.core.errors import DeadlineError, InfrastructureError, UserError
 from palestra.core.guard import Guard
 from palestra.launch.child import Child, ended_how, start
@@ -96,6 +96,8 @@ class Supervisor:
         self._children: dict[str, Child] = {}  # the newest of each name
         self._ends: dict[str, End] = {}  # of processes whose successors are not ready yet
         self._resting: dict[str, asyncio.Event] = {}  # ended rightly; set: needed once more
+        self._starting = asyncio.Lock()  # who was started may speak before it is known here
+        self._lead_life = 0  # of the leader that was heard last
         self._lead_ended, self._interrupted, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._listener: Listener[ToSupervisor, ToOrchestrator] = Listener(
             attempt.supervisor, attempt=attempt.number, receives=ToSupervisor
@@ -160,7 +162,7 @@ class Supervisor:
                 self._lead_ended.set()
                 return
             else:
-                await self._rest(program)
+                await self._rest(self._children[program.name])
             self._lives[program.name].begin_next()
 
     async def _survive(self, program: Program, end: End) -> None:
@@ -174,11 +176,13 @@ class Supervisor:
         await self._tell_lead(ProcessEnded(process=name, why=end.why, life=lives.number))
         await asyncio.sleep(lives.back_off_s)
 
-    async def _rest(self, program: Program) -> None:
-        """It did all it had to; an orchestrator that took another's place may need it once more."""
-        wanted = self._resting.setdefault(program.name, asyncio.Event())
+    async def _rest(self, child: Child) -> None:
+        """It did all it had to; an orchestrator that took another's place, by now or later, needs it once more."""
+        if child.done.is_set() and child.done_under < self._lead_life:
+            return
+        wanted = self._resting.setdefault(child.name, asyncio.Event())
         await wanted.wait()
-        del self._resting[program.name]
+        del self._resting[child.name]
 
     async def _live(self, program: Program) -> End | None:
         """One life; None, if it ended rightly: with 0, and after Done or, for a member, just before the leader."""
@@ -201,8 +205,9 @@ class Supervisor:
         env = dict(program.env)
         if program.engine is not None:
             env["PALESTRA_PORT"] = str(urlsplit(self._attempt.engines[program.engine]).port)
-        child = await start(program, env, self._run.log(program.name), self._guard, life=life)
-        self._children[program.name] = child
+        async with self._starting:
+            child = await start(program, env, self._run.log(program.name), self._guard, life=life)
+            self._children[program.name] = child
         return child
 
     async def _holder_of_port(self, engine: int) -> str:
@@ -244,12 +249,17 @@ class Supervisor:
     async def _may_end(self, child: Child) -> bool:
         """Whether an end with exit code 0 is right. A member may be a moment ahead of the leader."""
         is_lead = child.program.role is Role.LEAD
-        awaited = child.done.wait() if is_lead or child.done.is_set() else self._lead_ended.wait()
+        reasons = [child.done] if is_lead else [child.done, self._lead_ended]
+        waits = [asyncio.ensure_future(reason.wait()) for reason in reasons]
         try:
-            async with asyncio.timeout(_LAST_WORD_S if is_lead else self._stop_s):
-                return await awaited
+            async with Unhurried(_LAST_WORD_S if is_lead else self._stop_s):
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             return False
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return True
 
     async def _end_of(self, child: Child, code: int) -> End:
         """How it ended. Errors: UserError and ProcessFailed, if it said itself that the run cannot go on."""
@@ -281,7 +291,7 @@ class Supervisor:
 
     async def _last_word(self, child: Child) -> None:
         try:
-            async with asyncio.timeout(_LAST_WORD_S):
+            async with Unhurried(_LAST_WORD_S):
                 await child.last_word.wait()
         except TimeoutError:
             pass  # it ended without a word
@@ -373,7 +383,8 @@ class Supervisor:
     async def _listen(self) -> None:
         while True:
             _, message = await self._listener.receive()
-            child = self._children.get(message.process)
+            async with self._starting:
+                child = self._children.get(message.process)
             if child is None:
                 self._view.say(f"ignored a message of {message.process!r}: the plan has no such process")
             elif isinstance(message, Restart):
@@ -385,7 +396,7 @@ class Supervisor:
         is_lead = child.program.role is Role.LEAD
         if is_lead and not child.ready.is_set():
             await self._tell_how_things_stand()
-            self._wake_resting()
+            self._follow(child.life)
         if isinstance(message, Ready) or (is_lead and not isinstance(message, Failed)):
             child.ready.set()
         match message:
@@ -394,6 +405,7 @@ class Supervisor:
             case Notice():
                 self._view.say(message.text)
             case Done():
+                child.done_under = self._lead_life
                 child.done.set()
                 child.last_word.set()
             case Failed():
@@ -409,9 +421,12 @@ class Supervisor:
             child.unwanted, child.is_planned = message.why, message.is_planned
             child.signal(signal.SIGKILL)
 
-    def _wake_resting(self) -> None:
-        for wanted in self._resting.values():
-            wanted.set()
+    def _follow(self, lead_life: int) -> None:
+        """A leader speaks for the first time: what was done for its predecessor is needed again."""
+        if lead_life > self._lead_life:
+            self._lead_life = lead_life
+            for wanted in self._resting.values():
+                wanted.set()
 
     async def _heed_interrupt(self) -> None:
         await self._interrupted.wait()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from palestra.core.errors import DeadlineError
 from palestra.core.process import life
@@ -28,7 +29,9 @@ def say(*messages) -> None:
 
 def note_pid() -> None:
     """RUN_DIR/NAME.pid has the newest life's, RUN_DIR/NAME.lives a line for each."""
-    (run.path / f"{name}.pid").write_text(str(os.getpid()))
+    beside = run.path / f".{name}.pid"
+    beside.write_text(str(os.getpid()))
+    beside.replace(run.path / f"{name}.pid")
     with (run.path / f"{name}.lives").open("a") as file:
         file.write(f"{life()} {os.getpid()}\n")
 
@@ -85,6 +88,24 @@ def work() -> None:
     time.sleep(600)
 
 
+def listen_late() -> None:
+    """A leader whose first word comes after the trainer has ended."""
+    deadline = time.monotonic() + 30
+    while not (run.path / "trainer.pid").exists() or is_alive(int((run.path / "trainer.pid").read_text())):
+        assert time.monotonic() < deadline, "the trainer goes on"
+        time.sleep(0.02)
+    time.sleep(0.2)  # the supervisor heard of it
+    listen()
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def work_with_child() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with (run.path / f"{name}-child.pid").open("w") as file:
@@ -96,6 +117,13 @@ def do_all() -> None:
     """A member that is done and ends before its leader is."""
     note_pid()
     say(Ready(process=name), Done(process=name))
+
+
+def do_all_and_linger() -> None:
+    """Done, but it ends at RUN_DIR/leave."""
+    do_all()
+    while not (run.path / "leave").exists():
+        time.sleep(0.02)
 
 
 def work_once() -> None:

@@ -26,7 +26,7 @@ def program(config: RunConfig, entry: str) -> Program:
         argv=(sys.executable, str(CHILD), str(config.run_dir), name, behaviour),
         env=(("PALESTRA_INDEX", name.rpartition("-")[2]),) if is_engine else (),
         engine=int(name.rpartition("-")[2]) if is_engine else None,
-        start_s=float(os.environ.get("START_S", "30")),
+        start_s=json.loads(os.environ["START_S"]).get(name, 30),
         memory=Memory(()),
     )
 
