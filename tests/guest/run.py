@@ -32,7 +32,7 @@ CASES = [
     "one_shot",
 ]
 MEMORY_MB = 1536
-_LIMIT_S = 300.0
+_LIMIT_S = 900.0
 
 # The root is bound into itself and moved to the top, as a kernel lets nobody leave the very first root.
 _INIT = """#!/usr/bin/busybox sh

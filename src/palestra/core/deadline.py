@@ -29,12 +29,15 @@ class Unhurried:
     """
 
     def __init__(self, seconds: float):
-        self._left_s, self._slice_s = seconds, max(seconds / _SLICES, _SLICE_S)
+        self._seconds, self._slice_s = seconds, max(seconds / _SLICES, _SLICE_S)
+        self._due = self._end = 0.0
         self._scope = asyncio.timeout(None)
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         await self._scope.__aenter__()
+        self._due = asyncio.get_running_loop().time()
+        self._end = self._due + self._seconds
         self._arm()
         return self
 
@@ -50,16 +53,18 @@ class Unhurried:
         return self._scope.expired()
 
     def _arm(self) -> None:
-        slice_s = min(self._slice_s, self._left_s)
-        self._timer = asyncio.get_running_loop().call_later(slice_s, self._beat, slice_s)
+        self._due = min(self._due + self._slice_s, self._end)
+        self._timer = asyncio.get_running_loop().call_at(self._due, self._beat)
 
-    def _beat(self, slice_s: float) -> None:
-        """Late or not, one slice has passed."""
-        self._left_s -= slice_s
-        if self._left_s > 0:
+    def _beat(self) -> None:
+        """What it is late by counts up to a slice; beyond that, the loop was blocked."""
+        now = asyncio.get_running_loop().time()
+        blocked_s = max(now - self._due - self._slice_s, 0.0)
+        self._due, self._end = self._due + blocked_s, self._end + blocked_s
+        if self._due < self._end:
             self._arm()
         else:
-            self._scope.reschedule(asyncio.get_running_loop().time())
+            self._scope.reschedule(now)
 
 
 _SLICES, _SLICE_S = 20, 0.02

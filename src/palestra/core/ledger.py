@@ -14,6 +14,7 @@ from msgspec import Struct
 from palestra.core.clock import unix_now
 
 _MAX_TURNS = 100_000  # a process whose lag nobody asks for must not grow
+_APART_S, _MAX_READINGS = 1e-4, 10  # of two clocks that are read one after the other
 
 
 class LedgerEntry(Struct, frozen=True, kw_only=True):
@@ -40,15 +41,16 @@ class Ledger:
         """`since` is the unix time the process began at, for time spent before this object existed."""
         self.process, self.cause = process, cause
         self._parts_s: dict[str, float] = {}
-        self._mark = time.perf_counter()
-        self._started_at = unix_now()
+        self._mark, self._started_at = _both_clocks()
         if since is not None:
             self._parts_s[cause] = self._started_at - since
             self._started_at = since
 
     def switch(self, cause: str) -> str:
         """End the current cause, begin `cause`; returns the cause that ended."""
-        now = time.perf_counter()
+        return self._switch_at(time.perf_counter(), cause)
+
+    def _switch_at(self, now: float, cause: str) -> str:
         ended = self.cause
         self._parts_s[ended] = self._parts_s.get(ended, 0.0) + now - self._mark
         self.cause, self._mark = cause, now
@@ -64,13 +66,24 @@ class Ledger:
 
     def close(self) -> LedgerEntry:
         """The entry since the last `close`; the next one begins here, in the same cause."""
-        self.switch(self.cause)
-        now = unix_now()
+        mark, now = _both_clocks()
+        self._switch_at(mark, self.cause)
         entry = LedgerEntry(
             process=self.process, started_at=self._started_at, wall_s=now - self._started_at, parts_s=self._parts_s
         )
         self._parts_s, self._started_at = {}, now
         return entry
+
+
+def _both_clocks() -> tuple[float, float]:
+    """`time.perf_counter()` and unix time of one moment. Read again, if the process stood still between the two: what
+    passed there would be booked nowhere.
+    """
+    for _ in range(_MAX_READINGS):
+        mark, now = time.perf_counter(), unix_now()
+        if time.perf_counter() - mark <= _APART_S:
+            break
+    return mark, now
 
 
 class LedgerSelector(selectors.DefaultSelector):

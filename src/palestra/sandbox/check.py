@@ -6,9 +6,10 @@ backend promises less isolation than the case is about, or cannot do what it nee
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from msgspec import Struct
@@ -16,11 +17,13 @@ from msgspec import Struct
 from palestra.core.deadline import within
 from palestra.core.errors import DeadlineError, PalestraError, UserError
 from palestra.sandbox.box import Sandbox
+from palestra.sandbox.cgroups import Cgroup
 from palestra.sandbox.host import Host, Options
 from palestra.sandbox.records import Isolation, Limits, Result, UnsupportedError
 
-CASE_S = 90.0
-_SIBLING_S = 5.0
+CASE_S = 300.0
+_SIBLING_S = 30.0
+_TRIES = 5
 _SMALL = Limits(memory_mb=128, disk_mb=32, inodes=2048, processes=64)
 
 
@@ -38,13 +41,38 @@ def require(holds: bool, seen: object) -> None:
         raise Held(str(seen))
 
 
+async def at_best(most: float, attempt: Callable[[], Awaitable[float]]) -> float:
+    """What an attempt took, the first within `most`: other work of the machine only ever adds to it.
+
+    Errors: Held, if no attempt of some was within it; those of an attempt.
+    """
+    took: list[float] = []
+    while len(took) < _TRIES:
+        took.append(await attempt())
+        if took[-1] <= most:
+            return took[-1]
+    raise Held(f"at most {most:g} were allowed, and it took {', '.join(f'{one:.2f}' for one in took)}")
+
+
 @dataclass(frozen=True)
 class Bench:
-    """What a case works with: its own sandbox, and the host of both."""
+    """What a case works with: its own sandbox, with these limits, and the host of both."""
 
     host: Host
     box: Sandbox
     sibling: Sandbox
+    limits: Limits
+
+    @contextlib.asynccontextmanager
+    async def afresh(self) -> "AsyncIterator[Bench]":
+        """With another sandbox as its own."""
+        async with await self.host.create(limits=self.limits, timeout_s=2 * CASE_S) as box:
+            yield replace(self, box=box)
+
+    @property
+    def group(self) -> Cgroup | None:
+        """What counts its own sandbox, where that is ours."""
+        return self.host.boxes[self.box.id].group
 
     @property
     def isolation(self) -> Isolation:
@@ -54,7 +82,7 @@ class Bench:
     def layers(self) -> tuple[str, ...]:
         return self.host.backend.layers
 
-    async def python(self, code: str, *, timeout_s: float = 20.0, **options: Any) -> Result:
+    async def python(self, code: str, *, timeout_s: float = 60.0, **options: Any) -> Result:
         return await self.box.exec(["python3", "-c", code], timeout_s=timeout_s, **options)
 
 
@@ -143,7 +171,7 @@ async def _outcome(one: Case, host: Host, sibling: Sandbox) -> Outcome:
     passed: bool | None = True
     try:
         async with await host.create(limits=one.limits, timeout_s=2 * CASE_S) as box:
-            running = one.run(Bench(host, box, sibling))
+            running = one.run(Bench(host, box, sibling, one.limits))
             detail = await within(CASE_S, running, waiting_for=f"the case {one.name}")
     except Unfit as error:
         passed, detail = None, str(error)

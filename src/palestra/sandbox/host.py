@@ -23,6 +23,7 @@ from palestra.sandbox.backends.base import Backend, Started
 from palestra.sandbox.backends.choose import open_backend
 from palestra.sandbox.backends.interpreter import Interpreter
 from palestra.sandbox.box import OnOutput, Sandbox, encoded, result
+from palestra.sandbox.cgroups import Cgroup
 from palestra.sandbox.egress import Egress
 from palestra.sandbox.ports import Forwarding
 from palestra.sandbox.records import (
@@ -83,6 +84,11 @@ class Box:
     @property
     def ended(self) -> asyncio.Future[None]:
         return self._started.ended
+
+    @property
+    def group(self) -> Cgroup | None:
+        """What counts it, where that is ours."""
+        return self._started.group
 
     @property
     def total_cpu_s(self) -> float:

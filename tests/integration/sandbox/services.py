@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import aiohttp
 import psutil
 from aiohttp import web
 
+from palestra.sandbox import Sandbox
 from palestra.sandbox.client import RemoteHost
 from palestra.sandbox.host import Host
 from palestra.sandbox.service import Service, Settings
@@ -107,6 +108,44 @@ def tokens_file(directory: Path, *names: str) -> Path:
     rows = [f'[tenants.{name}]\ntoken_sha256 = "{tenant(name).token_sha256}"\n' for name in names]
     path.write_text("".join(rows))
     return path
+
+
+class Heard:
+    """For `on_output`: the pieces of what a program said."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[str, bytes]] = []
+        self._first = asyncio.Event()
+
+    def __call__(self, name: str, piece: bytes) -> None:
+        self.pieces.append((name, piece))
+        self._first.set()
+
+    async def first(self) -> None:
+        await asyncio.wait_for(self._first.wait(), WAIT_S)
+
+
+async def until(holds: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Errors: TimeoutError."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            said = holds()
+            if said if isinstance(said, bool) else await said:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def until_there(box: Sandbox, *names: str) -> None:
+    """These files, which programs in the sandbox make when they begin."""
+
+    async def are_there() -> bool:
+        return set(names) <= {file.path for file in await box.list_files()}
+
+    await until(are_there)
+
+
+async def until_ended(family: list[psutil.Process]) -> None:
+    await until(lambda: not alive(family))
 
 
 def alive(family: list[psutil.Process]) -> list[psutil.Process]:

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import os
 import select
 import signal
@@ -29,11 +30,13 @@ from palestra.sandbox import (
 )
 from palestra.sandbox.agent import children_of
 from palestra.sandbox.backends.choose import BACKENDS, ELSEWHERE
+from palestra.sandbox.backends.local import Local
+from palestra.sandbox.check import at_best
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECRET = "the-secret-of-the-host-7341"
 HAVE_PORTS = {"local", "bwrap", "oci", "unsafe"}
-ENDS_WITHIN_S = 1.0
+ENDS_WITHIN_S, GONE_S = 1.0, 30.0
 SOURCE = str(Path(__file__).resolve().parents[3] / "src")
 
 
@@ -68,9 +71,9 @@ def _is_control(host: Host) -> bool:
     return host.backend.isolation is Isolation.NONE
 
 
-def _ended_within(pids: set[int], seconds: float) -> set[int]:
-    """Those that have not."""
-    deadline, left = time.monotonic() + seconds, set()
+def _ended_after(pids: set[int]) -> float:
+    """How long from now all of them took; they all end."""
+    began, left = time.monotonic(), set()
     for pid in pids:
         try:
             fd = os.pidfd_open(pid)
@@ -78,10 +81,11 @@ def _ended_within(pids: set[int], seconds: float) -> set[int]:
             continue
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+        if not poll.poll(max(began + GONE_S - time.monotonic(), 0) * 1000):
             left.add(pid)
         os.close(fd)
-    return left
+    assert left == set()
+    return time.monotonic() - began
 
 
 def _named(marker: str) -> set[int]:
@@ -126,11 +130,17 @@ async def test_files_are_written_read_listed_and_removed(host: Host):
 
 async def test_a_program_that_is_late_ends_with_all_that_it_started(host: Host):
     async with await host.create() as box:
-        began = time.monotonic()
-        late = await box.exec("(sleep 100 & sleep 100) ; echo never", timeout_s=0.5)
-        assert late.timed_out
-        assert 0.5 <= time.monotonic() - began <= 0.5 + 0.2
-        assert (await box.exec("echo still here")).stdout == "still here\n"
+
+        async def attempt() -> float:
+            began = time.monotonic()
+            late = await box.exec("(sleep 100 & sleep 100) ; echo never", timeout_s=0.5)
+            took = time.monotonic() - began
+            assert late.timed_out
+            assert took >= 0.5
+            assert (await box.exec("echo still here")).stdout == "still here\n"
+            return took
+
+        await at_best(0.5 + 0.2, attempt)
 
 
 async def test_what_takes_too_much_memory_is_killed(host: Host):
@@ -145,9 +155,9 @@ async def test_a_talk_with_a_program(host: Host):
     async with await host.create() as box:
         process = await box.open_process("while read x; do echo $((2 * x)); done")
         await process.send("21\n")
-        assert (await process.read())[0] == b"42\n"
+        assert (await process.read(wait_s=60))[0] == b"42\n"
         await process.kill()
-        assert (await process.wait(5)).signal == 9
+        assert (await process.wait(60)).signal == 9
 
 
 SERVER = "import http.server as h; h.HTTPServer(('127.0.0.1', {0}), h.SimpleHTTPRequestHandler).serve_forever()"
@@ -169,9 +179,27 @@ async def test_ports_are_passed_or_refused(host: Host):
         port = await box.expose_port(number)
         reader, writer = await asyncio.open_connection(port.host, port.host_port)
         writer.write(b"GET / HTTP/1.0\r\n\r\n")
-        assert b"200 OK" in await asyncio.wait_for(reader.readline(), 10)
+        assert b"200 OK" in await asyncio.wait_for(reader.readline(), 60)
         writer.close()
         await writer.wait_closed()
+
+
+async def test_the_time_of_a_one_shot_program_counts_from_when_it_has_its_interpreter():
+    """Planted: a zygote that stands still for longer than the program may take."""
+    async with contextlib.AsyncExitStack() as closing:
+        try:
+            host = await closing.enter_async_context(Host(_options("local"), warm=0))
+        except SandboxStartError as error:
+            pytest.skip(str(error))
+        assert isinstance(host.backend, Local)
+        (zygote,) = children_of(host.backend._process.pid)
+        os.kill(zygote, signal.SIGSTOP)
+        running = asyncio.create_task(host.run_code("print(1)", timeout_s=3.0))
+        await asyncio.sleep(4.0)
+        os.kill(zygote, signal.SIGCONT)
+        told = await asyncio.wait_for(running, 60)
+        assert (told.stdout, told.timed_out) == ("1\n", False)
+        assert told.wall_s < 3.0
 
 
 # --- their ends
@@ -183,31 +211,49 @@ DAEMONS = (
 )
 
 
-async def test_delete_kills_daemons_and_leaves_no_files(host: Host):
-    before, marker = children_of(os.getpid()), _marker(1)
-    box = await host.create()
-    told = await box.exec(DAEMONS.format(marker))
-    assert told.stdout == "started\n"
-    there = (children_of(os.getpid()) | _named(marker)) - before
-    assert there
-    await box.delete()
-    assert await asyncio.to_thread(_ended_within, there, ENDS_WITHIN_S) == set()
-    assert _named(marker) == set()
-    with pytest.raises(SandboxGoneError):
-        await box.exec("true")
+@pytest.fixture
+def own_directory(monkeypatch) -> Iterator[Path]:
+    """For what sandboxes keep there, of all users: whoever tests beside us has another."""
+    with tempfile.TemporaryDirectory(prefix="own-") as directory:
+        os.chmod(directory, 0o711)
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
+
+
+async def test_delete_kills_daemons_and_leaves_no_files(host: Host, own_directory: Path):
+    marker = _marker(1)
+
+    async def attempt() -> float:
+        before = children_of(os.getpid())
+        box = await host.create()
+        told = await box.exec(DAEMONS.format(marker))
+        assert told.stdout == "started\n"
+        there = (children_of(os.getpid()) | _named(marker)) - before
+        assert there
+        await box.delete()
+        took = await asyncio.to_thread(_ended_after, there)
+        assert _named(marker) == set()
+        with pytest.raises(SandboxGoneError):
+            await box.exec("true")
+        return took
+
+    await at_best(ENDS_WITHIN_S, attempt)
     await host.close()
-    assert list(Path(tempfile.gettempdir()).glob(f"palestra-{host.backend.name}-*/home")) == []
+    assert list(own_directory.glob(f"palestra-{host.backend.name}-*/home")) == []
 
 
 async def test_a_hung_agent_is_no_obstacle_to_an_end(host: Host):
-    before = children_of(os.getpid())
-    box = await host.create()
-    there = children_of(os.getpid()) - before
-    agents = {pid for pid in there if not children_of(pid)}  # and of gVisor, its kernel
-    for pid in agents:
-        os.kill(pid, signal.SIGSTOP)
-    await box.delete()
-    assert await asyncio.to_thread(_ended_within, there, ENDS_WITHIN_S) == set()
+    async def attempt() -> float:
+        before = children_of(os.getpid())
+        box = await host.create()
+        there = children_of(os.getpid()) - before
+        agents = {pid for pid in there if not children_of(pid)}  # and of gVisor, its kernel
+        for pid in agents:
+            os.kill(pid, signal.SIGSTOP)
+        await box.delete()
+        return await asyncio.to_thread(_ended_after, there)
+
+    await at_best(ENDS_WITHIN_S, attempt)
 
 
 HOST = """
@@ -225,22 +271,27 @@ asyncio.run(main())
 """
 
 
-async def test_a_host_that_is_killed_leaves_nothing(host: Host):
+async def test_a_host_that_is_killed_leaves_nothing(host: Host, own_directory: Path):
     name, marker = host.backend.name, _marker(2)
     await host.close()
-    directories = set(Path(tempfile.gettempdir()).glob(f"palestra-{name}-*"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([SOURCE, os.environ.get("PYTHONPATH", "")])}
+    environment["TMPDIR"] = str(own_directory)
     argv = [sys.executable, "-c", HOST, name, DAEMONS.format(marker)]
-    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for _ in range(2):
-            assert await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), 60) == "started\n"
-        there = children_of(process.pid) | _named(marker) - {process.pid}
-        assert len(there) >= 2
-        process.kill()
-        assert await asyncio.to_thread(_ended_within, there, ENDS_WITHIN_S) == set()
-    assert _named(marker) == set()
-    assert set(Path(tempfile.gettempdir()).glob(f"palestra-{name}-*")) <= directories
+
+    async def attempt() -> float:
+        with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(2):
+                assert await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), 60) == "started\n"
+            there = children_of(process.pid) | _named(marker) - {process.pid}
+            assert len(there) >= 2
+            process.kill()
+            took = await asyncio.to_thread(_ended_after, there)
+        assert _named(marker) == set()
+        assert list(own_directory.glob(f"palestra-{name}-*")) == []
+        return took
+
+    await at_best(ENDS_WITHIN_S, attempt)
 
 
 # --- what is kept out
@@ -323,6 +374,8 @@ async def test_sandboxes_do_not_meet(host: Host):
         seen = sleeper.pid if host.backend.isolation < Isolation.NAMESPACES else next(iter(_named(_marker(3))), 2)
         found = await other.exec(f"cat {one.home}/mine; kill -9 {seen}")
         assert (SECRET in found.stdout) == _is_control(host)
+        if _is_control(host):
+            assert (await sleeper.wait(30)).signal == 9
         is_alive = (await one.exec(f"kill -0 {sleeper.pid}")).exit_code == 0
         assert is_alive != _is_control(host)
 

@@ -13,7 +13,7 @@ from palestra.sandbox import Isolation, Options, SandboxStartError
 from palestra.sandbox.check import Outcome, Report, check
 from tests.integration.sandbox import ordinary
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LEAST = 29
 
 
@@ -44,7 +44,7 @@ def test_all_cases_hold_for_an_ordinary_user() -> None:
         [sys.executable, ordinary.__file__, *command],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1700,
         env={**os.environ, "PYTHONPATH": source},
     )
     report = json.loads(done.stdout)

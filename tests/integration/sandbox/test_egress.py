@@ -19,14 +19,15 @@ import pytest
 from palestra.core.errors import UserError
 from palestra.sandbox import Host, Sandbox, SandboxGoneError
 from palestra.sandbox import egress as egress_of
+from palestra.sandbox.agent import _DIAL_S
 from palestra.sandbox.egress import Allowed, Asked, Egress, is_public
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 GET = """
 import sys, urllib.request, urllib.error
 try:
-    with urllib.request.urlopen(sys.argv[1], timeout=8) as answer: print(answer.status, answer.read().decode())
+    with urllib.request.urlopen(sys.argv[1], timeout=30) as answer: print(answer.status, answer.read().decode())
 except urllib.error.HTTPError as error: print(error.code, error.read().decode())
 except OSError as error: print("failed", error)
 """
@@ -70,7 +71,7 @@ async def web(serve: Callable | None = None, *, tls: ssl.SSLContext | None = Non
 
 async def got(box: Sandbox, address: str) -> str:
     await box.write("get.py", GET)
-    return (await box.exec(["python3", "get.py", address], timeout_s=20)).stdout.strip()
+    return (await box.exec(["python3", "get.py", address], timeout_s=60)).stdout.strip()
 
 
 # --- through the proxy
@@ -152,7 +153,7 @@ async def test_a_tunnel_is_encrypted_to_the_end(host: Host, tmp_path: Path):
 
 RAW = """
 import socket, sys
-s = socket.create_connection(("127.0.0.1", 3128), timeout=8)
+s = socket.create_connection(("127.0.0.1", 3128), timeout=30)
 s.sendall(bytes.fromhex(sys.argv[1]))
 data = b""
 while piece := s.recv(65536): data += piece
@@ -162,7 +163,7 @@ print(data.decode())
 
 async def raw(box: Sandbox, text: str) -> str:
     await box.write("raw.py", RAW)
-    return (await box.exec(["python3", "raw.py", text.encode().hex()], timeout_s=20)).stdout
+    return (await box.exec(["python3", "raw.py", text.encode().hex()], timeout_s=60)).stdout
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,11 @@ async def test_a_host_that_does_not_answer_is_told_by_502(host: Host):
             assert (await got(box, f"http://127.0.0.1:{port}/")).startswith(f"502 127.0.0.1:{port} is not reached")
 
 
-async def test_a_name_that_nobody_knows_is_told_by_502(host: Host):
+async def test_a_name_that_nobody_knows_is_told_by_502(host: Host, monkeypatch: pytest.MonkeyPatch):
+    async def unknown(name: str, port: int, **_: object) -> list:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)  # some networks take long to say so
     async with await host.create(egress=["*.invalid"]) as box:
         assert (await got(box, "http://a.invalid/")).startswith("502 a.invalid:80 is not reached")
 
@@ -206,8 +211,8 @@ async def test_a_name_that_nobody_knows_is_told_by_502(host: Host):
 async def test_a_sandbox_that_opens_connections_without_end_holds_a_bounded_number(host: Host):
     code = """
 import select, socket
-held = [socket.create_connection(("127.0.0.1", 3128), timeout=5) for _ in range(300)]
-while over := select.select(held, [], [], 2.0)[0]:
+held = [socket.create_connection(("127.0.0.1", 3128), timeout=30) for _ in range(300)]
+while (over := select.select(held, [], [], 2.0)[0]) or len(held) > MOST:
     for s in over:
         try: assert s.recv(1) == b""
         except ConnectionResetError: pass
@@ -215,7 +220,7 @@ while over := select.select(held, [], [], 2.0)[0]:
 print(len(held))
 """
     async with await host.create(egress=["example.org"]) as box, await host.create(egress=["127.0.0.1:1"]) as other:
-        await box.write("many.py", code)
+        await box.write("many.py", f"MOST = {egress_of._MOST_CONNECTIONS}\n{code}")
         done = await box.exec(["python3", "many.py"], timeout_s=60)
         assert int(done.stdout) == egress_of._MOST_CONNECTIONS, done
         assert (await got(other, "http://127.0.0.1:2/")).startswith("403")  # others are served
@@ -470,7 +475,7 @@ s = socket.socket(); s.bind(("127.0.0.1", 8000)); s.listen(0); print("listening"
         for _, writer in pairs:
             writer.close()
         assert done.stdout == "alive\n"
-        assert took_s < 1
+        assert took_s < _DIAL_S  # an agent that waited for the first of them alone would take longer
 
 
 @pytest.mark.parametrize("port", [0, 70_000, -1, 10**30])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from palestra.sandbox import agent as agent_module
 from palestra.sandbox.agent import MOST_HEADER, frame, frames
+from palestra.sandbox.check import at_best
 from palestra.sandbox.link import Link
 from palestra.sandbox.records import SandboxGoneError
 
@@ -29,16 +30,16 @@ async def agent(home: Path, *words: str) -> AsyncIterator[Link]:
             [sys.executable, "-I", "-S", agent_module.__file__, str(home), *words], stdin=theirs, stdout=theirs
         )
     link = Link(ours)
-    await asyncio.wait_for(link.ready, 10)
+    await asyncio.wait_for(link.ready, 60)
     try:
         yield link
     finally:
         link.close("the test is over")
-        await asyncio.to_thread(process.wait, 10)
+        await asyncio.to_thread(process.wait, 60)
 
 
 async def ended(link: Link, **header) -> tuple[dict, str, str]:
-    answer, body, _ = await asyncio.wait_for(link.call({"do": "exec", "timeout_s": 10, **header}), 20)
+    answer, body, _ = await asyncio.wait_for(link.call({"do": "exec", "timeout_s": 30, **header}), 60)
     cut = answer.get("stdout_bytes", 0)
     return answer, body[:cut].decode(), body[cut:].decode()
 
@@ -78,33 +79,44 @@ async def test_a_program_to_its_end(tmp_path: Path) -> None:
 
 async def test_a_flood_is_cut_and_holds_nobody_up(tmp_path: Path) -> None:
     async with agent(tmp_path) as link:
-        flood = asyncio.ensure_future(ended(link, argv=["yes"], timeout_s=1.0, most=1000))
+        flood = asyncio.ensure_future(ended(link, argv=["yes"], timeout_s=3600, most=1000))
         _, out, _ = await ended(link, argv=["echo", "quick"])
         assert out == "quick\n"
         assert not flood.done()
-        answer, out, _ = await flood
+        flood.cancel()
+        answer, out, _ = await ended(link, argv=["yes"], timeout_s=1.0, most=1000)
         assert (answer["timed_out"], answer["truncated"], len(out)) == (True, True, 1000)
 
 
 async def test_what_outlives_its_parent_is_not_waited_for(tmp_path: Path) -> None:
-    async with agent(tmp_path) as link:
+    async def attempt() -> float:
         answer, out, _ = await ended(link, argv=["sh", "-c", "sleep 20 & echo here"])
         assert out == "here\n"
-        assert answer["wall_s"] < 2
+        return answer["wall_s"]
+
+    async with agent(tmp_path) as link:
+        await at_best(2.0, attempt)
 
 
 async def test_time_ends_a_program_with_all_that_came_from_it(tmp_path: Path) -> None:
-    async with agent(tmp_path) as link:
+    async def attempt() -> float:
         code = "sleep 91.25 & setsid sleep 91.5 & sleep 91.75"
         answer, _, _ = await ended(link, argv=["sh", "-c", code], timeout_s=0.4)
         assert answer["timed_out"]
-        assert 0.4 <= answer["wall_s"] < 0.6
-        left = subprocess.run(["pgrep", "-f", "sleep 91[.]"], capture_output=True, text=True, timeout=10)
-        assert left.stdout == ""
+        assert answer["wall_s"] >= 0.4
+        left = "until ! pgrep -f 'sleep 91[.]'; do sleep 0.02; done"  # what was killed may take a moment to end
+        await asyncio.to_thread(subprocess.run, ["sh", "-c", left], check=True, capture_output=True, timeout=30)
+        return answer["wall_s"]
+
+    async with agent(tmp_path) as link:
+        await at_best(0.6, attempt)
 
 
 async def test_memory_is_watched_where_asked_for(tmp_path: Path) -> None:
-    hungry = [sys.executable, "-c", "x = [bytearray(b'x' * 2**20) for _ in range(300)]; import time; time.sleep(5)"]
+    code = (
+        "import time\nx = []\nfor _ in range(300): x.append(bytearray(b'x' * 2**20)); time.sleep(0.01)\ntime.sleep(5)"
+    )
+    hungry = [sys.executable, "-c", code]  # slowly: who watches may stand still for a while
     async with agent(tmp_path, str(120 * 2**20)) as link:
         answer, _, _ = await ended(link, argv=hungry)
         assert (answer["oom"], answer["signal"]) == (True, 9)
@@ -119,16 +131,16 @@ async def test_pipes_and_directories_are_no_files(tmp_path: Path) -> None:
     async with agent(tmp_path) as link:
         for path in ("pipe", ".", "missing"):
             with pytest.raises(OSError, match=r"no regular file|Is a directory|No such file"):
-                await asyncio.wait_for(link.call({"do": "read", "path": path}), 5)
+                await asyncio.wait_for(link.call({"do": "read", "path": path}), 30)
         with pytest.raises(OSError, match=r"no regular file|No such device"):
-            await asyncio.wait_for(link.call({"do": "write", "path": "pipe"}, b"x"), 5)
+            await asyncio.wait_for(link.call({"do": "write", "path": "pipe"}, b"x"), 30)
 
 
 async def test_a_request_that_there_is_not_harms_nobody(tmp_path: Path) -> None:
     async with agent(tmp_path) as link:
         for header in ({"do": "nonsense"}, {"do": "exec"}, {"do": "output", "process": 7}):
             with pytest.raises((ValueError, OSError)):
-                await asyncio.wait_for(link.call(header), 5)
+                await asyncio.wait_for(link.call(header), 30)
         assert (await ended(link, argv=["echo", "well"]))[1] == "well\n"
 
 
@@ -137,7 +149,7 @@ async def heard(data: bytes) -> Link:
     ours, theirs = socket.socketpair()
     link = Link(ours)
     theirs.sendall(data)
-    await asyncio.wait([link.closed, link.ready], return_when="FIRST_COMPLETED", timeout=2)
+    await asyncio.wait([link.closed, link.ready], return_when="FIRST_COMPLETED", timeout=30)
     theirs.close()
     return link
 
@@ -145,7 +157,7 @@ async def heard(data: bytes) -> Link:
 async def test_what_no_agent_writes_ends_its_sandbox() -> None:
     for data in (b"x" * 100, frame({"ready": True}) + struct.pack("!II", 2**31, 0), struct.pack("!II", 2, 0) + b"[]"):
         link = await heard(data)
-        await asyncio.wait([link.closed], timeout=2)
+        await asyncio.wait([link.closed], timeout=30)
         with pytest.raises(SandboxGoneError):
             await link.call({"do": "ping"})
 

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,12 @@ from palestra.sandbox.backends.cluster import Access
 from palestra.sandbox.backends.kubernetes import Kubernetes
 from palestra.sandbox.host import Options
 from palestra.sandbox.link import Link
+from tests.ports import free_port
 
+WAIT_S = 60
 TOKEN = "one-of-its-own-8123"
 POOL = "palestra-m512-d256"
 _EXTENSIONS = "/apis/extensions.agents.x-k8s.io/v1beta1/namespaces/lab"
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -45,14 +43,15 @@ def pod(home: Path, *, token: str = TOKEN, port: int):
         yield process
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(WAIT_S)
 
 
 async def _connected(port: int) -> socket.socket:
     """As soon as it listens."""
-    for _ in range(500):
+    ends_at = time.monotonic() + WAIT_S
+    while time.monotonic() < ends_at:
         with contextlib.suppress(OSError):
-            return socket.create_connection(("127.0.0.1", port), timeout=5)
+            return socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)
         await asyncio.sleep(0.02)
     raise AssertionError("the agent does not listen")
 
@@ -129,11 +128,11 @@ class ApiServer:
 
 @pytest.fixture
 async def api() -> AsyncIterator[tuple[ApiServer, Access]]:
-    server, port = ApiServer(), _free_port()
+    server = ApiServer()
     runner = web.AppRunner(server.app(), shutdown_timeout=1)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    yield server, Access(url=f"http://127.0.0.1:{port}", namespace="lab", token=lambda: "who")
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield server, Access(url=f"http://127.0.0.1:{runner.addresses[0][1]}", namespace="lab", token=lambda: "who")
     await runner.cleanup()
 
 
@@ -152,7 +151,7 @@ async def _listening(port: int) -> None:
 
 async def test_a_sandbox_is_claimed_used_and_given_back(tmp_path: Path, api, monkeypatch) -> None:
     server, who = api
-    port = _free_port()
+    port = free_port()
     with pod(tmp_path, port=port) as process:
         await _listening(port)
         async with opened(monkeypatch, who, port) as host:
@@ -173,22 +172,22 @@ async def test_a_sandbox_is_claimed_used_and_given_back(tmp_path: Path, api, mon
                 with pytest.raises(UnsupportedError, match="neither ports"):
                     await box.expose_port(open_port.getsockname()[1])  # a descriptor cannot come over TCP
             await box.delete()
-            await asyncio.wait_for(server.deleted.wait(), 10)
+            await asyncio.wait_for(server.deleted.wait(), WAIT_S)
         assert server.claims == {}
-        assert await asyncio.to_thread(process.wait, 10) == 0
+        assert await asyncio.to_thread(process.wait, WAIT_S) == 0
     path = [f"GET {POOL}", f"GET {POOL}", "POST sandboxclaims", "GET sandboxclaims"]
     assert server.requests[:6] == [*path, "GET box-a", "GET box-a-palestra-agent"]
 
 
 async def test_an_agent_that_ends_gives_its_claim_back(tmp_path: Path, api, monkeypatch) -> None:
     server, who = api
-    port = _free_port()
+    port = free_port()
     with pod(tmp_path, port=port) as process:
         await _listening(port)
         async with opened(monkeypatch, who, port) as host:
             await host.create()
             process.kill()
-            await asyncio.wait_for(server.deleted.wait(), 10)
+            await asyncio.wait_for(server.deleted.wait(), WAIT_S)
             assert host.boxes == {}
 
 
@@ -231,7 +230,7 @@ async def test_limits_without_a_pool_name_how_to_make_one(api, monkeypatch) -> N
 
 async def test_a_pod_that_cannot_be_reached(api, monkeypatch) -> None:
     server, who = api
-    async with opened(monkeypatch, who, _free_port()) as host:
+    async with opened(monkeypatch, who, free_port()) as host:
         with pytest.raises(SandboxStartError, match="cannot be reached"):
             await host.create()
     assert server.claims == {}
@@ -241,7 +240,7 @@ async def test_a_pod_that_cannot_be_reached(api, monkeypatch) -> None:
 
 
 async def test_only_the_token_gets_the_agent_and_only_once(tmp_path: Path) -> None:
-    port = _free_port()
+    port = free_port()
     with pod(tmp_path, port=port) as process:
         for wrong in (b"", b"x" * len(TOKEN), TOKEN[:-1].encode() + b"?", b"\x00" * 4):
             with await _connected(port) as link:
@@ -251,16 +250,16 @@ async def test_only_the_token_gets_the_agent_and_only_once(tmp_path: Path) -> No
         with await _connected(port) as link:
             link.sendall(TOKEN.encode())
             right = Link(link)
-            await asyncio.wait_for(right.ready, 10)
+            await asyncio.wait_for(right.ready, WAIT_S)
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", port), timeout=5).close()
             right.close("the test is over")
-        assert await asyncio.to_thread(process.wait, 10) == 0
+        assert await asyncio.to_thread(process.wait, WAIT_S) == 0
 
 
 def test_without_a_token_nobody_is_waited_for(tmp_path: Path) -> None:
-    argv = [sys.executable, "-I", "-S", agent_module.__file__, "--listen", str(_free_port()), str(tmp_path)]
-    ended = subprocess.run(argv, env={}, capture_output=True, timeout=10, check=False)
+    argv = [sys.executable, "-I", "-S", agent_module.__file__, "--listen", str(free_port()), str(tmp_path)]
+    ended = subprocess.run(argv, env={}, capture_output=True, timeout=WAIT_S, check=False)
     assert ended.returncode == 1
     assert b"PALESTRA_TOKEN is empty" in ended.stderr
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from palestra.sandbox.backends.interpreter import Interpreter
+from palestra.sandbox.cgroups import Cgroup
 from palestra.sandbox.link import Link
 from palestra.sandbox.records import Isolation, Limits
 
@@ -15,14 +16,20 @@ class Started:
     `has_killed` tells whether something in it was killed for its memory since it was last asked; after its end, whether
     that was why. `is_killed` of `set_ended`: the same, of its last moments. `home` is where its programs start; empty,
     where that is the same for all of its backend. `cpu_s`: of all that ran in it and was not killed with it, known
-    when it has ended; None where nobody tells.
+    when it has ended; None where nobody tells. `group`: what counts it, where that is ours.
     """
 
     def __init__(
-        self, link: Link, *, kill: Callable[[], None], has_killed: Callable[[], bool] = lambda: False, home: str = ""
+        self,
+        link: Link,
+        *,
+        kill: Callable[[], None],
+        has_killed: Callable[[], bool] = lambda: False,
+        home: str = "",
+        group: Cgroup | None = None,
     ):
         self.link, self.kill, self._has_killed, self.home = link, kill, has_killed, home
-        self._is_killed = False
+        self.group, self._is_killed = group, False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.cpu_s: float | None = None
 

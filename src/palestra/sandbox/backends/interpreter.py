@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from palestra.core.deadline import Unhurried, within
+from palestra.core.errors import DeadlineError
 from palestra.sandbox.agent import MOST_BODY, MOST_HEADER, frame, frames
 from palestra.sandbox.records import SandboxGoneError, SandboxStartError
 
 _CHUNK = 65_536
-_SEND_S, _GONE_S = 30.0, 30.0
+_SEND_S, _READY_S, _GONE_S = 30.0, 30.0, 30.0
 
 
 class _Stream:
@@ -67,7 +68,9 @@ class Interpreter:
         most: int,
         on_output: Callable[[str, bytes], None] | None,
     ) -> tuple[dict[str, Any], bytes]:
-        """Once. Errors: ValueError, for files and input that it has no room for, or that are too many at once;
+        """Once. `timeout_s` counts from when it has its program.
+
+        Errors: ValueError, for files and input that it has no room for, or that are too many at once;
         SandboxStartError, if it could not be made; SandboxGoneError, if nobody knows how it ended.
         """
         header = {"code": len(code), "files": [[path, len(content)] for path, content in files.items()]}
@@ -78,13 +81,14 @@ class Interpreter:
                 f"{len(body)} bytes of code, input and {len(files)} files are more than a program is given at once: "
                 f"{MOST_BODY} bytes, and {MOST_HEADER} of names; create a sandbox and write them in parts"
             )
-        is_late, began = False, time.monotonic()
         for stream in self._streams:
             stream.most, stream.on_output = most, on_output
             self._loop.add_reader(stream.fd, self._on_readable, stream)
+        await self._send(said)
+        await self._ready()
+        is_late, began = False, time.monotonic()
         try:
             async with Unhurried(timeout_s):
-                await self._send(said)
                 await asyncio.shield(self.ended)
         except TimeoutError:
             is_late = not self.ended.done()
@@ -100,12 +104,26 @@ class Interpreter:
         return self._told(is_late, wall_s)
 
     async def _send(self, data: bytes) -> None:
+        """Before it is ready too: then it need not rehearse."""
+        sending = self._loop.sock_sendall(self._link, data)
         try:
-            await within(
-                _SEND_S, self._loop.sock_sendall(self._link, data), waiting_for="a sandbox to take its program"
-            )
+            await within(_SEND_S, sending, waiting_for="a sandbox to take its program")
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has ended; why, is told by how
+        except DeadlineError as error:
+            raise SandboxStartError(str(error)) from None
+
+    async def _ready(self) -> None:
+        """It waits for its program, or complains, or has ended: `_complaint` tells. Errors: SandboxStartError."""
+        said: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(self._link, lambda: said.done() or said.set_result(None))
+        first = asyncio.wait({said, self.ended}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await within(_READY_S, first, waiting_for="an interpreter to be ready for its program")
+        except DeadlineError as error:
+            raise SandboxStartError(str(error)) from None
+        finally:
+            self._loop.remove_reader(self._link)
 
     def _on_readable(self, stream: _Stream) -> None:
         stream.read()

@@ -72,7 +72,7 @@ class KeptBackend:
     home = "/home/user"
     has_users = has_cgroups = True
     ends_by_programs = False
-    grace_s = 2.0
+    grace_s = 20.0
 
     def __init__(self):
         self._kept: dict[int, Kept] = {}
@@ -134,7 +134,8 @@ class KeptBackend:
             kept.control.close()
             self._free(kept)
             raise SandboxStartError(f"the keeper of a sandbox cannot be started: {error}") from error
-        made = Started(Link(ours), kill=kept.kill, has_killed=self.asked(kept), home=self.home_of(kept))
+        home, group = self.home_of(kept), kept.group
+        made = Started(Link(ours), kill=kept.kill, has_killed=self.asked(kept), home=home, group=group)
         kept.started = made
         assert kept.process is not None
         kept.pidfd = os.pidfd_open(kept.process.pid)

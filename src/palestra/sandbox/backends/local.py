@@ -37,7 +37,7 @@ class Local:
     """`without` takes walls away, by their names in `LAYERS`: for tests that prove that each is needed."""
 
     name, isolation, home, ends_by_programs = "local", Isolation.NAMESPACES, HOME, False
-    grace_s = 2.0
+    grace_s = 20.0
 
     def __init__(self, root: Root, *, preload: Sequence[str] = (), without: Sequence[str] = ()):
         self._root, self._preload, self._without = root, tuple(preload), frozenset(without)
@@ -119,7 +119,7 @@ class Local:
         with theirs:
             number, group = self._admitted(limits, ours)
             has_killed = group.has_killed if group is not None else lambda: False
-            started = Started(Link(ours), kill=lambda: self._kill(number), has_killed=has_killed)
+            started = Started(Link(ours), kill=lambda: self._kill(number), has_killed=has_killed, group=group)
             self._started[number] = started
             await self._ask(number, limits, group, [theirs.fileno()], program=False)
         return started

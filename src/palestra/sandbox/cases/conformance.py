@@ -2,13 +2,15 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import tempfile
 import time
 from pathlib import Path
 
-from palestra.sandbox.check import Bench, Unfit, case, gathered, require
+from palestra.sandbox.box import Process
+from palestra.sandbox.check import Bench, Unfit, at_best, case, gathered, require
 from palestra.sandbox.records import Isolation, Limits, SandboxError, SandboxGoneError
 
 _ROOMY = Limits(memory_mb=512, disk_mb=64, processes=128)
@@ -18,16 +20,16 @@ _ROOMY = Limits(memory_mb=512, disk_mb=64, processes=128)
 async def programs(bench: Bench) -> str:
     """Exit codes, signals, input, working directory, environment, quoting, programs that there are not."""
     box = bench.box
-    done = await box.exec("cat; echo err >&2; exit 3", stdin="given", timeout_s=5)
+    done = await box.exec("cat; echo err >&2; exit 3", stdin="given", timeout_s=30)
     require((done.exit_code, done.stdout, done.stderr, done.status) == (3, "given", "err\n", "failed"), done)
-    await box.exec(["mkdir", "-p", "a b"], timeout_s=5)
-    done = await box.exec(["sh", "-c", 'echo "$X|$PWD|$1"', "sh", "$HOME 'x'"], cwd="a b", env={"X": "é"}, timeout_s=5)
+    await box.exec(["mkdir", "-p", "a b"], timeout_s=30)
+    done = await box.exec(["sh", "-c", 'echo "$X|$PWD|$1"', "sh", "$HOME 'x'"], cwd="a b", env={"X": "é"}, timeout_s=30)
     require(done.stdout == f"é|{box.home}/a b|$HOME 'x'\n", done)
-    done = await box.exec("kill -TERM $$", timeout_s=5)
+    done = await box.exec("kill -TERM $$", timeout_s=30)
     require((done.exit_code, done.signal) == (None, 15), done)
-    require((await box.exec(["no-such-program"], timeout_s=5)).exit_code == 127, "a program that there is not")
-    require((await box.exec(["/etc/passwd"], timeout_s=5)).exit_code == 126, "a file that is no program")
-    done = await box.exec(["head", "-c", "3000000", "/dev/zero"], max_output=1000, timeout_s=5)
+    require((await box.exec(["no-such-program"], timeout_s=30)).exit_code == 127, "a program that there is not")
+    require((await box.exec(["/etc/passwd"], timeout_s=30)).exit_code == 126, "a file that is no program")
+    done = await box.exec(["head", "-c", "3000000", "/dev/zero"], max_output=1000, timeout_s=30)
     require(len(done.stdout) == 1000 and done.truncated and done.exit_code == 0, (len(done.stdout), done.truncated))
     return "as they should"
 
@@ -35,12 +37,20 @@ async def programs(bench: Bench) -> str:
 @case()
 async def accounts(bench: Bench) -> str:
     """Time and memory of a program, as far as they can be foretold."""
-    done = await bench.python(
-        "import time; x = b'x' * (40 * 2**20); t = time.process_time()\nwhile time.process_time() - t < 0.3: pass"
-    )
-    require(done.exit_code == 0 and 0.25 < done.cpu_s <= done.wall_s + 0.2 and done.wall_s < 10, done)
-    require(40 * 2**20 < done.max_rss < 120 * 2**20, done)
-    return f"{done.cpu_s:.2f} s of processor, {done.max_rss / 2**20:.0f} MB"
+    seen = ""
+
+    async def attempt() -> float:
+        nonlocal seen
+        done = await bench.python(
+            "import time; x = b'x' * (40 * 2**20); t = time.process_time()\nwhile time.process_time() - t < 0.3: pass"
+        )
+        require(done.exit_code == 0 and 0.25 < done.cpu_s <= done.wall_s + 0.2, done)
+        require(40 * 2**20 < done.max_rss < 120 * 2**20, done)
+        seen = f"{done.cpu_s:.2f} s of processor, {done.max_rss / 2**20:.0f} MB"
+        return done.wall_s
+
+    await at_best(10.0, attempt)
+    return seen
 
 
 @case()
@@ -79,7 +89,7 @@ async def directories(bench: Bench) -> str:
         (source / "run.sh").chmod(0o755)
         (source / "sub" / "data").write_bytes(bytes(range(256)))
         await bench.box.upload_dir(source, "up")
-        done = await bench.box.exec(["up/run.sh"], timeout_s=5)
+        done = await bench.box.exec(["up/run.sh"], timeout_s=30)
         require(done.stdout == "ran\n", done)
         await bench.box.download("up", target)
         require((target / "sub" / "data").read_bytes() == bytes(range(256)), "bytes there and back")
@@ -97,11 +107,11 @@ print("end"); raise SystemExit(5)
 """
     process = await bench.box.open_process(["python3", "-c", code])
     await process.send("one\n")
-    require(await _heard(process, b"ONE\n") == b"ONE\n", "the first answer")
+    require(await heard(process, b"ONE\n") == b"ONE\n", "the first answer")
     await process.signal(signal.SIGUSR1)
-    require(await _heard(process, b"signalled\n") == b"signalled\n", "the signal")
+    require(await heard(process, b"signalled\n") == b"signalled\n", "the signal")
     await process.send("two\n", eof=True)
-    done = await process.wait(10)
+    done = await process.wait(60)
     require((done.stdout, done.exit_code) == ("TWO\nend\n", 5), done)
     flood = await bench.box.open_process(["sh", "-c", "yes | head -c 5000000"], buffer=65_536)
     await asyncio.sleep(0.3)
@@ -112,22 +122,23 @@ print("end"); raise SystemExit(5)
     return "both ways, nothing lost"
 
 
-async def _heard(process, until: bytes) -> bytes:
-    heard = b""
-    deadline = time.monotonic() + 10
-    while not heard.endswith(until) and time.monotonic() < deadline:
-        heard += (await process.read(wait_s=1))[0]
-    return heard
+async def heard(process: Process, until: bytes) -> bytes:
+    """What it writes until then; what there was, if nothing like it comes in a minute."""
+    said = b""
+    deadline = time.monotonic() + 60
+    while not said.endswith(until) and time.monotonic() < deadline:
+        said += (await process.read(wait_s=1))[0]
+    return said
 
 
 @case()
 async def background(bench: Bench) -> str:
-    server = await bench.box.background(["sh", "-c", "echo started; sleep 60"])
-    await asyncio.sleep(0.2)
+    server = await bench.box.background(["sh", "-c", "echo started; sleep 300"])
+    require(await heard(server, b"started\n") == b"started\n", "it did not start")
     require((await server.logs())[0] == "started\n", await server.logs())
     require([p.number for p in await bench.box.processes()] == [server.number], "the processes that run")
     await server.kill()
-    done = await server.wait(5)
+    done = await server.wait(60)
     require(done.signal == 9, done)
     return "started, listed, killed"
 
@@ -136,25 +147,21 @@ _SERVER = """
 import http.server as h
 class Handler(h.BaseHTTPRequestHandler):
     def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"inside")
-h.HTTPServer(("127.0.0.1", 8123), Handler).serve_forever()
+server = h.HTTPServer(("127.0.0.1", 8123), Handler)
+print("listening", flush=True)
+server.serve_forever()
 """
 
 
 @case(Isolation.NAMESPACES)
 async def ports(bench: Bench) -> str:
-    await bench.box.background(["python3", "-c", _SERVER])
-    for _ in range(100):
-        try:
-            where = await bench.box.expose_port(8123)
-            break
-        except ConnectionRefusedError:
-            await asyncio.sleep(0.05)
-    else:
-        raise Unfit("the server did not start within 5 s")
+    server = await bench.box.background(["python3", "-c", _SERVER])
+    require(await heard(server, b"listening\n") == b"listening\n", "the server did not start")
+    where = await bench.box.expose_port(8123)
     for _ in range(3):
         reader, writer = await asyncio.open_connection(where.host, where.host_port)
         writer.write(b"GET / HTTP/1.0\r\n\r\n")
-        answer = await asyncio.wait_for(reader.read(), 5)
+        answer = await asyncio.wait_for(reader.read(), 30)
         writer.close()
         require(answer.endswith(b"inside"), answer)
     return f"port 8123 at {where.host}:{where.host_port}"
@@ -163,19 +170,22 @@ async def ports(bench: Bench) -> str:
 @case()
 async def lifetime(bench: Bench) -> str:
     """A sandbox ends when its time is over, also in the middle of a program; its time can be set anew."""
-    box = await bench.host.create(timeout_s=0.5)
-    began = time.monotonic()
-    try:
-        done = await box.exec(["sleep", "30"], timeout_s=20)
-        require(False, done)
-    except SandboxGoneError as error:
-        require("its time" in str(error), error)
-    took = time.monotonic() - began
-    require(took < 2.0, f"after {took:.2f} s of 0.5")
+
+    async def attempt() -> float:
+        box = await bench.host.create(timeout_s=0.5)
+        began = time.monotonic()
+        try:
+            done = await box.exec(["sleep", "60"], timeout_s=30)
+            require(False, done)
+        except SandboxGoneError as error:
+            require("its time" in str(error), error)
+        return time.monotonic() - began
+
+    took = await at_best(2.0, attempt)
     async with await bench.host.create(timeout_s=0.5) as kept:
-        await kept.set_timeout(30)
+        await kept.set_timeout(60)
         await asyncio.sleep(0.7)
-        require((await kept.exec("echo here", timeout_s=5)).stdout == "here\n", "it was to live on")
+        require((await kept.exec("echo here", timeout_s=30)).stdout == "here\n", "it was to live on")
     return f"ended after {took:.2f} s of 0.5"
 
 
@@ -219,11 +229,11 @@ async def create_delete_race(bench: Bench) -> str:
                 await (await making).delete()
             return
         box = await making
-        running = asyncio.create_task(box.exec("sleep 5; echo late", timeout_s=10))
+        running = asyncio.create_task(box.exec("sleep 60; echo late", timeout_s=90))
         await asyncio.sleep(0.001 * (number % 7))
         await gathered(box.delete(), box.delete())
         try:
-            done = await asyncio.wait_for(running, 5)
+            done = await asyncio.wait_for(running, 30)
             require(False, done)
         except SandboxError:
             pass
@@ -287,14 +297,19 @@ async def numpy(bench: Bench) -> str:
 @case()
 async def one_shot(bench: Bench) -> str:
     """A program from the warm pool: its input, its files, its failures, its time."""
-    run = bench.host.run_code
+    run = functools.partial(bench.host.run_code, timeout_s=30)
     done = await run("import sys; print(open('d/x').read() + input()); sys.exit(4)", stdin="in", files={"d/x": "file "})
     require((done.stdout, done.exit_code) == ("file in\n", 4), done)
     done = await run("def f():\n    raise KeyError('lost')\nf()")
     require(done.exit_code == 1 and "KeyError: 'lost'" in done.stderr and 'main.py", line 2' in done.stderr, done)
     require("zygote" not in done.stderr and "/sandbox/" not in done.stderr, done.stderr)
-    done = await run("while True: pass", timeout_s=0.5)
-    require(done.timed_out and 0.45 < done.wall_s < 0.75, done)
+
+    async def attempt() -> float:
+        done = await run("while True: pass", timeout_s=0.5)
+        require(done.timed_out and done.wall_s > 0.45, done)
+        return done.wall_s
+
+    await at_best(0.75, attempt)
     done = await run("import os\nif __name__ == '__main__': print(os.getcwd(), len(os.listdir('.')))")
     require(done.exit_code == 0 and done.stdout.split()[1] == "1", done)
     done = await run(
