@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from palestra.core.guard import Guard
 from palestra.hub.registry.database import Database
 from palestra.hub.registry.schema import SEARCH_TABLE, metadata
+from tests.ports import free_port
 
 _numbers = itertools.count()
 
@@ -21,11 +21,6 @@ def binaries() -> Path | None:
     """Debian's programs of the newest version, or None."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda file: int(file.parts[-3]))
     return found[-1].parent if found else None
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def _command(*words: str | Path) -> list[str]:
@@ -63,7 +58,7 @@ class Cluster:
 @contextlib.contextmanager
 def cluster(programs: Path) -> Iterator[Cluster]:
     directory = Path(tempfile.mkdtemp(prefix="palestra-pg-"))
-    user, port, guard = "tester", _free_port(), Guard()
+    user, port, guard = "tester", free_port(), Guard()
     guard.remove(directory)
     try:
         if os.geteuid() == 0:

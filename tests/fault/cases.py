@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Protocol
 
 from tests.fault.doomed import Fault
-from tests.fault.whole_run import FaultyRun, config_of
+from tests.fault.whole_run import ATTEMPT_S, FaultyRun, config_of
 
-DEADLINE_S = 240  # of one case
+DEADLINE_S = 3 * ATTEMPT_S + 80  # of one case, which has three attempts at most, and is judged
 
 
 class Make(Protocol):

@@ -26,6 +26,7 @@ from palestra.wire.rundir import RunDir
 from tests.fault.witness import Witness, faults_directory
 
 NAME = "PALESTRA_FAULTY_NAME"
+AFTER_S = 60.0
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -34,6 +35,7 @@ class Fault(Struct, frozen=True, kw_only=True):
     kill, stop: SIGKILL, SIGSTOP to `victims`, one after the other. fill: the disk under `path`. clock: `time.time` of
     the process jumps by `seconds`. refuse: kill the victims and hold the first engine's port for `seconds`.
     skip: the function is not called. fail: it raises a broken connection. It happens `times` in all.
+    `after`: a file that is waited for at that call, before it happens.
     """
 
     process: str
@@ -47,6 +49,7 @@ class Fault(Struct, frozen=True, kw_only=True):
     path: str = ""
     seconds: float = 0.0
     times: int = 1
+    after: str = ""
 
 
 def write_faults(directory: Path, faults: list[Fault]) -> None:
@@ -76,6 +79,8 @@ class _Point:
         self._calls += 1
         if self._calls < self.fault.nth or self._witness.num_fired(self._number) >= self.fault.times:
             return False
+        if self.fault.after:
+            _wait_for(Path(self.fault.after))
         self._witness.fired(self._number)
         _ACTIONS[self.fault.do](self.fault, self._witness)
         return True
@@ -101,6 +106,15 @@ def _wrapped(function: Callable[..., Any], point: _Point) -> Callable[..., Any]:
         return result
 
     return around
+
+
+def _wait_for(file: Path) -> None:
+    """Errors: TimeoutError, in the process that was to be hurt."""
+    ends_at = time.monotonic() + AFTER_S
+    while not file.exists():
+        if time.monotonic() > ends_at:
+            raise TimeoutError(f"{file} was not there within {AFTER_S:g} s")
+        time.sleep(0.01)
 
 
 # --- what can happen
@@ -141,7 +155,7 @@ def _refuse(fault: Fault, witness: Witness) -> None:
 
 
 def _listen_once_free(host: str, port: int) -> socket.socket:
-    ends_at = time.monotonic() + 5
+    ends_at = time.monotonic() + AFTER_S
     while True:
         holder = socket.socket()
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

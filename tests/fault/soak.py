@@ -32,27 +32,31 @@ MAX_GROWTH = 1.15  # median of the last quarter of the time over that of the sec
 
 @dataclass
 class Soak:
-    """One run under fire, and what was seen of it."""
+    """One run under fire, and what was seen of it. `env_every`, `others_every`: seconds between kills, or steps that
+    were trained, if `by_steps`: then there is progress between kills, however slow the machine is."""
 
     run: FaultyRun
     chance: random.Random
-    env_every_s: float
-    others_every_s: float
+    env_every: float
+    others_every: float
+    by_steps: bool = False
     kills: Counter[str] = field(default_factory=Counter)
     memory: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # by process: seconds, MiB
     wall_s: float = 0.0
+    _at_work: dict[str, tuple[int, float]] = field(default_factory=dict)  # by process: its pid, and since when
 
     def play(self, *, deadline_s: float) -> tuple[int, str]:
         """Exit code, and what the run said."""
         began = time.monotonic()
-        due = {ENV: began + self.env_every_s, OTHERS: began + self.others_every_s}
-        every = {ENV: self.env_every_s, OTHERS: self.others_every_s}
+        every = {ENV: self.env_every, OTHERS: self.others_every}
+        due = dict(every)
         with tempfile.TemporaryFile("w+") as said:
             process = self.run.start(output=said)
             while process.poll() is None and time.monotonic() - began < deadline_s:
+                now = self._num_trained() if self.by_steps else time.monotonic() - began
                 for kinds, at in due.items():
-                    if time.monotonic() >= at and self._kill(self.chance.choice(kinds)):
-                        due[kinds] = time.monotonic() + every[kinds]
+                    if now >= at and self._kill(self.chance.choice(kinds)):
+                        due[kinds] = now + every[kinds]
                 self._look(time.monotonic() - began)
                 time.sleep(LOOK_S)
             if process.poll() is None:
@@ -62,6 +66,10 @@ class Soak:
             self.wall_s = time.monotonic() - began
             self.run.require_gone()
             return code, said.read()
+
+    def _num_trained(self) -> int:
+        """Steps, each once."""
+        return len({note["step"] for note in self.run.witness.read("trained")})
 
     def _kill(self, name: str) -> bool:
         """Whether it was there to be killed: at work, and back from the last time. The run must have begun to train."""
@@ -76,11 +84,18 @@ class Soak:
         return True
 
     def _look(self, at_s: float) -> None:
-        """What has been alive for a while: a process grows until it has loaded what it needs."""
+        """What has been at work for a while: a process grows until it has loaded what it needs."""
+        if not self.run.witness.read("trained"):
+            return
         newest = {note["process"]: note for note in self.run.witness.read("pids")}
+        restarted = Counter(row.process for row in read_restarts(self.run.run))  # noted when it is ready, or dies again
         for name, note in newest.items():
-            settled = time.monotonic() - note["time"] > SETTLED_S
-            if settled and (mib := _resident_mib(note["pid"])) is not None:
+            if restarted[name] < note["life"]:
+                continue  # it is only beginning
+            pid, since_s = self._at_work.get(name, (0, at_s))
+            if pid != note["pid"]:
+                pid, since_s = self._at_work[name] = note["pid"], at_s
+            if at_s - since_s > SETTLED_S and (mib := _resident_mib(pid)) is not None:
                 self.memory.setdefault(name, []).append((at_s, mib))
 
     def growth(self, name: str) -> float:
@@ -108,7 +123,14 @@ def _resident_mib(pid: int) -> float | None:
 
 
 def soak_in(
-    directory: Path, *, seed: int, steps: int, step_s: float, env_every_s: float, others_every_s: float
+    directory: Path,
+    *,
+    seed: int,
+    steps: int,
+    step_s: float,
+    env_every: float,
+    others_every: float,
+    by_steps: bool = False,
 ) -> Soak:
     config = config_of(
         directory / "outputs",
@@ -119,7 +141,7 @@ def soak_in(
         launch={"max_restarts": 1000},
     )
     run = FaultyRun(config, [], directory, step_s=step_s)
-    return Soak(run, random.Random(seed), env_every_s, others_every_s)
+    return Soak(run, random.Random(seed), env_every, others_every, by_steps)
 
 
 def failures(soak: Soak, counts: Counts, code: int) -> list[str]:
@@ -173,8 +195,8 @@ def main() -> int:
         seed=wanted.seed,
         steps=wanted.steps,
         step_s=wanted.step_s,
-        env_every_s=wanted.env_every,
-        others_every_s=wanted.others_every,
+        env_every=wanted.env_every,
+        others_every=wanted.others_every,
     )
     code, said = soak.play(deadline_s=wanted.deadline)
     counts = count(soak.run.run, soak.run.witness, max_age=soak.run.config.algo.max_age)

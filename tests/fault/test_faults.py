@@ -14,10 +14,11 @@ from tests.fault.cases import DEADLINE_S, Case, Make, Maker
 from tests.fault.counts import count, read_events
 from tests.fault.doomed import Fault
 from tests.fault.test_kills import POINTS, Point
-from tests.fault.whole_run import ENVIRONMENTS, FaultyRun, small_disk
+from tests.fault.whole_run import ENVIRONMENTS, QUICK, FaultyRun, small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(DEADLINE_S)]
 
+STUCK_S = 30  # until a trainer that does nothing is given up; the run's start has no longer either
 ENGINE = "tests.fault.replaying_engine:Engine"
 ALL = dataclasses.replace(POINTS["training"], nth=4).kills("supervisor")
 FULL = {
@@ -76,7 +77,7 @@ def stopped(victim: str, point: str) -> Case:
     """SIGSTOP: it is there, and does nothing."""
 
     def play(make: Make) -> FaultyRun:
-        run = make(POINTS[point].kills(victim, do="stop"))
+        run = make(POINTS[point].kills(victim, do="stop"), **QUICK[victim])
         run.play()
         return run
 
@@ -84,9 +85,9 @@ def stopped(victim: str, point: str) -> Case:
 
 
 def stopped_trainer(make: Make) -> FaultyRun:
-    run = make(POINTS["training"].kills("trainer", do="stop"), train={"batch_deadline_s": 8})
+    run = make(POINTS["training"].kills("trainer", do="stop"), train={"batch_deadline_s": STUCK_S})
     said = run.break_off()
-    assert "DeadlineError: waited 8 s for" in said
+    assert f"DeadlineError: waited {STUCK_S} s for" in said
     run.resume()
     return run
 

@@ -45,7 +45,7 @@ def fill_page(path: Path) -> None:
 async def test_a_full_disk_while_checkpointing_keeps_the_checkpoint_before_and_resumes(disk: Path, brimful: str):
     config = make_config(
         disk,
-        train={"steps": STEPS, "max_pack_tokens": 64, "checkpoint_every": SAVE_EVERY, "batch_deadline_s": 20},
+        train={"steps": STEPS, "max_pack_tokens": 64, "checkpoint_every": SAVE_EVERY, "batch_deadline_s": 60},
     )
     first = Life(config, reward=reward_by_seed, step_s=0.02)
     first.trainer.__class__ = FillsTheDisk

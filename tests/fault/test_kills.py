@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from palestra.wire.rundir import read_manifests
+from palestra.wire.rundir import RunDir, checkpoint_dir, read_manifests
 from palestra.wire.runlog import read_restarts
 from tests.fault.cases import DEADLINE_S, Case, Make, Maker
 from tests.fault.doomed import Fault
@@ -94,7 +94,9 @@ def killed_in_a_publish(make: Make) -> FaultyRun:
 def killed_while_files_are_written(make: Make) -> FaultyRun:
     """Half of the second checkpoint is there, and the steps go on: it does not exist, and the one before does."""
     writes = Point("trainer", "tests.fault.table_trainer:TableTrainer.go_on_writing", 2)
-    run = make(writes.kills("supervisor", "trainer"))
+    first = checkpoint_dir(RunDir(make.directory / "outputs" / "run"), 2) / "manifest.json"
+    run = make(writes.kills("supervisor", "trainer", after=str(first)))
+    assert first.is_relative_to(run.run.path)
     run.break_off()
     (whole,) = read_manifests(run.run)
     (torn,) = (path for path in run.run.checkpoints.iterdir() if int(path.name) > whole.version)

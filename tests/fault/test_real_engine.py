@@ -9,7 +9,7 @@ from palestra.wire.runlog import read_ledger, read_metrics, read_restarts
 from tests.fault.doomed import Fault
 from tests.fault.whole_run import ENVIRONMENTS, FaultyRun
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 GATEWAY, BATCHES = "palestra.orchestrate.gateway:Gateway.call", "palestra.wire.batches:BatchFiles.write"
 CHECKPOINTS = "palestra.train.checkpoint:Checkpoints.begin"
@@ -28,7 +28,7 @@ FAULTS = [
 ]
 
 
-def config_of(outputs: Path) -> RunConfig:
+def config_of(outputs: Path, *, call_s: float) -> RunConfig:
     width = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = {**width, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}
     alphabet = "abcdefghijklmnopqrstuvwxyz"
@@ -41,7 +41,7 @@ def config_of(outputs: Path) -> RunConfig:
         "algo": {"groups_per_step": 4, "group_size": 4, "max_age": 4},
         "sampling": {"max_tokens": 12},
         "train": {"steps": 12, "lr": 1e-3, "max_pack_tokens": 256, "checkpoint_every": 2, "batch_deadline_s": 240},
-        "engine": {"max_model_len": 64, "max_in_flight": 32, "kv_cache_gib": 0.25, "call_s": 10},
+        "engine": {"max_model_len": 64, "max_in_flight": 32, "kv_cache_gib": 0.25, "call_s": call_s},
         "env": {"mix": [{"id": f"{ENVIRONMENTS}:TwoTurns", "name": "two"}], "stall_s": 120},
     }
     return RunConfig.model_validate(tree)
@@ -49,11 +49,11 @@ def config_of(outputs: Path) -> RunConfig:
 
 def test_turns_of_the_real_engine_and_the_real_trainer(tmp_path: Path, judge):
     """vLLM's own sleep and wake, as far as a CPU has them: its scheduler stops, its memory stays."""
-    config = config_of(tmp_path / "outputs")
+    config = config_of(tmp_path / "outputs", call_s=240)
     config = config.model_copy(update={"launch": config.launch.model_copy(update={"turns": True})})
     fault = Fault(process="trainer", at="palestra.train.trainer:Trainer.train", nth=7, life=0)
     run = FaultyRun(config, [fault], tmp_path, kind="model")
-    run.play(deadline_s=400)
+    run.play(deadline_s=800)
     judge(run, name="turns of the real engine, its trainer killed in one", fired=1)
     entries = [entry for entry in read_ledger(run.run) if entry.process == "engine-0"]
     asleep = [index for index, entry in enumerate(entries) if entry.parts_s.get("asleep", 0) > 0]
@@ -66,8 +66,9 @@ def test_turns_of_the_real_engine_and_the_real_trainer(tmp_path: Path, judge):
 
 
 def test_five_faults_in_a_run_on_the_real_engine(tmp_path: Path, judge):
-    run = FaultyRun(config_of(tmp_path / "outputs"), FAULTS, tmp_path, kind="model")
-    run.play(deadline_s=550)
+    config = config_of(tmp_path / "outputs", call_s=25)  # which ends that the engine stands still
+    run = FaultyRun(config, FAULTS, tmp_path, kind="model")
+    run.play(deadline_s=800)
     judge(run, name="five faults in a run on the real engine", fired=len(FAULTS))
     died = [restarted.process for restarted in read_restarts(run.run)]
     assert sorted(died) == ["engine-0", "env-0", "env-0", "orchestrator", "trainer", "trainer"]

@@ -13,7 +13,7 @@ from tests.fault.test_turns import wrong_labels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(DEADLINE_S)]
 
-SYNC, ENGINES = {"kind": "nccl", "deadline_s": 3}, {"replicas": 2}
+SYNC, ENGINES = {"kind": "nccl"}, {"replicas": 2}
 SENDING = Point("trainer", "tests.fault.table_trainer:TableSender.send", 2)
 OFFERING = Point("trainer", "tests.fault.table_trainer:TablePublisher.stage", 3, "leave")
 RECEIVING = Point("engine-0", "tests.fault.replaying_engine:Engine.update", 3)

@@ -108,8 +108,8 @@ def test_a_turn_ends_with_its_process(make, judge, name):
 
 
 def test_control_a_trainer_that_does_not_await_its_turn_is_caught(make):
-    """What the device notes is worth something."""
+    """What the device notes is worth something. Its steps are long: the engine enters within one."""
     hasty = Fault(process="trainer", at="palestra.train.reinforce:Orchestrator.take_turn", do="skip", nth=3)
-    run = make(hasty, TRAINING.kills("supervisor"), launch=TURNS)
+    run = make(hasty, TRAINING.kills("supervisor"), launch=TURNS, step_s=3.0)
     run.break_off()
     assert overlaps(run)

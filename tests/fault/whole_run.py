@@ -22,24 +22,30 @@ from tests.unit.env.tiny import save_tokenizer
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE = 105  # that of the tokenizer
 STEPS, GROUPS, GROUP_SIZE = 6, 2, 4
-GONE_S = 20
+GONE_S = 60
+ATTEMPT_S = 240.0  # of one attempt, on a machine that is busy with much else
 ENVIRONMENTS = Path(__file__).with_name("environment.py")
+QUICK: dict[str, dict[str, dict]] = {
+    "engine-0": {"engine": {"call_s": 3}, "sync": {"deadline_s": 5}},
+    "env-0": {"env": {"stall_s": 5, "answer_s": 3}},
+}
+"""By who hangs: sections for cases in which only a deadline ends that. A busy machine can break them in others."""
 
 
 def config_of(outputs: Path, model: Path, **sections: dict) -> RunConfig:
-    """Small and quick; `sections` are laid over it."""
+    """Small and quick; `sections` are laid over it. Its deadlines are no matter of speed: a process may stand still."""
     tree: dict = {
         "log": {"name": "run", "outputs": str(outputs)},
         "model": {"path": str(model), "dtype": "float32"},
         "algo": {"groups_per_step": GROUPS, "group_size": GROUP_SIZE, "max_age": 4},
         "sampling": {"max_tokens": 12},
-        "train": {"steps": STEPS, "lr": 2.0, "max_pack_tokens": 128, "checkpoint_every": 2, "batch_deadline_s": 30},
-        "engine": {"max_model_len": 64, "max_in_flight": 16, "healthy_s": 30, "call_s": 3, "join_max_tokens": 0},
-        "sync": {"deadline_s": 5, "probe_tokens": 32},
+        "train": {"steps": STEPS, "lr": 2.0, "max_pack_tokens": 128, "checkpoint_every": 2, "batch_deadline_s": 60},
+        "engine": {"max_model_len": 64, "max_in_flight": 16, "healthy_s": 60, "call_s": 60, "join_max_tokens": 0},
+        "sync": {"deadline_s": 60, "probe_tokens": 32},
         "env": {
             "mix": [{"id": f"{ENVIRONMENTS}:TwoTurns", "name": "two"}],
-            "stall_s": 5,
-            "answer_s": 3,
+            "stall_s": 60,
+            "answer_s": 60,
         },
         "launch": {"stop_s": 5},
     }
@@ -94,7 +100,7 @@ class FaultyRun:
         }
         return subprocess.Popen(command, env=env, stdout=output, stderr=output, text=True, start_new_session=True)
 
-    def finish(self, *words: str, deadline_s: float = 60) -> tuple[int, str]:
+    def finish(self, *words: str, deadline_s: float = ATTEMPT_S) -> tuple[int, str]:
         """Exit code and everything said; nothing of the run is left afterwards."""
         with self.start(*words) as process:
             try:
@@ -105,7 +111,7 @@ class FaultyRun:
         self.require_gone()
         return process.returncode, out + err
 
-    def play(self, *, resumes: int = 0, deadline_s: float = 60) -> str:
+    def play(self, *, resumes: int = 0, deadline_s: float = ATTEMPT_S) -> str:
         """To its end, resumed as often as it was killed as a whole. What the last attempt said."""
         for number in range(resumes):
             self.break_off(*(["--resume"] if number else []), deadline_s=deadline_s)
@@ -113,13 +119,13 @@ class FaultyRun:
         assert code == 0, said
         return said
 
-    def break_off(self, *words: str, deadline_s: float = 60) -> str:
+    def break_off(self, *words: str, deadline_s: float = ATTEMPT_S) -> str:
         """One attempt that does not reach the end, and what it said."""
         code, said = self.finish(*words, deadline_s=deadline_s)
         assert code != 0, f"nothing ended the attempt: {said}"
         return said
 
-    def resume(self, *, deadline_s: float = 60) -> None:
+    def resume(self, *, deadline_s: float = ATTEMPT_S) -> None:
         code, said = self.finish("--resume", deadline_s=deadline_s)
         assert code == 0, said
 

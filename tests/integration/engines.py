@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from palestra.config import RunConfig
 from palestra.wire.weights import files
 from palestra.wire.weights.manifest import Probe, Staged
+from tests.ports import free_port
 
 HEALTHY_S = 240
 REPOSITORY = Path(__file__).parents[2]
@@ -85,12 +85,6 @@ def stop(engine: Engine) -> None:
         engine.process.wait(20)
     for left in psutil.wait_procs(family, timeout=5)[1]:
         left.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def replaced(command: Sequence[str], **flags: str) -> list[str]:

@@ -59,7 +59,15 @@ ENVIRONMENTS = Path(__file__).with_name("tiny_environment.py")
 class Run:
     """One recipe in a directory of its own, started as often as a test likes."""
 
-    def __init__(self, directory: Path, name: str, *, max_age: int = 4, environment: str = "EarlyLetters"):
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        max_age: int = 4,
+        environment: str = "EarlyLetters",
+        file: Path = ENVIRONMENTS,
+    ):
         self.path = directory / name
         self._recipe = directory / f"{name}.toml"
         self._recipe.write_text(
@@ -67,7 +75,7 @@ class Run:
                 name=name,
                 outputs=directory,
                 max_age=max_age,
-                environment=f"{ENVIRONMENTS}:{environment}",
+                environment=f"{file}:{environment}",
                 kind=environment,
             )
         )

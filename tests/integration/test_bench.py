@@ -13,6 +13,9 @@ from palestra.launch.bench.lead import Pass, asks_of
 from palestra.launch.bench.loop import RECIPE
 from palestra.launch.bench.parts import Bench, Part
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PASSES = 5  # each takes a moment, in which the machine may stand still
 SMALL = [
     "model.build.config.hidden_size=64",
     "model.build.config.intermediate_size=128",
@@ -35,15 +38,14 @@ SMALL = [
 @pytest.fixture(scope="module")
 def part(tmp_path_factory: pytest.TempPathFactory) -> Part:
     bench = Bench(load(RECIPE, SMALL).config, tmp_path_factory.mktemp("bench"))
-    return bench.loop(bench.variant("small"), alone=[Pass(8, 0, 4)])
+    return bench.loop(bench.variant("small"), alone=[Pass(8, 0, 4)] * PASSES)
 
 
-@pytest.mark.slow
 def test_the_numbers_of_a_real_run(part: Part):
     within = readings.window(part.rows, skip=1, leave=0)
     reading = readings.read(part.rows, part.entries, rollouts_per_step=16, within=within)
-    (alone,) = part.alone
-    assert (alone.num_replies, alone.in_flight) == (16, 8)
+    assert [(alone.num_replies, alone.in_flight) for alone in part.alone] == [(16, 8)] * PASSES
+    alone = max(part.alone, key=lambda alone: alone.saturated_tokens_per_s)
     assert 0 < readings.engine_utilisation(reading, alone) < 1.5
     assert 0 <= reading.trainer_idle < 1
     assert reading.stall_s > 0.02  # vLLM sleeps so long in a pause
@@ -53,7 +55,6 @@ def test_the_numbers_of_a_real_run(part: Part):
     assert len(readings.generate_walls_s(part.spans)) == 4
 
 
-@pytest.mark.slow
 def test_the_loop_trained_replies_of_the_lengths_that_the_bare_client_asked_for(part: Part):
     asks = asyncio.run(asks_of(part.config, load_tokenizer(part.config.model_dir), 8))
     for step in range(4):

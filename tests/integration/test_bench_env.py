@@ -8,7 +8,14 @@ from palestra.launch.bench import env
 
 @pytest.mark.slow
 def test_the_numbers_of_small_evaluations(tmp_path, monkeypatch):
-    for name, value in {"IN_FLIGHT": 50, "FEWER": 50, "MORE": 1000, "BURNING": 64, "CROWD": 300, "CROWD_S": 10.0}.items():
+    for name, value in {
+        "IN_FLIGHT": 50,
+        "FEWER": 50,
+        "MORE": 1000,
+        "BURNING": 64,
+        "CROWD": 300,
+        "CROWD_S": 10.0,
+    }.items():
         monkeypatch.setattr(env, name, value)
     numbers = env._measure(load(env.RECIPE).config, tmp_path)
     assert 0 < numbers["bare_cpu_ms_per_request"] < numbers["cpu_ms_per_rollout"] < 50

@@ -1,21 +1,26 @@
 """`palestra eval` against an endpoint: what it says, killed and resumed, compared, refused."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from palestra.wire.results import read_results
 from palestra.wire.rundir import RunDir
 from tests.integration.endpoint import Endpoint
+from tests.integration.runs import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CONCURRENCY, ANSWERED = 4, 24  # requests of an evaluation that is killed: at once, and before it is
 
 
 @pytest.fixture
@@ -38,18 +43,16 @@ def at(endpoint: Endpoint) -> tuple[str, ...]:
     return ("--base-url", endpoint.url, "--model", "backwards")
 
 
+def backwards(body: dict) -> dict:
+    """The word, or not, by the request's seed."""
+    word = body["messages"][-1]["content"]
+    return {"role": "assistant", "content": word[::-1] if body["seed"] % 3 else word}
+
+
 def told(directory: Path) -> list[tuple]:
     """What a results file says that does not depend on when it was written."""
     records = [record for numbered in read_results(RunDir(directory)).values() for record in numbered.values()]
     return sorted((r.environment, r.rollout_id, r.task.key, r.reward, str(r.messages), r.ending) for r in records)
-
-
-def _until_quiet(endpoint: Endpoint) -> None:
-    """What a dead evaluation had asked is answered."""
-    known = -1
-    while known != len(endpoint.asked):
-        known = len(endpoint.asked)
-        time.sleep(0.5)
 
 
 def test_what_an_endpoint_says_is_scored_and_told(endpoint, tmp_path):
@@ -75,19 +78,29 @@ def test_what_an_endpoint_says_is_scored_and_told(endpoint, tmp_path):
 
 
 def test_killed_at_any_moment_and_resumed_it_is_the_unkilled_one_and_nothing_is_asked_twice(tmp_path):
-    words = ("reverse-text", "-n", 40, "-r", 2, "--concurrency", 4)
-    with Endpoint(delay_s=0.05) as endpoint:
+    """It dies while its last requests wait for their answers."""
+    words = ("reverse-text", "-n", 40, "-r", 2, "--concurrency", CONCURRENCY)
+    with Endpoint(speak=backwards) as endpoint:
         assert evaluate(*words, *at(endpoint), "--output", tmp_path / "whole").returncode == 0
-    with Endpoint(delay_s=0.05) as endpoint:
+    numbers, goes_on = itertools.count(), threading.Event()
+
+    def hesitant(body: dict) -> dict:
+        assert next(numbers) < ANSWERED or goes_on.wait(300)
+        return backwards(body)
+
+    with Endpoint(speak=hesitant) as endpoint:
         out = tmp_path / "killed"
         process = subprocess.Popen(
             command(*words, *at(endpoint), "--output", out), stderr=subprocess.DEVNULL, start_new_session=True
         )
-        while len(endpoint.asked) < 20:
-            time.sleep(0.01)
+        wait_until(
+            lambda: len(endpoint.asked) == ANSWERED + CONCURRENCY and told(out), deadline_s=240, what="all it may ask"
+        )
+        family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-        _until_quiet(endpoint)
+        assert not psutil.wait_procs(family, timeout=60)[1], "nothing is left behind"
+        goes_on.set()
         finished = len(told(out))
         assert 0 < finished < 80
         with (out / "results.jsonl").open("ab") as file:

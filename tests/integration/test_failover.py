@@ -17,11 +17,30 @@ from palestra.orchestrate.state import BatchShipped, Event, Published, RolloutEn
 from palestra.wire.framelog import read_frames
 from palestra.wire.rundir import RunDir, newest_checkpoint
 from palestra.wire.runlog import read_restarts
-from tests.integration.runs import Run, wait_until
+from tests.integration.runs import ENVIRONMENTS, Run, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS, ROLLOUTS_PER_STEP = 12, 4 * 8
+STEPS, GROUPS_PER_STEP = 12, 4
+ROLLOUTS_PER_STEP = GROUPS_PER_STEP * 8
+HELD_FROM = 8  # the step whose rollouts wait until all have died
+HELD = """
+
+class HeldLetters(EarlyLetters):
+    \"\"\"Rollouts wait for a file, but for those of the tasks that are begun first.\"\"\"
+
+    async def run(self, task, agent):
+        import asyncio
+        from pathlib import Path
+
+        begun, go_on = Path(__file__).with_name("begun"), Path(__file__).with_name("go-on")
+        begun.mkdir(exist_ok=True)
+        own = begun / task.prompt
+        while not own.exists() and not go_on.exists() and len(list(begun.iterdir())) >= {num_tasks}:
+            await asyncio.sleep(0.05)
+        own.touch()
+        await agent(task.prompt)
+"""
 MARKS = {
     "engine-0": "vllm.entrypoints",
     "env-0": "palestra.env",
@@ -59,7 +78,11 @@ def faults(events: list[Event]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def survivor(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(tmp_path_factory.mktemp("runs"), "survivor", max_age=4)
+    """The run cannot end before the last of them is killed."""
+    directory = tmp_path_factory.mktemp("runs")
+    file = directory / "held.py"
+    file.write_text(ENVIRONMENTS.read_text() + HELD.format(num_tasks=HELD_FROM * GROUPS_PER_STEP))
+    run = Run(directory, "survivor", max_age=4, environment="HeldLetters", file=file)
     process = run.start(f"train.steps={STEPS}", "train.checkpoint_every=4")
 
     def until(condition: Callable[[], bool], what: str) -> None:
@@ -78,8 +101,9 @@ def survivor(tmp_path_factory: pytest.TempPathFactory) -> Run:
     kill("trainer")
     until(lambda: back("trainer") and back("engine-0"), "trainer and engine to be back")
     step = max(run.rows)
-    until(lambda: max(run.rows) > step + 1, "the run to go on")
+    until(lambda: max(run.rows) > min(step + 1, HELD_FROM - 3), "the run to go on")
     kill("orchestrator")
+    file.with_name("go-on").touch()
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
     print(err)

@@ -30,6 +30,7 @@ def test_the_policy_starts_at_its_own_weights_and_not_at_those_of_another(tmp_pa
         "algo.reference.weight=0.1",
         f"algo.teacher.path={teacher}",
         "algo.teacher.weight=1.0",
+        deadline_s=560,  # three engines start, on however few cores
     )
     assert code == 0, said
     first, second = run.rows[0], run.rows[1]

@@ -140,7 +140,8 @@ def test_an_organisation_is_founded_and_a_member_let_in_changed_and_taken_out(pa
         bob.locator("button:text-is('Set')").click()
     assert page.locator("select[aria-label='Role of bob']").input_value() == "admin"
     page.screenshot(path=tmp_path / "members.png")
-    page.click("button:text-is('Take bob out')")
+    with page.expect_navigation():
+        page.click("button:text-is('Take bob out')")
     page.locator("tr", has_text="bob").wait_for(state="detached")
     assert axe(page) == []
 

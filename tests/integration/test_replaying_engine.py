@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PROMPT = [3 + (5 * position) % 27 for position in range(12)]
 GENERATE = "/inference/v1/generate"
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "logprobs": 0, "detokenize": False, "seed": 5}
+TRIES = 5
 LONG = 480  # tokens of a reply that is still on its way when the engine is paused
 
 
@@ -117,8 +118,7 @@ async def replies(talk: Talk, version: str) -> None:
 
 async def streams(talk: Talk, version: str) -> None:
     """Tokens per chunk; reason and versions with the last one only."""
-    chunks = [event async for event in streamed(talk, body(40, stream=True))]
-    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+    choices = await unmerged(talk)
     talk.shapes["first chunk"], talk.shapes["last chunk"] = shape(choices[0]), shape(choices[-1])
     talk.shapes["chunks"] = (
         len(choices[0]["token_ids"]),
@@ -130,6 +130,16 @@ async def streams(talk: Talk, version: str) -> None:
     )
 
 
+async def unmerged(talk: Talk) -> list[dict[str, Any]]:
+    """The chunks of one reply. A server that falls behind sends some as one; then another reply is asked for."""
+    for _ in range(TRIES):
+        chunks = [event async for event in streamed(talk, body(40, stream=True))]
+        choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
+        if list(accumulate(len(choice["token_ids"]) for choice in choices)) == [1, 17, 33, 40]:
+            break
+    return choices
+
+
 async def streamed(talk: Talk, asked: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     async with talk.http.stream("POST", GENERATE, json=asked) as response:
         assert response.status_code == 200
@@ -137,8 +147,8 @@ async def streamed(talk: Talk, asked: dict[str, Any]) -> AsyncIterator[dict[str,
             yield json.loads(event)
 
 
-async def over_a_pause(talk: Talk, version: str) -> None:
-    """A request that is on its way freezes, one that comes freezes too; both go on, and name the versions."""
+async def begun(talk: Talk) -> tuple[list[dict[str, Any]], asyncio.Task[None]]:
+    """What has come and comes of a long reply, and who reads it."""
     choices, arrived = [], asyncio.Event()
 
     async def read() -> None:
@@ -148,9 +158,28 @@ async def over_a_pause(talk: Talk, version: str) -> None:
 
     reading = asyncio.create_task(read())
     await arrived.wait()
-    await talk.pause()
+    return choices, reading
+
+
+async def paused_on_the_way(talk: Talk) -> tuple[list[dict[str, Any]], asyncio.Task[None]]:
+    """Where it was through before the engine was paused, another one."""
+    for _ in range(TRIES):
+        choices, reading = await begun(talk)
+        await talk.pause()
+        known = 0
+        while known < len(choices):  # what was on its way when it paused arrives
+            known = len(choices)
+            await asyncio.sleep(0.3)
+        if not reading.done():
+            break
+        await talk.ask("resume", "/resume")
+    return choices, reading
+
+
+async def over_a_pause(talk: Talk, version: str) -> None:
+    """A request that is on its way freezes, one that comes freezes too; both go on, and name the versions."""
+    choices, reading = await paused_on_the_way(talk)
     late = asyncio.create_task(talk.ask("late", GENERATE, body(4)))
-    await asyncio.sleep(0.3)  # what was on its way when it paused has arrived
     frozen = len(choices)
     newer = await talk.publish("publish in flight")
     await asyncio.sleep(0.3)
@@ -164,19 +193,24 @@ async def over_a_pause(talk: Talk, version: str) -> None:
     talk.shapes["late spans"] = choice["weight_versions"] == [{"version": newer, "start": 0, "end": 4}]
 
 
+async def cut_by_sleep(talk: Talk) -> list[dict[str, Any]]:
+    """The chunks of a reply that was on its way. Where it was through before, the engine is woken for another one."""
+    for _ in range(TRIES):
+        cut, reading = await begun(talk)
+        await talk.ask("sleep", "/sleep", params={"level": "2", "mode": "abort"})
+        await reading
+        if cut[-1]["finish_reason"] == "abort":
+            break
+        await talk.ask("wake weights", "/wake_up", params={"tags": "weights"})
+        await talk.publish("publish asleep")
+        await talk.ask("wake cache", "/wake_up", params={"tags": "kv_cache"})
+        await talk.ask("resume", "/resume")
+    return cut
+
+
 async def asleep(talk: Talk) -> None:
     """What is on its way is aborted; what comes waits until all is awake, and is sampled by what was loaded then."""
-    cut, arrived = [], asyncio.Event()
-
-    async def read() -> None:
-        async for chunk in streamed(talk, body(LONG, stream=True)):
-            cut.extend(chunk["choices"])
-            arrived.set()
-
-    reading = asyncio.create_task(read())
-    await arrived.wait()
-    await talk.ask("sleep", "/sleep", params={"level": "2", "mode": "abort"})
-    await reading
+    cut = await cut_by_sleep(talk)
     talk.shapes["cut by sleep"] = (cut[-1]["finish_reason"], sum(len(choice["token_ids"]) for choice in cut) < LONG)
     late = asyncio.create_task(talk.ask("asked asleep", GENERATE, body(4)))
     await asyncio.sleep(0.3)

@@ -3,9 +3,9 @@
 import ast
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -178,14 +178,17 @@ def test_a_room_that_loads_torch_is_noticed():
 
 def test_help_answers_at_once():
     code = "import sys; from palestra.launch.cli import main; sys.exit(main(['--help']))"
-    took_s = []
-    for _ in range(3):
-        start = time.perf_counter()
-        assert "palestra" in _python(code).stdout
-        took_s.append(time.perf_counter() - start)
-    assert min(took_s) < MAX_HELP_S, (
-        f"palestra --help took {min(took_s):.2f} s; import inside the command that needs it"
-    )
+    assert "palestra" in _python(code).stdout
+    took_s = min(_cpu_seconds(code) for _ in range(3))
+    assert took_s < MAX_HELP_S, f"palestra --help took {took_s:.2f} s; import inside the command that needs it"
+
+
+def _cpu_seconds(code: str) -> float:
+    """Which a busy machine does not add to."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _python(code)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 # --- files that people read

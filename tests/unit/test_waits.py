@@ -225,7 +225,9 @@ ENDS_ALL_THE_SAME = {
     ("hub.registry.web._login.answer", "await asyncio.to_thread(...)"): _DATABASE,
     ("hub.registry.web._logout.answer", "await asyncio.to_thread(...)"): _DATABASE,
     ("hub.watch.Watch.run", "await asyncio.to_thread(...)"): _DISK,
-    ("hub.watch.Watch._until_new", "watchfiles.awatch(...)"): "it listens to the kernel until it is told to end",
+    ("hub.watch.Watch._until_new", "notices"): "it listens to the kernel until it is told to end",
+    ("hub.watch.Watch._take_over", "await anext(...)"): "a watch says so when nothing has changed for half a second",
+    ("hub.watch.Watch._take_over", "await asyncio.to_thread(...)"): _DISK,
     ("hub.watch.Watch._until_new", "await asyncio.to_thread(...)"): _DISK,
     ("hub.web.application.lifespan", "site"): "it begins a task, and waits for its end with a timeout",
     ("hub.web._answer", "await asyncio.to_thread(...)"): _DISK,
@@ -239,8 +241,9 @@ ENDS_ALL_THE_SAME = {
     ("launch.supervisor.Supervisor._live", "await child.process.wait()"): _WATCH,
     ("launch.supervisor.Supervisor._rest", "await wanted.wait()"): "it ends with the run",
     ("launch.supervisor.Supervisor._reach_milestones", "await child.done.wait()"): _WATCH,
-    ("launch.supervisor.Supervisor._may_end", "child.done.wait()"): "awaited with a deadline below",
-    ("launch.supervisor.Supervisor._may_end", "self._lead_ended.wait()"): "awaited with a deadline below",
+    ("launch.supervisor.Supervisor._start", "self._starting"): "held while the system starts a process",
+    ("launch.supervisor.Supervisor._may_end", "reason.wait()"): "awaited with a deadline below",
+    ("launch.supervisor.Supervisor._listen", "self._starting"): "held while the system starts a process",
     ("launch.supervisor.Supervisor._listen", "await self._listener.receive()"): _LISTENS,
     ("launch.supervisor.Supervisor._heed_interrupt", "await self._interrupted.wait()"): "a user may never interrupt",
     ("launch.supervisor._answers", "await client.get(...)"): "the client has a timeout, and the caller a deadline",
@@ -282,7 +285,7 @@ ENDS_ALL_THE_SAME = {
         "launch.bench.sandbox.served",
         "await asyncio.create_subprocess_exec(...)",
     ): "a program that is there starts or does not",
-    ("launch.sandbox_check._told", "check(...)"): "every case has 90 s",
+    ("launch.sandbox_check._told", "check(...)"): "every case has 300 s",
     ("sandbox.agent.is_readable", "select.poll()"): "it makes one",
     ("sandbox.agent.is_readable", "poll.poll(...)"): "it only asks: its time is 0",
     ("sandbox.agent.kill_descendants", "os.waitpid(...)"): "it only asks",
@@ -316,7 +319,7 @@ ENDS_ALL_THE_SAME = {
         "sandbox.box.Process.output",
         "await self.read()",
     ): "it reads until the program ends; every request has a deadline",
-    ("sandbox.check.gathered", "await asyncio.gather(...)"): "of a case, which has 90 s",
+    ("sandbox.check.gathered", "await asyncio.gather(...)"): "of a case, which has 300 s",
     ("sandbox.host.Host.create", "await asyncio.shield(...)"): "a sandbox's start has a deadline",
     ("sandbox.host.Host._made", "self._starting"): "as above, of those before it",
     ("sandbox.host.Host.run_code", "self._running"): "programs before it have deadlines, and it has its turn",
@@ -390,7 +393,7 @@ ENDS_ALL_THE_SAME = {
 
 
 BOUNDED_AS_A_WHOLE = "sandbox.cases."
-"""Cases of `palestra sandbox check`: each has 90 s, in `check._outcome`."""
+"""Cases of `palestra sandbox check`: each has 300 s, in `check._outcome`."""
 
 
 def _found() -> list[Wait]:

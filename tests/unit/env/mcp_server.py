@@ -1,9 +1,11 @@
-"""A server of the `mcp` package: `python tests/unit/env/mcp_server.py [PORT]`; by stdio, or by HTTP at /mcp."""
+"""A server of the `mcp` package: `mcp_server.py [FD]`; by stdio, or by HTTP at /mcp of a socket that listens."""
 
 import base64
 import os
+import socket
 import sys
 
+import uvicorn
 from mcp.server.mcpserver import Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
@@ -50,6 +52,6 @@ def show(data: str) -> list:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+        uvicorn.Server(uvicorn.Config(server.streamable_http_app())).run([socket.socket(fileno=int(sys.argv[1]))])
     else:
         server.run()

@@ -121,7 +121,7 @@ def test_what_is_no_message_is_refused_in_words(message, words):
 
 
 async def result_of(function) -> Any:
-    [message] = await ToolBox([function]).answer([as_tool_call(0, function.__name__, {})], timeout_s=5)
+    [message] = await ToolBox([function]).answer([as_tool_call(0, function.__name__, {})], timeout_s=20)
     return message["content"]
 
 

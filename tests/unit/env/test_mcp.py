@@ -23,7 +23,7 @@ COMMAND = [sys.executable, str(SERVER)]
 
 
 async def said(tools, tool: str, /, **arguments):
-    (message,) = await ToolBox(tools).answer([as_tool_call(0, tool, arguments)], timeout_s=10)
+    (message,) = await ToolBox(tools).answer([as_tool_call(0, tool, arguments)], timeout_s=30)
     return message["content"]
 
 
@@ -74,17 +74,16 @@ async def test_an_error_of_the_environment_is_not_taken_for_the_servers():
 
 @asynccontextmanager
 async def over_http():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen([*COMMAND, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port, number = listening.getsockname()[1], listening.fileno()
+        process = subprocess.Popen(
+            [*COMMAND, str(number)], pass_fds=[number], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
     try:
-        async with asyncio.timeout(30):
-            while True:
-                try:
-                    _, writer = await asyncio.open_connection("127.0.0.1", port)
-                    break
-                except OSError:
-                    await asyncio.sleep(0.1)
+        async with asyncio.timeout(60):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.0\r\n\r\n")
+            assert await reader.read(1), "it serves"
         writer.close()
         yield f"http://127.0.0.1:{port}/mcp"
     finally:

@@ -72,14 +72,15 @@ class Countdown(Environment):
 
 
 async def test_ok(playing):
-    began_at = time.time()
+    began_at, began = time.time(), time.perf_counter()
     record = await playing(Echo(system="Say it."), Task(prompt="hello", key="k"))
+    took_s = time.perf_counter() - began
     assert (record.rollout_id, record.environment, record.task.key) == (4, "echo", "k")
     assert (record.ending, record.reward, record.error) == (Ending.OK, 1.0, "")
     assert (record.rewards, record.metrics) == ({"exact": 1.0}, {"length": 5.0})
     assert [message["role"] for message in record.messages] == ["system", "user", "assistant"]
     assert (record.num_turns, record.num_sampled_tokens, record.versions) == (1, 6, (0,))
-    assert 0 < record.wall_s < 5
+    assert 0 < record.wall_s <= took_s
     assert began_at + record.wall_s <= record.ended_at + 0.01
     assert record.ended_at <= time.time()
 

@@ -119,7 +119,7 @@ def test_no_reply_makes_them_raise(text, other):
 
 
 def test_a_hostile_reply_takes_no_longer_than_its_length_asks():
-    started = time.perf_counter()
+    started = time.thread_time()
     assert boxed(r"\boxed{" * 50_000) == ""
     assert xml("<a>" * 50_000 + "</a>", "a") == ""
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2

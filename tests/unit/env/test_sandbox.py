@@ -1,6 +1,7 @@
 """Programs of rollouts: what they give back and what ends with them, what a failure means, what a recipe says."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -56,20 +57,21 @@ async def test_what_takes_too_long_is_killed_with_all_that_it_started(box):
     began = time.monotonic()
     late = await box.exec("sh -c 'sleep 61.25; touch late' & setsid sleep 61.25 & sleep 61.25", timeout_s=0.3)
     assert (late.status, late.exit_code) == ("timed_out", None)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert (await box.exec("sleep 60 & sleep 0.2")).status == "ok"
-    assert time.monotonic() - began < 5, "what it leaves behind is not waited for"
+    assert time.monotonic() - began < 30, "what it leaves behind is not waited for"
 
 
 async def test_what_parted_from_its_program_ends_with_the_sandbox_and_so_does_its_directory():
     async with Sandboxes("unsafe") as boxes:
         async with boxes.opened(Task()) as [box]:
-            pid = int((await box.exec("setsid sh -c 'echo $$; exec sleep 60' > pid & sleep 0.3; cat pid")).stdout)
+            leaving = "setsid sh -c 'echo $$; exec sleep 60' > pid & until [ -s pid ]; do sleep 0.01; done; cat pid"
+            pid = int((await box.exec(leaving)).stdout)
             handle, home = os.pidfd_open(pid), Path((await box.exec("pwd")).stdout.strip())
             assert home.is_dir()
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(handle, ended.set)
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 20)
         asyncio.get_running_loop().remove_reader(handle)
         os.close(handle)
     assert not home.exists()
@@ -77,12 +79,12 @@ async def test_what_parted_from_its_program_ends_with_the_sandbox_and_so_does_it
 
 @pytest.mark.parametrize("backend", ["unsafe", None])
 async def test_time_in_which_other_code_holds_the_event_loop_is_not_the_programs(backend):
-    """The planted fault: a limit by the clock on the wall calls a program of 0.2 s too slow that was given 0.5."""
+    """The planted fault: a limit by the clock on the wall calls a program of 0.2 s too slow that was given 2.5."""
     async with Sandboxes(backend) as boxes, boxes.opened(Task()) as [box]:
         await run_code("")
         running = [
-            asyncio.ensure_future(box.exec("sleep 0.2; echo hi", timeout_s=0.5)),
-            asyncio.ensure_future(run_code("import time; time.sleep(0.2); print('hi')", timeout_s=0.5)),
+            asyncio.ensure_future(box.exec("sleep 0.2; echo hi", timeout_s=2.5)),
+            asyncio.ensure_future(run_code("import time; time.sleep(0.2); print('hi')", timeout_s=2.5)),
         ]
         await asyncio.sleep(0.1)
         time.sleep(2.8)  # noqa: ASYNC251 - another rollout's scorer
@@ -93,7 +95,7 @@ async def test_time_in_which_other_code_holds_the_event_loop_is_not_the_programs
 async def test_a_flood_is_read_to_its_end_and_kept_in_part(box):
     flood = await box.exec("head -c 3000000 /dev/zero | tr '\\0' x; echo end >&2")
     assert (flood.exit_code, len(flood.stdout), flood.stderr, flood.truncated) == (0, MOST_OUTPUT, "end\n", True)
-    endless = await box.exec("yes", timeout_s=0.5)
+    endless = await box.exec("yes", timeout_s=3)
     assert (endless.status, len(endless.stdout)) == ("timed_out", MOST_OUTPUT)
 
 
@@ -119,10 +121,10 @@ async def test_only_regular_files_are_written_and_read(box):
     await box.exec("mkfifo pipe; mkdir place; ln -s /dev/null null; ln -s /dev/zero zeros; ln -s nowhere dangling")
     for name in ("pipe", "place", "null"):
         with pytest.raises(OSError, match=r"no regular file|No such device|Is a directory"):
-            await asyncio.wait_for(box.write(name, "x"), 5)
+            await asyncio.wait_for(box.write(name, "x"), 20)
     for name in ("pipe", "place", "zeros"):
         with pytest.raises(OSError, match=r"no regular file"):
-            await asyncio.wait_for(box.read(name), 5)
+            await asyncio.wait_for(box.read(name), 20)
     for name in ("file", "dangling"):
         await box.write(name, "after")
         assert await box.read(name) == b"after"
@@ -147,6 +149,7 @@ class Coder(Environment):
 
     max_turns = 1
     egress = ("pypi.org",)
+    timeout_s: float = 20
     places: ClassVar[list[str]] = []
     left: ClassVar[list[asyncio.Future]] = []
 
@@ -154,7 +157,7 @@ class Coder(Environment):
         self.places.append((await box.exec("pwd")).stdout.strip())
         self.left.append(asyncio.ensure_future(box.exec("sleep 60")))
         await asyncio.sleep(0.05)
-        ended = await box.exec(["python3", "-c", await agent(task.prompt)], timeout_s=2)
+        ended = await box.exec(["python3", "-c", await agent(task.prompt)], timeout_s=self.timeout_s)
         agent.rewards["right"] = float(ended.stdout.strip() == "5")
         await agent("once more")
 
@@ -165,7 +168,7 @@ class Alone(Coder):
     egress = ()
 
     async def run(self, task, agent, box: Sandbox):
-        ended = await box.exec(["python3", "-c", await agent(task.prompt)], timeout_s=2)
+        ended = await box.exec(["python3", "-c", await agent(task.prompt)], timeout_s=self.timeout_s)
         agent.rewards["right"] = float(ended.stdout.strip() == "5")
 
 
@@ -173,10 +176,11 @@ class Scorer(Environment):
     """Runs what the agent says as it scores it."""
 
     max_turns = 1
+    timeout_s: float = 20
 
     @reward
     async def right(self, task, rollout):
-        return (await run_code(rollout.reply, timeout_s=2)).stdout == "5\n"
+        return (await run_code(rollout.reply, timeout_s=self.timeout_s)).stdout == "5\n"
 
 
 class OfGroup(Environment):
@@ -225,7 +229,8 @@ ANSWERS = {
 @pytest.mark.parametrize("said", ANSWERS.values(), ids=ANSWERS.keys())
 async def test_a_program_that_goes_wrong_is_an_answer(environment, said):
     async with Sandboxes(None, SandboxConfig(memory_mb=64, disk_mb=16)):
-        record = await score(environment(), Task(prompt="?"), [said])
+        timeout_s = 2 if said == ANSWERS["is too slow"] else 20
+        record = await score(environment(timeout_s=timeout_s), Task(prompt="?"), [said])
     assert (record.ending, record.reward, record.error) == (Ending.OK, 0.0, "")
 
 
@@ -237,12 +242,26 @@ async def test_the_limits_are_the_recipes(environment):
     assert (record.ending, record.reward) == (Ending.OK, 1.0)
 
 
+_SEEN = "palestra-seen"  # how a program calls its process
+
+
+def _is_seen() -> bool:
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if comm.read_text().strip() == _SEEN:
+                return True
+    return False
+
+
 @pytest.mark.parametrize("environment", [Alone, Scorer])
 async def test_a_sandbox_that_fails_makes_the_rollout_invalid_and_played_again_it_has_another(environment):
     async with Sandboxes("local") as boxes:
         host = await host_of(boxes._options)
-        playing = asyncio.ensure_future(score(environment(), Task(prompt="?"), ["import time; time.sleep(0.9)"]))
-        await asyncio.sleep(0.4)
+        said = f"import ctypes, time; ctypes.CDLL(None).prctl(15, b'{_SEEN}'); time.sleep(60)"
+        playing = asyncio.ensure_future(score(environment(timeout_s=60), Task(prompt="?"), [said]))
+        async with asyncio.timeout(60):
+            while not _is_seen():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         os.kill(host.backend._process.pid, signal.SIGKILL)
         record = await playing
         assert (record.ending, record.rewards) == (Ending.INVALID, {})

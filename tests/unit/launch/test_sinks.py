@@ -260,7 +260,7 @@ def test_a_place_that_hangs_is_left_after_its_time(run: RunDir, monkeypatch: pyt
     with keeping.telling(run, ["wandb"], guard, said.append):
         pass
     guard.close()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
     assert len(said) == 1
     assert "killed by SIGKILL" in said[0]
 

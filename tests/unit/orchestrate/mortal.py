@@ -15,7 +15,7 @@ from palestra.wire.channel import Caller, Listener
 from palestra.wire.messages import Done, Play, ProcessEnded, ProcessStarted, Restart, ToSupervisor
 from palestra.wire.policy import EngineError, UnreachableError
 from palestra.wire.rundir import Attempt, RunDir, version_to_load
-from tests.unit.orchestrate.scripted import ScriptedEngine, ScriptedTrainer, ScriptedWorker
+from tests.unit.orchestrate.scripted import ScriptedEngine, ScriptedTrainer, ScriptedWorker, threads_of_its_own
 
 TIMEOUT_S = 60
 Predicate = Callable[[Play], bool]
@@ -203,11 +203,15 @@ class MortalRun:
             server.die()
 
     async def _orchestrate(self, life: int) -> None:
+        with threads_of_its_own():
+            await self._loop_of(life).run()
+
+    def _loop_of(self, life: int) -> Loop:
         journal = recover_journal(self.run, version_to_load(self.run, self.attempt, life))
         selector = LedgerSelector(Ledger("orchestrator"))
         make: Any = self.servers.__getitem__
         self.loop = Loop(self._config, self.run, self.attempt, journal, selector, life=life, make_client=make)
-        await self.loop.run()
+        return self.loop
 
     async def _train(self, life: int) -> None:
         version = version_to_load(self.run, self.attempt, life) or 0

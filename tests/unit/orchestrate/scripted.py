@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -56,7 +58,7 @@ def make_config(outputs: Path, **sections: dict) -> RunConfig:
         "sampling": {"max_tokens": 8},
         "train": {"steps": 6, "max_pack_tokens": 64, "checkpoint_every": 2, "batch_deadline_s": 20},
         "engine": {"max_model_len": 64, "max_in_flight": 8},
-        "env": {"mix": [{"id": "scripted"}], "stall_s": 5},
+        "env": {"mix": [{"id": "scripted"}], "stall_s": 60},
     }
     for name, section in sections.items():
         tree[name] = tree.get(name, {}) | section
@@ -287,6 +289,15 @@ def _entry(process: str = "trainer") -> LedgerEntry:
     return LedgerEntry(process=process, started_at=time.time(), wall_s=1.0, parts_s={"wait_for_batch": 1.0})
 
 
+@contextlib.contextmanager
+def threads_of_its_own() -> Iterator[None]:
+    """For one life of a process, which in tests is a task: a thread that it began has ended before the next life, as a
+    kill would end it. Two that write the same file under the same temporary name take it from each other."""
+    with ThreadPoolExecutor() as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+        yield
+
+
 class Life:
     """One attempt of a scripted run: the real loop with scripted peers."""
 
@@ -327,24 +338,48 @@ class Life:
             self.run,
             self.attempt,
             self.journal,
-            LedgerSelector(Ledger("orchestrator")),
+            _selector(),
             make_client=make_engine,  # type: ignore[arg-type]
         )
         self.trainer = ScriptedTrainer(self.run, self.attempt, version=resumed_from or 0, step_s=step_s)
         self.worker = ScriptedWorker(self.attempt, reward)
+        self.beside: list[Callable[[], Coroutine[Any, Any, None]]] = []  # what else runs, and ends with the run
 
-    async def play(self, *, kill_after_s: float | None = None) -> None:
-        """Run to the end, or cancel everything after a while, as a kill would."""
-        parts = [asyncio.create_task(part.run()) for part in (self.worker, self.trainer, self.loop)]
-        try:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*parts), kill_after_s)
-        finally:
-            for part in parts:  # the others too, if one failed
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
-            for channel in (self.worker._channel, self.trainer._channel, self.supervisor):
-                channel.close()
+    async def play(self, *, kill_after_s: float | None = None, kill_when: Callable[[], bool] | None = None) -> None:
+        """Run to the end, or cancel everything after a while or as soon as something is so, as a kill would."""
+        with threads_of_its_own():
+            runs = (self.worker.run, self.trainer.run, self.loop.run, *self.beside)
+            parts = [asyncio.create_task(run()) for run in runs]
+            if kill_when is not None:
+                parts.append(asyncio.create_task(_time_out(kill_when, parts[2])))
+            try:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.gather(*parts), kill_after_s)
+            finally:
+                for part in parts:  # the others too, if one failed
+                    part.cancel()
+                await asyncio.gather(*parts, return_exceptions=True)
+                for channel in (self.worker._channel, self.trainer._channel, self.supervisor):
+                    channel.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
+async def _time_out(when: Callable[[], bool], playing: asyncio.Task[None]) -> None:
+    while not when():
+        assert not playing.done(), "the run ended before it was to be killed"
+        await asyncio.sleep(0.002)
+    raise TimeoutError
+
+
+def _selector() -> LedgerSelector:
+    """The running loop's, where it was made with one: only that one sees its turns."""
+    running = getattr(asyncio.get_running_loop(), "_selector", None)
+    return running if isinstance(running, LedgerSelector) else LedgerSelector(Ledger("orchestrator"))
 
 
 def reward_by_seed(record: RolloutRecord) -> float:

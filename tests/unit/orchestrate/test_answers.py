@@ -19,7 +19,7 @@ from palestra.wire.messages import Call, ProcessEnded, ProcessStarted, ToSupervi
 from palestra.wire.results import read_results
 from palestra.wire.rundir import Attempt, RunDir
 from tests.unit.orchestrate.mortal import Server
-from tests.unit.orchestrate.scripted import PROMPT, ScriptedWorker, reward_by_seed
+from tests.unit.orchestrate.scripted import PROMPT, ScriptedWorker, reward_by_seed, until
 
 SEED = 4  # a reply of five tokens
 
@@ -50,7 +50,7 @@ def make_config(outputs: Path, *, engines: int, **engine: Any) -> RunConfig:
         "log": {"name": "measured", "outputs": str(outputs)},
         "model": {"path": "unused"},
         "sampling": {"max_tokens": 8},
-        "engine": {"max_model_len": 64, "max_in_flight": 4, "replicas": engines, "healthy_s": 5, **engine},
+        "engine": {"max_model_len": 64, "max_in_flight": 4, "replicas": engines, "healthy_s": 20, **engine},
         "eval": {"sets": [{"id": "scripted", "num_tasks": 20, "rollouts_per_task": 2}]},
     }
     return RunConfig.model_validate(tree)
@@ -102,7 +102,7 @@ async def test_a_reply_that_broke_off_is_gone_on_with_by_another_engine(tmp_path
     await bench.answers.start()
     await asyncio.sleep(0)
     asking = bench.ask()
-    await asyncio.sleep(0.02)
+    await until(lambda: any(engine.calls for engine in bench.engines))
     [dies, stays] = sorted(bench.engines, key=lambda engine: not engine.calls)
     dies.die()
     assert bench.answers.ended(dies.url.removeprefix("http://"))
@@ -130,7 +130,7 @@ async def test_the_only_engine_answers_again_once_its_successor_is_healthy_and_l
     assert engine.labels == [0]
     engine.may_label.clear()
     engine.is_alive.set()
-    await asyncio.sleep(0.02)
+    await until(lambda: engine.labels == [0, 0])
     engine.die()  # in its start, as it was about to serve
     bench.answers.ended("engine-0")
     bench.answers.started("engine-0")

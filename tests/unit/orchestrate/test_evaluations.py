@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from palestra.orchestrate import measure
 from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, reward_by_seed
 
 pytestmark = pytest.mark.slow
@@ -42,10 +43,11 @@ async def test_the_first_evaluation_withholds_publishes_and_training_goes_on(tmp
     assert summary_of(life)["evals"][0]["versions"] == [0]
 
 
-async def test_the_trainer_hears_of_evaluations_that_outlast_its_deadline(tmp_path):
+async def test_the_trainer_hears_of_evaluations_that_outlast_its_deadline(tmp_path, monkeypatch):
     """It waits for weights to be loaded, or for its end, and would take the silence for a dead orchestrator."""
+    monkeypatch.setattr(measure, "_OF_A_DEADLINE", 0.01)
     slow = {"sets": [{**SETS["sets"][0], "num_tasks": 64}]}
-    train = {"steps": 6, "max_pack_tokens": 64, "checkpoint_every": 2, "batch_deadline_s": 2}
+    train = {"steps": 6, "max_pack_tokens": 64, "checkpoint_every": 2, "batch_deadline_s": 20}
     config = make_config(tmp_path, eval=slow, train=train)
     life = Life(
         config, reward=reward_by_seed, engine=lambda url: ScriptedEngine(url, delay_s=lambda seed: 0.1 + seed % 9 / 30)
@@ -87,9 +89,8 @@ async def test_killed_during_the_first_evaluation_it_is_measured_again_on_versio
     train = {"steps": 6, "max_pack_tokens": 64, "checkpoint_every": 50, "batch_deadline_s": 20}
     config = make_config(tmp_path, eval=many, train=train)
     slow = Life(config, reward=reward_by_seed, engine=lambda url: ScriptedEngine(url, delay_s=lambda seed: 0.2))
-    await slow.play(kill_after_s=2.5)
+    await slow.play(kill_when=lambda: slow.journal.state.next_step >= 2)
     assert not slow.journal.state.evals
-    assert slow.journal.state.next_step > 0
     second = Life(config, reward=reward_by_seed, engine=SlowToStart)  # the trainer has caught up before it is there
     await second.play()
     assert [(e["when"], e["versions"]) for e in summary_of(second)["evals"]] == [("start", [0]), ("end", [6])]

@@ -15,6 +15,7 @@ from palestra.orchestrate.batcher import make_batch
 from palestra.orchestrate.frozen import FrozenEngine, FrozenModels, frozen_metrics, require_same_tokens
 from palestra.wire.policy import EngineError, UnreachableError
 from palestra.wire.runlog import read_metrics
+from tests.unit.core.clocks import LedgerClock
 from tests.unit.orchestrate.scripted import GROUP_SIZE, GROUPS, Life, ScriptedEngine, make_config
 from tests.unit.orchestrate.test_parts import RULES, group, record
 
@@ -94,15 +95,15 @@ class Failing:
         self.healthy_waits += 1
 
 
-def engine(client, *, max_in_flight: int = 4, max_model_len: int = 8, turn_s: float = 5.0) -> FrozenEngine:
+def engine(client, *, max_in_flight: int = 4, max_model_len: int = 8, turn_s: float = 20.0) -> FrozenEngine:
     return FrozenEngine(
         "reference-0",
         client,
         Ledger("reference-0"),
         max_in_flight=max_in_flight,
         max_model_len=max_model_len,
-        call_s=1.0,
-        healthy_s=1.0,
+        call_s=20.0,
+        healthy_s=20.0,
         turn_s=turn_s,
     )
 
@@ -135,15 +136,23 @@ async def test_a_sample_that_fills_the_context_lacks_the_last_answer_only():
     assert client.lengths == [7]
 
 
-async def test_no_more_than_max_in_flight_are_asked_at_once_and_the_ledger_says_so():
-    client = Failing([])
+async def test_no_more_than_max_in_flight_are_asked_at_once_and_the_ledger_says_so(monkeypatch):
+    clock = LedgerClock(monkeypatch)
+
+    class Working(Failing):
+        async def score(self, token_ids, *, deadline_s):
+            clock.burn(0.5)
+            return await super().score(token_ids, deadline_s=deadline_s)
+
+    client = Working([])
     one = engine(client, max_in_flight=3)
     await one.start()
     await asyncio.gather(*(one.logprobs(sample(4)) for _ in range(20)))
     assert client.most == 3
     entry = one.ledger.close()
     assert {"score", "idle"} <= entry.parts_s.keys()
-    assert entry.closure < 0.01
+    assert entry.wall_s == pytest.approx(20 * 0.5)
+    assert entry.closure < 1e-9
 
 
 class Silent(Failing):
@@ -172,7 +181,7 @@ async def test_every_wait_ends_and_says_what_it_was_for():
 
 async def test_a_rollout_is_asked_about_once_and_can_be_forgotten():
     client = Failing([])
-    models = FrozenModels({"reference": engine(client)}, asyncio.create_task, deadline_s=5.0)
+    models = FrozenModels({"reference": engine(client)}, asyncio.create_task, deadline_s=20.0)
     one, other = (
         RolloutRecord(
             rollout_id=i,
@@ -194,7 +203,7 @@ async def test_a_rollout_is_asked_about_once_and_can_be_forgotten():
 
 
 async def test_without_frozen_models_nothing_happens():
-    models = FrozenModels({}, asyncio.create_task, deadline_s=5.0)
+    models = FrozenModels({}, asyncio.create_task, deadline_s=20.0)
     models.begin([record(0, 1.0)])
     assert models.has_answers([record(0, 1.0)])
     assert models.take([record(0, 1.0)]) == {}

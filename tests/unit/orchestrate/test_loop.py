@@ -12,7 +12,7 @@ from palestra.core.errors import UserError
 from palestra.core.metrics import Last
 from palestra.core.records import Ending
 from palestra.orchestrate.journal import recover
-from palestra.wire.messages import Notice
+from palestra.wire.messages import Done, Notice
 from palestra.wire.runlog import read_metrics, read_warnings
 from tests.unit.orchestrate.scripted import (
     GROUP_SIZE,
@@ -54,7 +54,8 @@ async def test_routes_are_in_batches_of_runs_that_replay_them_and_not_in_what_pe
     """Joined and streamed replies, over a kill: the journal has their routes, too."""
     for replays in (True, False):
         config = make_config(tmp_path / str(replays), train={"router_replay": replays, "steps": 3})
-        await Life(config, reward=reward_by_seed, step_s=0.02).play(kill_after_s=0.15)
+        killed = Life(config, reward=reward_by_seed, step_s=0.02)
+        await killed.play(kill_when=lambda trainer=killed.trainer: trainer.trained != [])
         life = Life(config, reward=reward_by_seed)
         await life.play()
         for batch in life.trainer.batches:
@@ -178,18 +179,20 @@ async def test_an_environment_without_tasks_ends_the_run_before_an_engine_is_wai
 
 
 async def test_a_stuck_rollout_is_cancelled_and_retried_after_no_progress(tmp_path):
-    config = make_config(tmp_path, env={"mix": [{"id": "scripted"}], "stall_s": 0.3})
+    config = make_config(tmp_path, env={"mix": [{"id": "scripted"}], "stall_s": 60})
     life = Life(config, reward=reward_by_seed)
-    handle, swallowed = life.loop.desk.pool.handle, []
+    pool, swallowed = life.loop.desk.pool, []
+    handle = pool.handle
 
     def lose_one(peer, message):
-        """A worker whose environment hangs: its first rollout never ends."""
+        """A worker whose environment hangs: its first rollout never ends, and its time is up."""
         if type(message).__name__ == "Ended" and not swallowed:
             swallowed.append(message)
+            asyncio.get_running_loop().call_soon(pool._stalled, message.record.rollout_id)
         else:
             handle(peer, message)
 
-    life.loop.desk.pool.handle = lose_one
+    pool.handle = lose_one
     await life.play()
     assert len(life.trainer.trained) == 6
     assert life.journal.state.counts["rollouts_retried"] == 1
@@ -225,9 +228,13 @@ async def test_rollouts_in_flight_at_a_kill_are_answered_from_the_journal(tmp_pa
     first.loop.desk.pool.handle = lambda peer, message: (
         None if type(message).__name__ == "Ended" else ended(peer, message)
     )
-    await first.play(kill_after_s=0.5)  # replies were journalled, no rollout could end
-    answered = sum(len(replies) for replies in first.journal.state.replies.values())
-    assert answered > 0
+
+    def num_answered() -> int:
+        return sum(len(replies) for replies in first.journal.state.replies.values())
+
+    await first.play(kill_when=lambda: num_answered() == config.engine.max_in_flight)  # and no rollout could end
+    answered = num_answered()
+    assert answered == config.engine.max_in_flight
     second = Life(config, reward=reward_by_seed)
     asked = []
     call = second.loop.desk.gateway.call
@@ -247,13 +254,13 @@ async def test_a_warning_is_said_once_in_the_view_the_metrics_and_the_summary(tm
     heard: list[Notice] = []
 
     async def view():
-        while True:
+        message = None
+        while not isinstance(message, Done):
             _, message = await life.supervisor.receive()
             heard.extend([message] if isinstance(message, Notice) else [])
 
-    viewing = asyncio.create_task(view())
+    life.beside = [view]
     await life.play()
-    viewing.cancel()
     (warning,) = read_warnings(life.run)
     assert (warning["rule"], warning["step"]) == ("effective_share", 4)  # five steps are enough
     assert json.loads(life.run.summary.read_text())["warnings"] == [warning]

@@ -256,7 +256,7 @@ async def test_where_hardly_a_group_has_signal_ratings_do_not_wait_for_a_batch(t
 
     life = Life(loop_config(tmp_path), reward=reward)
     life.worker.num_tasks = 24
-    await life.play(kill_after_s=1.5)
+    await life.play(kill_when=lambda: any(isinstance(event, TasksRated) for event in events_of(life.run)))
     events = events_of(life.run)
     before = events[: next((i for i, event in enumerate(events) if isinstance(event, BatchShipped)), len(events))]
     first = next(event for event in before if isinstance(event, TasksRated))

@@ -33,7 +33,8 @@ from palestra.orchestrate.state import (
     RolloutEnded,
 )
 from palestra.wire.messages import Call
-from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, reward_by_seed
+from tests.unit.core.clocks import LoopClock
+from tests.unit.orchestrate.scripted import Life, ScriptedEngine, make_config, reward_by_seed, until
 from tests.unit.orchestrate.test_parts import RULES as PLAIN
 from tests.unit.orchestrate.test_parts import record
 
@@ -165,39 +166,42 @@ def test_lengths_dispatched_against_lengths_trained():
     assert state.length_drift == pytest.approx(4 / 5 - 1)  # the one of 8 tokens was too old
 
 
-async def test_a_pulse_is_quiet_after_so_long_without_a_beat_and_beats_again():
+async def test_a_pulse_is_quiet_after_so_long_without_a_beat_and_beats_again(monkeypatch):
     told: list[float] = []
-    loop = asyncio.get_running_loop()
-    with Pulse(0.4, lambda: told.append(loop.time())) as pulse:
-        began = loop.time()
+    clock = LoopClock(monkeypatch)
+    with Pulse(0.4, lambda: told.append(clock.now)) as pulse:
         for _ in range(4):
-            await asyncio.sleep(0.15)
+            await clock.pass_by(0.15)
             pulse.beat()
+        await clock.pass_by(0.39)
         assert not told, "beats put it off"
-        await asyncio.sleep(0.6)
+        assert not pulse.is_quiet
+        await clock.pass_by(0.02)
         assert len(told) == 1
         assert pulse.is_quiet
-        assert told[0] - began >= 0.6 + 0.4 - 0.005
+        await clock.pass_by(0.6)
+        assert len(told) == 1, "it says so once"
         pulse.beat()
         assert not pulse.is_quiet
-    await asyncio.sleep(0.6)
+    await clock.pass_by(0.6)
     assert len(told) == 1, "a stopped pulse says nothing"
 
 
-async def test_silence_counts_from_the_end_of_a_work_that_cannot_beat():
+async def test_silence_counts_from_the_end_of_a_work_that_cannot_beat(monkeypatch):
     told: list[float] = []
-    loop = asyncio.get_running_loop()
-    with Pulse(0.2, lambda: told.append(loop.time())) as pulse:
+    clock = LoopClock(monkeypatch)
+    with Pulse(0.2, lambda: told.append(clock.now)) as pulse:
         with pulse.at_work(), pulse.at_work():
-            await asyncio.sleep(0.5)
+            await clock.pass_by(0.5)
         assert not told
-        ended = loop.time()
-        await asyncio.sleep(0.4)
-        assert [at >= ended + 0.2 - 0.005 for at in told] == [True]
+        await clock.pass_by(0.19)
+        assert not told
+        await clock.pass_by(0.02)
+        assert len(told) == 1
         with pulse.at_work():
             assert not pulse.is_quiet
             pulse.__exit__()
-    await asyncio.sleep(0.4)
+    await clock.pass_by(0.4)
     assert len(told) == 1, "a stopped pulse says nothing"
 
 
@@ -399,8 +403,24 @@ async def test_members_of_several_groups_are_cut_while_the_first_of_them_is_scor
         planted.append(old)
         return old
 
-    def delay_s(seed: int) -> float:
-        return 0.3 + 0.06 * (seed % 31) if seed % 4 == 3 else 0.02 * (seed % 5)
+    class Holding(ScriptedEngine):
+        """Of every group it holds one member: of the first four groups until six have no other left, of the others
+        until they are to be cut."""
+
+        num_held = 0
+
+        async def stream(self, token_ids, sampling, *, seed, **how):
+            if seed % 4 == 3:
+                self.num_held += 1
+                await self._hold(0 if self.num_held > 4 else 6)
+            return await super().stream(token_ids, sampling, seed=seed, **how)
+
+        async def _hold(self, num_waiting: int) -> None:
+            def goes_on() -> bool:
+                held = [group for group in state.groups.values() if len(group.records) == 3]
+                return planted != [] or 0 < num_waiting <= len(held)
+
+            await until(goes_on)
 
     async def score(source, records):
         await asyncio.sleep(0.2)
@@ -410,8 +430,8 @@ async def test_members_of_several_groups_are_cut_while_the_first_of_them_is_scor
     algo = {"groups_per_step": 4, "group_size": 4, "max_age": 8, "pace_age": 3.0, "window_groups": 64}
     engine = {"max_in_flight": 64, "join_max_tokens": 0}
     config = make_config(tmp_path, algo=algo, engine=engine, train={"max_pack_tokens": 512, "steps": 4})
-    life = Life(config, reward=reward_by_seed, engine=lambda url: ScriptedEngine(url, delay_s=delay_s))
-    pool = life.loop.desk.pool
+    life = Life(config, reward=reward_by_seed, engine=lambda url: Holding(url, delay_s=lambda seed: 0.05))
+    pool, state = life.loop.desk.pool, life.journal.state
     read_chunk = life.loop._dispatcher._sources.read_chunk
 
     async def with_group_rewards(label, *place):
@@ -439,7 +459,7 @@ async def test_a_late_member_holds_up_no_publish(tmp_path, trained: int):
         return reward_by_member(record) * is_telling(record)
 
     algo = {"stuck_s": 0.05, "max_age": 8, "pace_age": 1.0}
-    train = {"steps": 20, "batch_deadline_s": 4}
+    train = {"steps": 20, "batch_deadline_s": 20}
     config = make_config(tmp_path, algo=algo, sync={"every": 2}, train=train, engine={"max_in_flight": 64})
     life, held = Life(config, reward=reward, step_s=0.03), []
     handle = life.loop.desk.pool.handle

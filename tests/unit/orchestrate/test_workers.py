@@ -28,6 +28,7 @@ from palestra.wire.messages import (
     Tasks,
     WorkerReady,
 )
+from tests.unit.core.clocks import LoopClock
 
 
 class Bench:
@@ -195,10 +196,13 @@ async def test_a_wait_for_a_worker_ends_in_words():
         await bench.play()
 
 
-async def test_a_rollout_without_progress_is_invalid_once_its_worker_has_answered():
-    bench = Bench(0, stall_s=0.05)
+async def test_a_rollout_without_progress_is_invalid_once_its_worker_has_answered(monkeypatch):
+    bench, clock = Bench(0, stall_s=0.05), LoopClock(monkeypatch)
     playing = bench.play()
-    await asyncio.sleep(0.1)
+    await bench.settle()
+    await clock.pass_by(0.04)
+    assert bench.last(Cancel) == []
+    await clock.pass_by(0.02)
     assert not playing.done(), "the worker may be blocked by another rollout"
     [(_, cancel)] = bench.last(Cancel)
     bench.pool.handle("env-0", Cancelled(rollout_id=cancel.rollout_id))
@@ -208,13 +212,15 @@ async def test_a_rollout_without_progress_is_invalid_once_its_worker_has_answere
     assert bench.restarts == []
 
 
-async def test_a_worker_that_does_not_answer_is_given_up_and_its_rollouts_go_elsewhere():
-    bench = Bench(0, 1, stall_s=0.05, answer_s=0.05)
+async def test_a_worker_that_does_not_answer_is_given_up_and_its_rollouts_go_elsewhere(monkeypatch):
+    bench, clock = Bench(0, 1, stall_s=0.05, answer_s=0.05), LoopClock(monkeypatch)
     playing = [bench.play("a", 1), bench.play("b", 2)]
     await bench.settle()
     (other, fine), (blocked, _) = sorted(bench.last(Play, 2), key=lambda sent: sent[0] == "env-0")
     bench.end(other, fine)
-    await asyncio.sleep(0.13)
+    await clock.pass_by(0.06)
+    assert bench.restarts == [], "it may answer yet"
+    await clock.pass_by(0.06)
     [(name, why)] = bench.restarts
     assert name == blocked == "env-0"
     assert "env.answer_s" in why
@@ -224,10 +230,12 @@ async def test_a_worker_that_does_not_answer_is_given_up_and_its_rollouts_go_els
     assert {(await one).ending for one in playing} == {Ending.OK}
 
 
-async def test_a_question_to_a_blocked_worker_is_asked_of_another_and_a_slow_answer_is_an_error():
-    bench = Bench(0, 1, stall_s=0.05, answer_s=0.05)
+async def test_a_question_to_a_blocked_worker_is_asked_of_another_and_a_slow_answer_is_an_error(monkeypatch):
+    bench, clock = Bench(0, 1, stall_s=0.05, answer_s=0.05), LoopClock(monkeypatch)
     listing = asyncio.create_task(bench.pool.list_tasks("s", 0, 0, 4))
-    await asyncio.sleep(0.13)
+    await bench.settle()
+    await clock.pass_by(0.06)
+    await clock.pass_by(0.06)
     assert [name for name, _ in bench.restarts] == ["env-0"]
     [(worker, asked)] = bench.last(ListTasks)
     assert worker == "env-1"
@@ -235,8 +243,10 @@ async def test_a_question_to_a_blocked_worker_is_asked_of_another_and_a_slow_ans
     assert (await listing).exhausted
 
     slow = asyncio.create_task(bench.pool.list_tasks("s", 0, 0, 4))
-    await asyncio.sleep(0.07)
+    await bench.settle()
+    await clock.pass_by(0.06)
     [(worker, cancel)] = bench.last(Cancel)
+    assert worker == "env-1"
     bench.pool.handle(worker, Cancelled(rollout_id=cancel.rollout_id))
     with pytest.raises(DeadlineError, match=r"waited 0\.05 s for tasks of s from env-1"):
         await slow

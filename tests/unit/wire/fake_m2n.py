@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm.distributed.weight_transfer import m2n_engine, m2n_trainer
 
 CPU = torch.device("cpu")
-TAKE_S = 5
+TAKE_S = 60
 
 
 @dataclass(frozen=True)

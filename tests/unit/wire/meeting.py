@@ -78,7 +78,9 @@ class Group:
     def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
         assert src == 0
         if self._rank:
-            tensor[...] = self._queues[self._rank].get(timeout=5)  # as patches are put in place, vLLM has another copy_
+            tensor[...] = self._queues[self._rank].get(
+                timeout=60
+            )  # as patches are put in place, vLLM has another copy_
             self._queues[self._rank].task_done()
             return
         for one in self._queues.values():
@@ -129,20 +131,21 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Meeting:
 
 
 class Trainer:
-    """The trainer's process: hears `SendWeights`, and says what vLLM's side of it wants of engines."""
+    """The trainer's process: hears `SendWeights`, and says what vLLM's side of it wants of engines. `gives_up`: when an
+    engine has failed, as it would at its deadline."""
 
     def __init__(
         self,
         tensors: Mapping[str, torch.Tensor],
         *,
-        deadline_s: float = 5,
+        deadline_s: float = 20,
         sends: type[Sender] = Sender,
         width: int = 1,
     ):
         self.tensors, self.deadline_s, self.width = tensors, deadline_s, width
         self.sender = sends(lambda: self.tensors.items(), ranks=Alone(), host="127.0.0.1")
         self.sending: Sending
-        self.error = ""
+        self.error, self.gives_up = "", False
         self.met: list[Any] = []
 
     async def begin(self, engines) -> bool:
@@ -169,9 +172,11 @@ class Trainer:
 
         async def one(engine: Any) -> None:
             try:
-                async with asyncio.timeout(8):
-                    await self.sending.into(engine, deadline_s=5)  # type: ignore[arg-type]
-            except Exception:
+                async with asyncio.timeout(60):
+                    await self.sending.into(engine, deadline_s=20)  # type: ignore[arg-type]
+            except Exception as failure:
+                for sender in getattr(self.sender, "senders", [self.sender]) if self.gives_up else ():
+                    sender._told.put(("failed", failure))
                 await self.sending.leave(engine)  # type: ignore[arg-type]
                 raise
 

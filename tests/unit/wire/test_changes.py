@@ -272,12 +272,12 @@ async def test_changes_of_other_weights_than_it_holds_are_refused(bench, tmp_pat
         engine.load(tmp_path / "held", 1)
     before = engine.bits
     bench.prepare(1)
-    bench.trainer.deadline_s = 0.3  # it does not receive: the trainer soon gives up
+    bench.trainer.gives_up = True  # it does not receive
     [failure] = await bench.send(2, engine)
     assert isinstance(failure, InfrastructureError)
     assert f"from weights '1.0.1' to '1.0.2' were sent, but the engine holds '{held or 'none'}'" in str(failure)
     assert same(engine.bits, before)
-    bench.trainer.error, bench.trainer.met, bench.trainer.deadline_s = "", [], 5
+    bench.trainer.error, bench.trainer.met, bench.trainer.gives_up = "", [], False
     engine.load(bench.stage(2), 2)
     assert await bench.send(3, engine) == [None]
     assert same(engine.bits, bench.expected(3))
@@ -330,7 +330,7 @@ async def test_an_engine_that_fails_while_it_writes_holds_nothing(bench, monkeyp
     assert "could not receive the version: ValueError no room" in str(failure)
     assert len(calls) == 1
     monkeypatch.setattr(engine.model, "load_weights", load)
-    bench.trainer.deadline_s = 0.3
+    bench.trainer.gives_up = True
     [failure] = await bench.send(2, engine)
     assert "the engine holds 'none'" in str(failure)
     engine.load(bench.stage(2), 2)

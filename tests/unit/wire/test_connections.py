@@ -59,7 +59,7 @@ async def server() -> AsyncIterator[Server]:
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(
-        base_url=server.url, transport=Connections(keepalive_s=5.0), trust_env=False
+        base_url=server.url, transport=Connections(keepalive_s=60.0), trust_env=False
     ) as client:
         yield client
 
@@ -72,7 +72,7 @@ async def test_one_after_the_other_is_one_connection(server: Server, client: htt
 
 async def test_requests_in_flight_have_one_each_and_leave_them_to_later_ones(server: Server, client: httpx.AsyncClient):
     asking = [asyncio.create_task(client.get("/held")) for _ in range(20)]
-    await asyncio.wait_for(server.full.wait(), 5)
+    await asyncio.wait_for(server.full.wait(), 20)
     server.release.set()
     await asyncio.gather(*asking)
     await asyncio.gather(*(client.get("/1") for _ in range(20)))
@@ -159,4 +159,4 @@ async def test_streams_cancelled_at_any_moment_leave_no_connection_stuck(server:
             task.cancel()  # again, while it closes
         await asyncio.wait(reading)
         for _ in range(10):
-            assert (await asyncio.wait_for(client.get("/1"), 2)).status_code == 200
+            assert (await asyncio.wait_for(client.get("/1"), 20)).status_code == 200

@@ -24,7 +24,7 @@ def client(engine: FakeEngine) -> EngineClient:
 
 
 async def test_a_reply_has_tokens_logprobs_and_versions(engine: FakeEngine, client: EngineClient) -> None:
-    [reply] = await client.generate([1, 2], SAMPLING, seed=100, deadline_s=5, cache_salt="v7")
+    [reply] = await client.generate([1, 2], SAMPLING, seed=100, deadline_s=20, cache_salt="v7")
     assert reply.token_ids == [100, 101, 102, 103]
     assert reply.logprobs == [-0.7] * 4
     assert reply.spans == (Span(7, 0, 4),)
@@ -32,7 +32,7 @@ async def test_a_reply_has_tokens_logprobs_and_versions(engine: FakeEngine, clie
 
 
 async def test_what_the_engine_is_asked(engine: FakeEngine, client: EngineClient) -> None:
-    await client.generate([1, 2], SAMPLING, seed=100, deadline_s=5, cache_salt="v7", num_replies=2)
+    await client.generate([1, 2], SAMPLING, seed=100, deadline_s=20, cache_salt="v7", num_replies=2)
     [(_, body, _)] = engine.calls
     assert body.pop("request_id")
     assert body == {
@@ -54,24 +54,24 @@ async def test_what_the_engine_is_asked(engine: FakeEngine, client: EngineClient
 
 async def test_a_reply_of_an_exact_length_is_asked_for_without_stops(engine: FakeEngine, client: EngineClient) -> None:
     sampling = Sampling(max_tokens=4, stop_token_ids=(9,), ignores_stop=True)
-    await client.generate([1, 2], sampling, seed=100, deadline_s=5)
+    await client.generate([1, 2], sampling, seed=100, deadline_s=20)
     params = engine.calls[0][1]["sampling_params"]
     assert params["ignore_eos"] is True
     assert "stop_token_ids" not in params
-    await client.generate([1, 2], SAMPLING, seed=100, deadline_s=5)
+    await client.generate([1, 2], SAMPLING, seed=100, deadline_s=20)
     assert "ignore_eos" not in engine.calls[1][1]["sampling_params"]
 
 
 async def test_replies_of_a_joined_request_come_in_the_order_of_their_seeds(client: EngineClient) -> None:
-    joined = await client.generate([1], SAMPLING, seed=100, deadline_s=5, num_replies=3)
-    alone = [(await client.generate([1], SAMPLING, seed=100 + index, deadline_s=5))[0] for index in range(3)]
+    joined = await client.generate([1], SAMPLING, seed=100, deadline_s=20, num_replies=3)
+    alone = [(await client.generate([1], SAMPLING, seed=100 + index, deadline_s=20))[0] for index in range(3)]
     assert joined == alone
 
 
 async def test_tokens_without_a_version_are_not_accepted(engine: FakeEngine, client: EngineClient) -> None:
     engine.label = "default"
     with pytest.raises(EngineError, match="nothing was published to it yet"):
-        await client.generate([1], SAMPLING, seed=0, deadline_s=5)
+        await client.generate([1], SAMPLING, seed=0, deadline_s=20)
     assert await client.version() is None
 
 
@@ -80,13 +80,13 @@ async def test_tokens_that_no_span_covers_are_not_accepted(engine: FakeEngine, c
     spans = [{"version": "7", "start": 0, "end": 1}]
     engine.faults[GENERATE] = [httpx.Response(200, json={"choices": [{**choice, "weight_versions": spans}]})]
     with pytest.raises(EngineError, match="2 tokens with 2 log-probabilities, 1 of them with a version"):
-        await client.generate([1], SAMPLING, seed=0, deadline_s=5)
+        await client.generate([1], SAMPLING, seed=0, deadline_s=20)
 
 
 async def test_an_answer_that_is_not_one(engine: FakeEngine, client: EngineClient) -> None:
     engine.faults[GENERATE] = [httpx.Response(200, text="<html>proxy</html>")]
     with pytest.raises(EngineError, match="not a reply"):
-        await client.generate([1], SAMPLING, seed=0, deadline_s=5)
+        await client.generate([1], SAMPLING, seed=0, deadline_s=20)
 
 
 async def test_score_returns_a_logprob_for_every_token_but_the_first(engine: FakeEngine, client: EngineClient) -> None:
@@ -111,7 +111,7 @@ async def test_raw_logprobs_are_found_out(engine: FakeEngine, client: EngineClie
 async def test_a_refused_request_is_our_mistake_and_not_tried_again(engine: FakeEngine, client: EngineClient) -> None:
     engine.faults[GENERATE] = [error(400, "The decoder prompt is longer than the maximum model length of 256.")]
     with pytest.raises(RefusedError, match=r"refused .*\(400\): The decoder prompt is longer"):
-        await client.generate([1], SAMPLING, seed=0, deadline_s=5)
+        await client.generate([1], SAMPLING, seed=0, deadline_s=20)
     assert len(engine.calls) == 1
 
 
@@ -124,7 +124,7 @@ async def test_a_failing_engine_is_quoted(engine: FakeEngine, client: EngineClie
 @pytest.mark.parametrize("broken", [httpx.ReadError("reset"), httpx.ConnectError("refused"), error(503, "busy")])
 async def test_a_seeded_request_is_tried_again(engine: FakeEngine, client: EngineClient, broken: object) -> None:
     engine.faults[GENERATE] = [broken, broken]  # type: ignore[list-item]
-    [reply] = await client.generate([1], SAMPLING, seed=5, deadline_s=5)
+    [reply] = await client.generate([1], SAMPLING, seed=5, deadline_s=20)
     assert reply.token_ids[0] == 5
     assert engine.paths() == [GENERATE] * 3
 
@@ -132,12 +132,12 @@ async def test_a_seeded_request_is_tried_again(engine: FakeEngine, client: Engin
 async def test_an_unseeded_request_that_may_have_arrived_is_not(engine: FakeEngine, client: EngineClient) -> None:
     engine.faults[GENERATE] = [httpx.ReadError("reset")]
     with pytest.raises(UnreachableError, match="after 1 tries: ReadError"):
-        await client.generate([1], SAMPLING, seed=None, deadline_s=5)
+        await client.generate([1], SAMPLING, seed=None, deadline_s=20)
 
 
 async def test_an_unseeded_request_that_cannot_have_arrived_is(engine: FakeEngine, client: EngineClient) -> None:
     engine.faults[GENERATE] = [httpx.ConnectError("refused")]
-    assert await client.generate([1], SAMPLING, seed=None, deadline_s=5)
+    assert await client.generate([1], SAMPLING, seed=None, deadline_s=20)
 
 
 async def test_a_load_is_never_sent_twice(engine: FakeEngine, client: EngineClient) -> None:
@@ -205,7 +205,7 @@ def _stream(client: EngineClient, draft: Draft, **more):
 async def test_a_streamed_reply_is_the_reply(engine: FakeEngine, client: EngineClient) -> None:
     draft = Draft(lambda: 7)
     streamed = await _stream(client, draft, cache_salt="v7")
-    [whole] = await client.generate([1, 2], Sampling(temperature=0.7, max_tokens=10), seed=100, deadline_s=5)
+    [whole] = await client.generate([1, 2], Sampling(temperature=0.7, max_tokens=10), seed=100, deadline_s=20)
     assert streamed == whole
     assert draft.token_ids == whole.token_ids
     body = engine.calls[0][1]

@@ -10,6 +10,7 @@ from palestra.core.errors import PublishError
 from palestra.wire.policy import EngineClient
 from palestra.wire.publish import NoEngineLeft, ProbeGap, PublishReport, measure, publish, require_arrived
 from palestra.wire.weights.manifest import Probe, Staged
+from tests.unit.core.clocks import LoopClock
 from tests.unit.wire.fake_engine import FakeEngine, error
 
 
@@ -30,7 +31,7 @@ def engine_with(weights: float, label: str = "default", **loads: float) -> tuple
 
 
 async def publish_one(client: EngineClient, version: Staged, kv: str = "keep") -> PublishReport:
-    return await publish([client], version, kv=kv, at_once=1, tolerance=1e-4, deadline_s=5)  # type: ignore[arg-type]
+    return await publish([client], version, kv=kv, at_once=1, tolerance=1e-4, deadline_s=20)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kv", "clear_cache"), [("keep", "false"), ("recompute", "true")])
@@ -95,7 +96,8 @@ async def test_what_is_asked_before_the_engine_has_paused_shares_no_prefix_with_
     engine, client = engine_with(0.0, v0=1.0)
     engine.delay_s = 0.05
     publishing = asyncio.create_task(publish_one(client, staged(0, 1.0, None)))
-    await asyncio.sleep(0.02)  # the first call, which pauses, takes 0.05 s
+    while not engine.calls:  # noqa: ASYNC110 - the first one, which pauses, takes 0.05 s
+        await asyncio.sleep(0)
     while_pausing = client.cache_salt
     await publishing
     assert len({"unpublished", while_pausing, client.cache_salt}) == 3
@@ -154,18 +156,25 @@ async def test_one_engine_that_fails_does_not_hinder_the_others() -> None:
     pairs = [engine_with(0.0, v1=1.0) for _ in range(3)]
     pairs[1][0].faults["/update_weights"] = [error(500, "out of memory")]
     report = await publish(
-        [client for _, client in pairs], staged(1, 1.0, 0.0), kv="keep", at_once=3, tolerance=1e-4, deadline_s=5
+        [client for _, client in pairs], staged(1, 1.0, 0.0), kv="keep", at_once=3, tolerance=1e-4, deadline_s=20
     )
     assert [engine.ok for engine in report.engines] == [True, False, True]
     assert "out of memory" in report.failed[0].failure
     assert [engine.paused for engine, _ in pairs] == [False, True, False]
 
 
-async def test_an_engine_that_hangs_is_given_up_at_the_deadline() -> None:
+async def test_an_engine_that_hangs_is_given_up_at_the_deadline(monkeypatch) -> None:
+    clock = LoopClock(monkeypatch)
     good, hanging = engine_with(0.0, v1=1.0), engine_with(0.0, v1=1.0)
     hanging[0].delay_s = 60
     clients = [good[1], hanging[1]]
-    report = await publish(clients, staged(1, 1.0, 0.0), kv="keep", at_once=2, tolerance=1e-4, deadline_s=0.2)
+    version = staged(1, 1.0, 0.0)
+    publishing = asyncio.create_task(
+        publish(clients, version, kv="keep", at_once=2, tolerance=1e-4, deadline_s=0.2)  # type: ignore[arg-type]
+    )
+    while not publishing.done():
+        await clock.pass_by(0.0 if "/inference/v1/generate" not in good[0].paths() else 0.21)
+    report = await publishing
     assert [engine.ok for engine in report.engines] == [True, False]
     assert "DeadlineError: waited" in report.failed[0].failure
 
@@ -185,7 +194,7 @@ async def test_no_more_engines_stand_still_than_allowed(at_once: int) -> None:
 
     watcher = asyncio.create_task(watch())
     clients = [client for _, client in pairs]
-    await publish(clients, staged(1, 1.0, 0.0), kv="keep", at_once=at_once, tolerance=1e-4, deadline_s=5)
+    await publish(clients, staged(1, 1.0, 0.0), kv="keep", at_once=at_once, tolerance=1e-4, deadline_s=20)
     watcher.cancel()
     assert most == at_once
 

@@ -98,7 +98,7 @@ async def ask(server: Server, prompt: list[int], routes_from: int | None, *, str
     client = EngineClient("http://engine:8000/", transport=server)
     sampling = Sampling(max_tokens=num, routes_from=routes_from)
     if not streams:
-        return (await client.generate(prompt, sampling, seed=1, deadline_s=5))[0]
+        return (await client.generate(prompt, sampling, seed=1, deadline_s=20))[0]
     return await client.stream(prompt, sampling, seed=1, silence_s=5, draft=Draft(lambda: 0))
 
 

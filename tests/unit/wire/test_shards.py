@@ -279,12 +279,12 @@ async def test_a_version_may_come_as_files_in_between(bench, tmp_path):
     assert await bench.send(trainer, 0, engine) is None
     files.stage(tmp_path / "v1", 1, 1, iter(bench.versions[1].items()))
     engine.start()
-    await engine.update_by_transfer({"directory": str(tmp_path / "v1"), "version": 1}, deadline_s=5)
+    await engine.update_by_transfer({"directory": str(tmp_path / "v1"), "version": 1}, deadline_s=20)
     assert engine.holds(bench.versions[1])
     assert await bench.send(trainer, 0, engine) is None
     assert engine.holds(bench.versions[0])
     with pytest.raises(InfrastructureError, match="start a new update"):
-        await engine.update_by_transfer({"directory": str(tmp_path / "v1"), "version": 1}, deadline_s=5)
+        await engine.update_by_transfer({"directory": str(tmp_path / "v1"), "version": 1}, deadline_s=20)
 
 
 def test_the_offer_says_how_much_is_gathered_nowhere(bench):
@@ -348,8 +348,9 @@ async def test_all_ranks_are_free_of_an_engine_that_died_by_the_deadline(bench, 
 
 @ONE_FAMILY
 async def test_no_rank_goes_on_where_one_has_failed(bench, monkeypatch):
-    trainer, engine = bench.trainer(deadline_s=LATE_S), Engine(bench.config)
+    trainer, engine = bench.trainer(), Engine(bench.config)
     assert await bench.send(trainer, 0, engine) is None
+    trainer.deadline_s = 3 * LATE_S  # of those that wait for the one that has failed
     senders = trainer.sender.senders  # type: ignore[attr-defined]
     with monkeypatch.context() as harm:
         harm.setattr(fake_m2n, "TAKE_S", 1)
@@ -362,8 +363,9 @@ async def test_no_rank_goes_on_where_one_has_failed(bench, monkeypatch):
 
 @ONE_FAMILY
 async def test_an_engine_that_lost_its_weights_place_is_not_written_to(bench):
-    trainer, engine = bench.trainer(deadline_s=LATE_S), Engine(bench.config)
+    trainer, engine = bench.trainer(), Engine(bench.config)
     assert await bench.send(trainer, 0, engine) is None
+    trainer.gives_up = True
     moved = engine.models[0].get_parameter("model.layers.0.self_attn.o_proj.weight")
     moved.data = moved.data.clone()
     failure = await bench.send(trainer, 1, engine)
@@ -380,7 +382,7 @@ async def test_a_trainer_that_meets_nobody_leaves_it_at_that(bench, monkeypatch)
         trainer = bench.trainer(deadline_s=LATE_S)
         assert await bench.send(trainer, 0, Engine(bench.config, fails_at="init")) is not None
     assert "waited 1 s" in trainer.error
-    again, trainer.met = Engine(bench.config), []
+    again, trainer.met, trainer.deadline_s = Engine(bench.config), [], 20
     assert await bench.send(trainer, 1, again) is None
     let_go.set()
     assert again.holds(bench.versions[1])

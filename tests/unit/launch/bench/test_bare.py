@@ -1,23 +1,29 @@
 """The bare client against an engine in a few lines: what it asks for, what it measures, what it refuses."""
 
+import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from tests.unit.wire.fake_engine import FakeEngine, error
 
 from palestra.core.errors import InfrastructureError
+from palestra.launch.bench import bare
 from palestra.launch.bench.bare import Ask, BareClient
 
 URL = "http://engine:8000"
+_TURNS = 50  # of the event loop, in which all that are asked at once have come
 
 
 class CountingEngine(FakeEngine):
-    """Its metrics count what it sampled; `most_at_once` is how many asks it ever had together."""
+    """Its metrics count what it sampled; `most_at_once` is how many asks it ever had together. Each reply takes
+    `reply_s` of a clock of its own, those together the same."""
 
     def __init__(self):
         super().__init__()
         self.sampled = self.now = self.most_at_once = 0
+        self.clock_s, self.reply_s = 0.0, 0.01
         self.length: Callable[[int], int] = lambda asked: asked
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -25,6 +31,10 @@ class CountingEngine(FakeEngine):
             return httpx.Response(200, text=f'vllm:generation_tokens_total{{engine="0"}} {self.sampled}.0\n')
         self.now += 1
         self.most_at_once = max(self.most_at_once, self.now)
+        ends_s = self.clock_s + self.reply_s
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        self.clock_s = max(self.clock_s, ends_s)
         answer = await super().handle_async_request(request)
         self.now -= 1
         return answer
@@ -48,8 +58,9 @@ async def engine():
 
 
 @pytest.fixture
-async def client(engine: CountingEngine):
-    client = BareClient([URL], call_s=5, transport=engine)
+async def client(engine: CountingEngine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bare, "time", SimpleNamespace(monotonic=lambda: engine.clock_s))
+    client = BareClient([URL], call_s=20, transport=engine)
     yield client
     await client.close()
 
@@ -64,20 +75,19 @@ async def test_it_asks_for_what_the_loop_would(engine: CountingEngine, client: B
 
 
 async def test_what_it_measures(engine: CountingEngine, client: BareClient):
-    engine.delay_s = 0.05
+    engine.reply_s = 0.05
     alone = await client.measure(asks(20, 20, 20, 20, 4), in_flight=2)
     assert (alone.num_replies, alone.sampled_tokens, alone.in_flight) == (5, 84, 2)
     assert engine.most_at_once == 2
-    assert 0.15 <= alone.wall_s < 1.0  # three rounds
-    assert 84 / alone.wall_s <= 84 / 0.15
-    assert 0.05 / 20 <= alone.decode_step_s < 0.5 / 20  # the reply of 4 tokens does not count
+    assert alone.wall_s == pytest.approx(0.15)  # three rounds
+    assert alone.decode_step_s == pytest.approx(0.05 / 20)  # the reply of 4 tokens does not count
 
 
 async def test_saturated_is_before_the_tail(engine: CountingEngine, client: BareClient):
     """Two at once: when the first slot stays empty, 80 tokens are there after two rounds; a last one takes long."""
-    engine.delay_s = 0.05
+    engine.reply_s = 0.05
     alone = await client.measure(asks(*[20] * 4), in_flight=2)
-    assert alone.saturated_tokens_per_s == pytest.approx(80 / 0.1, rel=0.5)
+    assert alone.saturated_tokens_per_s == pytest.approx(80 / 0.1)
 
 
 async def test_a_reply_of_another_length_is_refused(engine: CountingEngine, client: BareClient):
