@@ -77,9 +77,7 @@ def save(model: Path, run: Path, ranks: Ranks) -> None:
         _publish(trainer, run / "staged")
 
 
-def resume(
-    model: Path, run: Path, ranks: Ranks, name: str, *, version: int = SAVED, forgets: bool = False
-) -> None:
+def resume(model: Path, run: Path, ranks: Ranks, name: str, *, version: int = SAVED, forgets: bool = False) -> None:
     """The next step; two ranks save after it for one. Who `forgets` has no biases of routers."""
     trainer = _trainer(model, run, ranks)
     trainer.resume(version, Ledger("test"))

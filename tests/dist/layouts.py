@@ -19,7 +19,6 @@ from palestra.config.schema import Balance, Lora, ReshardAfter, Train
 from palestra.core.ledger import Ledger
 from palestra.core.metrics import values
 from palestra.model import experts, load
-from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.documents import documents_of
 from palestra.model.expert_adapters import expert_modules
 from palestra.model.export import iterate_weights
@@ -29,6 +28,7 @@ from palestra.model.lora import add_adapter, begin_adapter
 from palestra.model.mesh import Meshes, make_meshes
 from palestra.model.places import share
 from palestra.model.policy import Policy, check_replay
+from palestra.model.recompute import PLAIN, Activations, keep_activations
 from palestra.model.replay import Replay
 from palestra.model.shards import ShardedWeights
 from palestra.model.tensor import Seen
@@ -41,7 +41,10 @@ from tests.unit.train.batches import make_batch
 
 ALL = ("Qwen3ForCausalLM", "Gemma2ForCausalLM", "Glm4MoeForCausalLM", "GptOssForCausalLM")
 LATENT = "DeepseekV3ForCausalLM"  # its values are narrower than its keys, and its attention is in no tensor plan
-BIASED, SINKS = "LlamaForCausalLM", "GraniteSWAForCausalLM"  # what a rank of a tensor axis must add once, or has heads of
+BIASED, SINKS = (
+    "LlamaForCausalLM",
+    "GraniteSWAForCausalLM",
+)  # what a rank of a tensor axis must add once, or has heads of
 FAMILIES = (*ALL, LATENT, BIASED, SINKS)  # the last three in few layouts
 NORMED = ("Qwen3ForCausalLM", "Glm4MoeForCausalLM")  # norms of the heads of queries and keys
 DTYPES = {"float64": torch.float64, "float32": torch.float32, (ADAPTED := "adapted"): torch.float64}
@@ -89,10 +92,20 @@ LAYOUTS = [
     Layout("ep2-unknown", 2, {"shard": 2, "experts": 2}, NORMED[1:], (), is_known=False),
     Layout("ulysses2", 2, {"context": 2}),
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
-    Layout("tp2", 2, {"tensor": 2}, families=("Gemma2ForCausalLM", LATENT, BIASED, SINKS), singles=(), adapted=(LATENT,)),
+    Layout(
+        "tp2", 2, {"tensor": 2}, families=("Gemma2ForCausalLM", LATENT, BIASED, SINKS), singles=(), adapted=(LATENT,)
+    ),
     Layout("tp2-fsdp2", 4, {"tensor": 2, "shard": 2}, families=NORMED, adapted=NORMED[:1]),
     Layout("tp2-ulysses2", 4, {"tensor": 2, "context": 2}, families=NORMED[1:], singles=()),
-    Layout("tp2-ep2", 2, {"tensor": 2, "experts": 2}, families=NORMED[1:], singles=(), optimizer="adamw", adapted=NORMED[1:]),
+    Layout(
+        "tp2-ep2",
+        2,
+        {"tensor": 2, "experts": 2},
+        families=NORMED[1:],
+        singles=(),
+        optimizer="adamw",
+        adapted=NORMED[1:],
+    ),
     Layout("ep2-ulysses2-fsdp2", 4, {"shard": 2, "context": 2, "experts": 2}),
     Layout(
         "ep2-ring2-fsdp2",
@@ -228,9 +241,7 @@ def _measure(
         if len(policy.routers):
             loss = loss + AUX_LOSS / plan.num_tokens * policy.routers.balance_loss(policy.context)
         loss.backward()
-    found: dict[str, Any] = {
-        "gradients": {name: _whole(parameter.grad) for name, parameter in _trained(policy)}
-    }
+    found: dict[str, Any] = {"gradients": {name: _whole(parameter.grad) for name, parameter in _trained(policy)}}
     policy.zero_grad()
     stepped = make_optimizer(policy, policy.decoder_layers, Train(optimizer=optimizer, weight_decay=0.1))
     found["metrics"] = [
@@ -284,7 +295,9 @@ def never_narrower(forward: Callable[..., Any]) -> Callable[..., Any]:
     return widely
 
 
-def _step(policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks, reshard_after: ReshardAfter) -> Any:
+def _step(
+    policy: Policy, optimizer: torch.optim.Optimizer, plan: Plan, ranks: Ranks, reshard_after: ReshardAfter
+) -> Any:
     """Experts are balanced, too, where there are any."""
     return train_step(
         policy,
@@ -325,51 +338,67 @@ def _whole(tensor: Tensor | None) -> Tensor:
 @contextmanager
 def planted(fault: str, policy: Policy, meshes: Meshes) -> Iterator[None]:
     """A mistake that the comparison must see."""
-    if fault == "experts swapped":
-        for module in expert_modules(policy.model):
-            for parameter in module.parameters(recurse=False):
-                local = parameter.to_local()  # type: ignore[attr-defined]
-                with torch.no_grad():
-                    local.copy_(local.flip(0))
-    elif fault == "wrong divisor":
-        for module in expert_modules(policy.model):
-            module.set_gradient_divide_factor(meshes.experts["ep"].size())  # type: ignore[operator]
-    elif fault == "boundary ignored":
-        with patch.object(packs, "documents_of", lambda lengths, *more: documents_of([sum(lengths)], *more)):
+    if fault in _PATCHED:
+        with patch.object(*_PATCHED[fault](policy)):
             yield
-            return
-    elif fault == "routes of another rank":
-        with patch.object(Replay, "given", lambda replay, layer, given=Replay.given: _of_other(given(replay, layer))):
-            yield
-            return
-    elif fault == "experts counted in a part":
-        with patch.object(type(policy.context), "total", lambda context, part: part):
-            yield
-            return
-    elif fault == "norms summed twice":
-        for name, module in policy.model.named_modules():
-            if name.endswith("q_norm"):
-                _use_weight(module, lambda weight: meshes.tensor.enter(meshes.tensor.enter(weight)))
-    elif fault == "norms not summed":
-        for name, module in policy.model.named_modules():
-            if name.endswith("q_norm"):
-                _use_weight(module, lambda weight: weight)
-    elif fault == "bias of every rank":
-        for name, module in policy.model.named_modules():
-            if name.endswith("o_proj"):
-                module.forward = lambda x, module=module: meshes.tensor.leave(
-                    linear(x, module.weight.to_local(), module.bias)
-                )
-    elif fault == "frozen experts end gradients":
-        routed = experts._routed
-        with patch.object(experts, "_routed", lambda module, hidden, *more: routed(module, hidden.detach(), *more)):
-            yield
-            return
-    elif fault == "orthogonalised in pieces":
-        with patch.object(muon, "_is_whole_here", lambda parameter: True):
-            yield
-            return
-    yield
+    else:
+        _CHANGED[fault](policy, meshes)
+        yield
+
+
+def _swap_experts(policy: Policy, _: Meshes) -> None:
+    for module in expert_modules(policy.model):
+        for parameter in module.parameters(recurse=False):
+            local = parameter.to_local()  # type: ignore[attr-defined]
+            with torch.no_grad():
+                local.copy_(local.flip(0))
+
+
+def _divide_by_the_wrong_mesh(policy: Policy, meshes: Meshes) -> None:
+    for module in expert_modules(policy.model):
+        module.set_gradient_divide_factor(meshes.experts["ep"].size())  # type: ignore[operator]
+
+
+def _sum_norms_twice(policy: Policy, meshes: Meshes) -> None:
+    for module in _named(policy, "q_norm"):
+        _use_weight(module, lambda weight: meshes.tensor.enter(meshes.tensor.enter(weight)))
+
+
+def _sum_no_norms(policy: Policy, _: Meshes) -> None:
+    for module in _named(policy, "q_norm"):
+        _use_weight(module, lambda weight: weight)
+
+
+def _add_the_bias_of_every_rank(policy: Policy, meshes: Meshes) -> None:
+    for module in _named(policy, "o_proj"):
+        module.forward = lambda x, module=module: meshes.tensor.leave(linear(x, module.weight.to_local(), module.bias))
+
+
+_CHANGED: dict[str, Callable[[Policy, Meshes], None]] = {
+    "experts swapped": _swap_experts,
+    "wrong divisor": _divide_by_the_wrong_mesh,
+    "norms summed twice": _sum_norms_twice,
+    "norms not summed": _sum_no_norms,
+    "bias of every rank": _add_the_bias_of_every_rank,
+}
+
+
+_given, _routed = Replay.given, experts._routed
+
+_PATCHED: dict[str, Callable[[Policy], tuple[Any, str, Callable[..., Any]]]] = {
+    "boundary ignored": lambda _: (packs, "documents_of", lambda lengths, *more: documents_of([sum(lengths)], *more)),
+    "routes of another rank": lambda _: (Replay, "given", lambda replay, layer: _of_other(_given(replay, layer))),
+    "experts counted in a part": lambda policy: (type(policy.context), "total", lambda context, part: part),
+    "frozen experts end gradients": lambda _: (
+        *(experts, "_routed"),
+        lambda module, hidden, *more: _routed(module, hidden.detach(), *more),
+    ),
+    "orthogonalised in pieces": lambda _: (muon, "_is_whole_here", lambda parameter: True),
+}
+
+
+def _named(policy: Policy, ending: str) -> list[Any]:
+    return [module for name, module in policy.model.named_modules() if name.endswith(ending)]
 
 
 def _of_other(given_tK: Tensor | None) -> Tensor | None:

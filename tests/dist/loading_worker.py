@@ -4,8 +4,8 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import torch

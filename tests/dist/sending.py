@@ -122,7 +122,10 @@ def _send(sender: Sender, receiver: Receiver) -> str:
 
 
 def _changes(policy: Policy, ranks: Ranks) -> dict[str, Any]:
-    sender, before = ChangesSender(lambda: iterate_weights(policy, dtype=DTYPE), ranks=ranks, host=""), weights_of(policy)
+    sender, before = (
+        ChangesSender(lambda: iterate_weights(policy, dtype=DTYPE), ranks=ranks, host=""),
+        weights_of(policy),
+    )
     for _ in sender.passing(iterate_weights(policy, dtype=DTYPE), "1.0.1"):
         pass
     with torch.no_grad():
@@ -141,7 +144,7 @@ def _changes(policy: Policy, ranks: Ranks) -> dict[str, Any]:
 
 
 class Split(nn.Module):
-    """Holds its half of two matrices of each layer as a checkpoint names them, split by columns; takes all else whole."""
+    """Holds its half of two matrices of each layer, named as in a checkpoint, split by columns; takes others whole."""
 
     def __init__(self, weights: dict[str, Tensor], rank: int):
         super().__init__()

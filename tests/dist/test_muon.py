@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.dist.processes import run
 from tests.dist import muon_worker
 from tests.dist.layouts import make_policy, measure
 from tests.dist.muon_worker import CASES, MAX_NORM, SAVED_AT, STEPS, Model, train
+from tests.dist.processes import run
 from tests.dist.test_layouts import worst
 from tests.one_rank import join_alone, ranks_of_one
 from tests.unit.model import tiny
@@ -18,7 +17,7 @@ NAMES = ["split.experts", "split.tensor", *(f"cases.{name}" for name in CASES)]
 
 SHOWN_BY_ORDER = ("rows", "uneven", "columns", "replicas", "rectangles", "strided", "cut_experts")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def model_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def four_ranks(out, model_path) -> dict:
-    run("muon_worker", out, model_path, timeout_s=120)
+    run("muon_worker", out, model_path, timeout_s=600)
     return torch.load(out / "found.pt")
 
 

@@ -4,21 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from palestra.train.ranks import Ranks
-from palestra.model.mesh import make_meshes
 from tests.dist.processes import run
 from tests.dist.steps_worker import ADAPTED, SAVED_AT, measure
-from tests.unit.model import tiny
 from tests.one_rank import ranks_of_one
+from tests.unit.model import tiny
 
 FAMILIES = ("Qwen3ForCausalLM", "Glm4MoeForCausalLM")
 ARCHITECTURES = (*FAMILIES, f"Glm4MoeForCausalLM{ADAPTED}")
 MESHES = ("1x2", "2x1")  # replicate x shard
 TIMES = ("train/step_s", "train/tokens_per_s")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def models(tmp_path_factory) -> Path:
 def two_ranks(models, tmp_path_factory) -> Path:
     """Where one run of torchrun left what it found for every model and mesh, and its checkpoints."""
     out = tmp_path_factory.mktemp("two")
-    run("steps_worker", models, out, timeout_s=280, num_ranks=2)
+    run("steps_worker", models, out, timeout_s=900, num_ranks=2)
     return out
 
 
@@ -133,9 +131,9 @@ def test_what_several_ranks_send_from_where_it_lies_is_what_they_have(family, me
     gathered = odd | buffers | {name for name in sizes if ".experts." in name}
     if mesh != "tensor2":
         assert found["in_parts"] == sizes.keys() - gathered
-        assert found["loaded"][0] == {name for name in sizes if not name.endswith(("o_proj.weight", "down_proj.weight"))} | {
-            name for name in sizes if ".experts." in name
-        }
+        assert found["loaded"][0] == {
+            name for name in sizes if not name.endswith(("o_proj.weight", "down_proj.weight"))
+        } | {name for name in sizes if ".experts." in name}
     assert found["offer"].shard_bytes == sum(sizes[name] for name in found["in_parts"])
     assert found["offer"].full_bytes == found["offer"].sent_bytes == sum(sizes.values())
     parts = 1 if mesh == "2x1" else 2
