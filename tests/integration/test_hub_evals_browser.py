@@ -83,6 +83,7 @@ def test_from_the_leaderboard_to_a_token(page, site: Site):
     page.locator("tr[data-row] a.main").nth(2).click()
     page.wait_for_url(f"**{HOME}/{site.good}/rollouts/results/2")
     page.wait_for_function("() => document.querySelectorAll('.token').length === 4")
+    page.wait_for_function("() => document.querySelector('.token:not(.given)').style.background !== ''")
     page.hover(".token[data-i='3']")
     page.wait_for_function("() => document.getElementById('token-detail').innerText.includes('-1.5')")
     page.keyboard.press("]")

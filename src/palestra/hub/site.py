@@ -1,16 +1,20 @@
 """What all pages share: the library, the threads that read for them, the watcher."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from palestra.core.deadline import within
+from palestra.core.errors import DeadlineError
 from palestra.hub.library import Library, OpenRun
 from palestra.hub.search import prepare_groups
 from palestra.hub.watch import Changed, Watch
 
 PATIENCE_S = 1.0  # that a page waits for the index; then it shows what there is, and how much that is
+_WATCHES_S = 5.0  # that pages wait until changes are seen
 
 
 class Site:
@@ -28,6 +32,8 @@ class Site:
     async def __aenter__(self) -> "Site":
         self._loop = asyncio.get_running_loop()
         self._watching = asyncio.create_task(self.watch.run())
+        with contextlib.suppress(DeadlineError):  # it goes on, and pages hear of changes later
+            await within(_WATCHES_S, self.watch.begun.wait(), waiting_for="the kernel to watch the runs' directories")
         return self
 
     async def __aexit__(self, *_: object) -> None:

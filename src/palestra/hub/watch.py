@@ -3,14 +3,19 @@
 Consumes: the kernel's notices of what changed below `outputs` (watchfiles; inotify on Linux). Produces: for each
 subscriber the runs and kinds of files that changed since it last took them. Waits for: those notices.
 Ends when: it is closed; then every subscription ends.
+
+Nothing that changes once it has begun is lost: where there are new directories, the next watch is set up before the one
+until then is read for the last time, and what new directories hold by then is told.
 """
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import watchfiles
+from watchfiles import Change
 
 from palestra.core.deadline import within
 from palestra.core.errors import PalestraError
@@ -20,6 +25,7 @@ from palestra.wire.rundir import RunDir
 
 MOST_SUBSCRIBERS = 100
 _DEBOUNCE_MS, _STEP_MS = 400, 100
+_SILENCE_MS = 500  # after which a watch says that nothing has changed
 _AGAIN_S = 1.0
 _KINDS = {
     "metrics.jsonl": "metrics",
@@ -36,6 +42,9 @@ _KINDS = {
 
 Changed = dict[str, set[str]]
 """Kinds of what changed, by run."""
+
+Notices = AsyncGenerator[set[tuple[Change, str]], None]
+"""What changed; of silence, nothing."""
 
 
 class FullError(PalestraError):
@@ -73,6 +82,9 @@ class Watch:
         self._library, self._on_change = library, on_change
         self._subscriptions: set[Subscription] = set()
         self._stop = asyncio.Event()
+        self.begun = asyncio.Event()  # the kernel gives notice, or was asked in vain
+        self._known: set[Path] | None = None  # of which it gives notice
+        self._notices: Notices | None = None
         self._is_closed = False
 
     @property
@@ -100,40 +112,61 @@ class Watch:
 
     async def run(self) -> None:
         """Watches directories, not trees: checkpoints and weights below them are of no interest, and many."""
-        while not self._is_closed:
-            directories = await asyncio.to_thread(self._directories)
-            try:
-                await self._until_new(directories)
-            except OSError as error:  # one of them is gone, or there are more than the kernel watches
-                print(f"pages are not told of changes for a moment: {error}", file=sys.stderr, flush=True)
-                await asyncio.sleep(_AGAIN_S)
+        try:
+            while not self._is_closed:
+                directories = await asyncio.to_thread(self._directories)
+                # called when something is waited for; the kernel is asked before
+                asyncio.get_running_loop().call_soon(self.begun.set)
+                try:
+                    await self._until_new(directories)
+                except OSError as error:  # one of them is gone, or there are more than the kernel watches
+                    print(f"pages are not told of changes for a moment: {error}", file=sys.stderr, flush=True)
+                    await asyncio.sleep(_AGAIN_S)
+        finally:
+            if self._notices is not None:
+                await self._notices.aclose()
 
     async def _until_new(self, directories: set[Path]) -> None:
-        """Until there is a directory that is not watched yet."""
-        async for changes in watchfiles.awatch(
+        """Until there is a directory that is not watched, be it since before these were."""
+        notices, is_first = self._watch(directories), True
+        async for changes in notices:
+            missed = await self._take_over(notices, directories) if is_first else set()
+            self._tell_of({Path(path) for _, path in changes | missed})
+            may_be_new = any(change is Change.added and _may_be_a_runs(Path(path)) for change, path in changes)
+            if (is_first or may_be_new) and await asyncio.to_thread(self._directories) != directories:
+                return
+            is_first = False
+
+    def _watch(self, directories: set[Path]) -> Notices:
+        return watchfiles.awatch(
             *directories,
             watch_filter=None,
             debounce=_DEBOUNCE_MS,
             step=_STEP_MS,
+            rust_timeout=_SILENCE_MS,
+            yield_on_timeout=True,
             stop_event=self._stop,
             recursive=False,
             ignore_permission_denied=True,
-        ):
-            changed = self._changed({Path(path) for _, path in changes})
-            if changed:
-                self._on_change(changed)
-                self.tell(changed)
-            if any(change is watchfiles.Change.added and _may_be_a_runs(Path(path)) for change, path in changes):
-                fresh = await asyncio.to_thread(self._directories)
-                if fresh != directories:
-                    self._announce(fresh - directories)
-                    return
+        )
 
-    def _announce(self, directories: set[Path]) -> None:
-        """What was written into new directories before they were watched."""
-        changed = self._changed({path / "config.json" for path in directories})
-        self._on_change(changed)
-        self.tell(changed)
+    async def _take_over(self, notices: Notices, directories: set[Path]) -> set[tuple[Change, str]]:
+        """What the watch until now has noticed meanwhile. Tells what was written into directories that it had not."""
+        earlier, self._notices = self._notices, notices
+        missed: set[tuple[Change, str]] = set()
+        if earlier is not None:
+            missed = await anext(earlier, missed)
+            await earlier.aclose()
+        if self._known is not None:
+            self._tell_of(await asyncio.to_thread(_held, directories - self._known))
+        self._known = directories
+        return missed
+
+    def _tell_of(self, paths: set[Path]) -> None:
+        changed = self._changed(paths) if paths else {}
+        if changed:
+            self._on_change(changed)
+            self.tell(changed)
 
     def tell(self, changed: Changed) -> None:
         for subscription in self._subscriptions:
@@ -161,6 +194,15 @@ class Watch:
             if kind is not None and home in runs:
                 changed.setdefault(runs[home], set()).add(kind)
         return changed
+
+
+def _held(directories: set[Path]) -> set[Path]:
+    """Their files, and the one that makes a directory a run's."""
+    found = {path / "config.json" for path in directories}
+    for path in directories:
+        with contextlib.suppress(OSError):  # it is gone
+            found |= set(path.iterdir())
+    return found
 
 
 def _may_be_a_runs(path: Path) -> bool:

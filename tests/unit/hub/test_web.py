@@ -1,18 +1,21 @@
 """Pages and twins: the same numbers as the files, nothing of a rollout that acts, nobody who should not ask."""
 
 import asyncio
+import itertools
 import json
 import random
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
+import watchfiles
 
 from palestra.core.errors import DeadlineError
 from palestra.core.ledger import LedgerEntry
@@ -23,12 +26,13 @@ from palestra.hub import watch
 from palestra.hub.guard import is_ours
 from palestra.hub.pages import PAGES
 from palestra.hub.site import Site
-from palestra.hub.watch import FullError
+from palestra.hub.watch import Changed, FullError, Subscription
 from palestra.hub.web import application
 from palestra.wire.rundir import RunDir
 from palestra.wire.runlog import RunLog
 from tests.unit.hub.written import record, scan, write, write_some
 
+WAIT_S = 30.0
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7**20}}</pre>"
 PATHS = {
     "/runs": "",
@@ -42,6 +46,12 @@ PATHS = {
     "/runs/{run}/rollouts/{file}/{line}": "",
     "/runs/{run}/task": "?task=task+1",
 }
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages wait for all of an index, as long as it takes."""
+    monkeypatch.setattr(site_module, "PATIENCE_S", 60.0)
 
 
 def write_run(outputs: Path, name: str) -> RunDir:
@@ -298,7 +308,7 @@ async def test_who_saw_a_part_hears_when_all_has_been_read(outputs: Path, monkey
         await site.ready(run)
         await asyncio.wrap_future(site._update(run))
         if is_told:
-            assert await subscription.next(10.0) == {"demo": {"rollouts"}}
+            assert await subscription.next(WAIT_S) == {"demo": {"rollouts"}}
         else:
             with pytest.raises(DeadlineError):
                 await subscription.next(0.2)
@@ -309,28 +319,75 @@ async def test_a_run_is_heard_of_wherever_it_begins(tmp_path: Path):
     (tmp_path / "evals").mkdir()
     async with Site(tmp_path) as site:
         subscription = site.watch.subscribe("")
-        await asyncio.sleep(0.5)  # it watches
+        await asyncio.wait_for(site.watch.begun.wait(), WAIT_S)
         begun = RunDir(tmp_path / "evals" / "later")
         begun.path.mkdir()
-        await asyncio.sleep(1.0)
         begun.config.write_text(json.dumps({"log": {"name": "later"}}))
-        heard = await subscription.next(10.0)
+        heard = await subscription.next(WAIT_S)
     assert [kinds for run, kinds in heard.items() if "later" in run] == [{"state"}]
 
 
+def before_watching(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
+    """Have it done when directories have been listed and are not watched yet, the `number`th time."""
+    calls, awatch = itertools.count(1), watchfiles.awatch
+
+    def watching(*given: Any, **named: Any) -> Any:
+        if next(calls) == number:
+            act()
+        return awatch(*given, **named)
+
+    monkeypatch.setattr(watchfiles, "awatch", watching)
+
+
+async def heard_of(subscription: Subscription, expected: Changed) -> Changed:
+    """All that it hears until it has heard of that."""
+    heard: Changed = {}
+    while not all(kinds <= heard.get(run, set()) for run, kinds in expected.items()):
+        for run, kinds in (await subscription.next(WAIT_S)).items():
+            heard.setdefault(run, set()).update(kinds)
+    return heard
+
+
+async def test_a_run_that_begins_while_a_watch_is_set_up_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before_watching(monkeypatch, 1, lambda: write_run(tmp_path, "meanwhile"))
+    async with Site(tmp_path) as site:
+        heard = await heard_of(site.watch.subscribe(""), {"meanwhile": {"state", "metrics", "ledger", "rollouts"}})
+    assert heard.keys() == {"meanwhile"}
+
+
+async def test_what_is_written_while_the_next_watch_is_set_up_is_heard_of(outputs: Path, monkeypatch):
+    """Into what was watched, and into what is going to be."""
+    old, new = RunDir(outputs / "demo"), RunDir(outputs / "later")
+
+    def write_both() -> None:
+        with old.metrics.open("a") as file:
+            file.write("{}\n")
+        write(new, "step-000000", [record(0, random.Random(0))])
+
+    before_watching(monkeypatch, 2, write_both)
+    async with Site(outputs) as site:
+        subscription = site.watch.subscribe("")
+        await asyncio.wait_for(site.watch.begun.wait(), WAIT_S)
+        new.rollouts.mkdir(parents=True)
+        new.config.write_text("{}")
+        heard = await heard_of(subscription, {"demo": {"metrics"}, "later": {"state", "rollouts"}})
+    assert heard == {"demo": {"metrics"}, "later": {"state", "rollouts"}}
+
+
 async def test_a_watcher_that_fails_begins_again(tmp_path: Path, monkeypatch, capsys):
-    calls = []
+    calls, has_begun_again = [], asyncio.Event()
 
     async def fails(self, directories):
         calls.append(directories)
         if len(calls) == 1:
             raise OSError("No space left on device")
+        has_begun_again.set()
         await self._stop.wait()
 
     monkeypatch.setattr(watch.Watch, "_until_new", fails)
     monkeypatch.setattr(watch, "_AGAIN_S", 0.01)
     async with Site(tmp_path):
-        await asyncio.sleep(0.3)
+        await asyncio.wait_for(has_begun_again.wait(), WAIT_S)
     assert len(calls) == 2
     assert "No space left on device" in capsys.readouterr().err
 

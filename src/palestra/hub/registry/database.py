@@ -1,6 +1,7 @@
 """The database: SQLite in the hub's directory, or PostgreSQL by its URL. One interface of transactions for both."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from palestra.core.errors import InfrastructureError, UserError
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_S = 20.0  # that a writer waits for its turn
+_AGAIN_S = 0.02
 _MIGRATION_LOCK = 0x70616C65737472  # PostgreSQL's advisory lock
 
 
@@ -102,8 +104,7 @@ def _sqlite(url: URL, pool: int) -> Engine:
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, _: Any) -> None:
         connection.isolation_level = None  # transactions begin below, not where the driver guesses
-        if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-            connection.execute("PRAGMA journal_mode = WAL")
+        _write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")  # what was answered as stored survives a loss of power
         connection.execute("PRAGMA foreign_keys = ON")
 
@@ -113,6 +114,20 @@ def _sqlite(url: URL, pool: int) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
 
     return engine
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Of several that turn to it at once SQLite lets one, and has the others wait for nothing: they try again here."""
+    ends = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                raise
+            time.sleep(_AGAIN_S)
 
 
 def _postgresql(url: URL, pool: int) -> Engine:

@@ -4,7 +4,10 @@
   const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
   const run = document.body.dataset.run;
 
-  const report = (error) => console.warn(error);
+  let isLeft = false; // then what is still asked for fails, and nobody waits for it
+  addEventListener("pagehide", () => { isLeft = true; });
+  addEventListener("pageshow", () => { isLeft = false; });
+  const report = (error) => { if (!isLeft) console.warn(error); };
 
   // --- small things that need a script
 
@@ -179,7 +182,13 @@
       waiting = true;
       setTimeout(() => { waiting = false; refresh().catch(report); }, 700);
     };
-    source.onopen = () => { const live = $("#live"); live.hidden = false; live.classList.remove("off"); live.textContent = "live"; };
+    source.onopen = () => {
+      const live = $("#live");
+      live.hidden = false;
+      live.classList.remove("off");
+      live.textContent = "live";
+      later(); // what changed while nobody listened
+    };
     source.onerror = () => { const live = $("#live"); live.classList.add("off"); live.textContent = "not connected"; };
     source.onmessage = (event) => {
       const told = JSON.parse(event.data);

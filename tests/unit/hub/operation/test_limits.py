@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import select
+import selectors
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -15,6 +17,8 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message
+from uvicorn.server import ServerState
 
 from palestra.hub.operation.limits import Bounds, Limits
 from palestra.hub.operation.rates import Buckets, Rate, place_of
@@ -22,7 +26,7 @@ from palestra.hub.operation.serving import Serving
 from palestra.hub.server import listening
 
 FREE = Rate(per_s=1e6, burst=1e6)
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 async def echo(request: Request) -> Response:
@@ -33,7 +37,9 @@ async def refused(_: Request) -> Response:
     return PlainTextResponse("who?", 401)
 
 
-async def flood(_: Request) -> Response:
+async def flood(request: Request) -> Response:
+    request.app.state.num_floods += 1
+
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(4000):
             yield bytes(1 << 16)
@@ -48,7 +54,9 @@ def application(bounds: Bounds) -> Starlette:
         Route("/flood", flood),
         Route("/health", echo),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(Limits, bounds=bounds)])
+    app = Starlette(routes=routes, middleware=[Middleware(Limits, bounds=bounds)])
+    app.state.num_floods = 0
+    return app
 
 
 def free(**changes: Any) -> Bounds:
@@ -127,77 +135,180 @@ async def test_a_body_has_a_most():
         assert (said.status_code, said.headers["connection"]) == (413, "close")
 
 
-# --- clients that are slow, on real connections
+# --- clients that are slow, by a clock that nothing holds up
+
+
+class Skipping(selectors.SelectSelector):
+    """What it would have waited for has passed at once."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "there is nothing that would come"
+        self.now += max(timeout, 0.0)
+        return super().select(0)
+
+
+class Virtual(asyncio.SelectorEventLoop):
+    """A loop whose time is what was slept in it."""
+
+    def __init__(self):
+        self._skipping = Skipping()
+        super().__init__(self._skipping)
+
+    def time(self) -> float:
+        return self._skipping.now
+
+
+async def answered(bounds: Bounds, every_s: float) -> tuple[int, bytes]:
+    """Status and text for ten pieces of 100 bytes, the first at once and one every `every_s`."""
+    said: list[Message] = []
+    num = 0
+
+    async def receive() -> Message:
+        nonlocal num
+        await asyncio.sleep(every_s if num else 0)
+        num += 1
+        return {"type": "http.request", "body": bytes(100), "more_body": num < 10}
+
+    async def send(message: Message) -> None:
+        said.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/echo", "query_string": b"", "headers": []}
+    await application(bounds)(scope, receive, send)
+    return said[0]["status"], b"".join(message.get("body", b"") for message in said)
+
+
+@pytest.mark.parametrize(
+    ("every_s", "status", "text"),
+    [
+        (0.06, 200, b"1000"),
+        (0.144, 200, b"1000"),  # the last of them at 1.296 s of 0.4 + 900 / 1000
+        (0.145, 408, b"900 bytes"),  # at 1.305 s
+        (0.19, 408, b"500 bytes"),  # the sixth at 0.95 s of 0.4 + 500 / 1000
+    ],
+)
+def test_a_body_that_is_quick_enough_is_not_ended(every_s: float, status: int, text: bytes):
+    bounds = free(patience_s=0.4, bytes_per_s=1000)
+    with asyncio.Runner(loop_factory=Virtual) as runner:
+        found = runner.run(answered(bounds, every_s))
+    assert found[0] == status
+    assert text in found[1]
+
+
+class Scripted(asyncio.Transport):
+    """Of nobody; it notes that it was ended."""
+
+    is_aborted = False
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+async def is_ended(pauses_s: tuple[float, ...]) -> bool:
+    """Whether an answer is, whose reader stands still for each of them and reads on after it."""
+    settings = Serving(stalled_s=0.4).settings
+    config = uvicorn.Config(application(free()), **settings)
+    transport, protocol = Scripted(), settings["http"](config, ServerState(), {})
+    protocol.connection_made(transport)
+    for pause_s in pauses_s:
+        protocol.pause_writing()
+        await asyncio.sleep(pause_s)
+        protocol.resume_writing()
+    return transport.is_aborted
+
+
+@pytest.mark.parametrize(("pauses_s", "expected"), [((0.3, 0.3, 0.3), False), ((0.5,), True), ((0.3, 0.5), True)])
+def test_an_answer_that_is_read_now_and_then_is_not_ended(pauses_s: tuple[float, ...], expected: bool):
+    with asyncio.Runner(loop_factory=Virtual) as runner:
+        assert runner.run(is_ended(pauses_s)) is expected
+
+
+# --- and on real connections
 
 
 @contextlib.asynccontextmanager
-async def served(bounds: Bounds, serving: Serving) -> AsyncIterator[int]:
+async def served(bounds: Bounds, serving: Serving) -> AsyncIterator[tuple[int, uvicorn.Server]]:
+    """Its port, and itself."""
     with listening("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(application(bounds), **serving.settings))
         server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            yield listener.getsockname()[1]
+            yield listener.getsockname()[1], server
         finally:
             server.should_exit = server.force_exit = True
             await asyncio.wait_for(task, WAIT_S)
 
 
-async def trickled(port: int, head: bytes, byte: bytes, every_s: float) -> tuple[bytes, float]:
-    """What the server says to one who sends a byte now and then, until it ends the connection; and when it does."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+TICK_S, MOST_TICKS = 0.05, 60
+
+
+async def trickled(port: int, head: bytes, byte: bytes) -> tuple[bytes, float, int]:
+    """What the server says to one who sends a byte every tick, until it ends the connection; when, and the ticks.
+
+    What was said is kept when the connection is reset after it, and when it is a write that finds this out.
+    """
     loop = asyncio.get_running_loop()
-    began, reading = loop.time(), asyncio.create_task(reader.read())
-    writer.write(head)
-    while not reading.done() and loop.time() - began < WAIT_S:
-        with contextlib.suppress(ConnectionError):
-            writer.write(byte)
-            await writer.drain()
-        await asyncio.wait({reading}, timeout=every_s)
-    writer.close()
-    try:
-        return await asyncio.wait_for(reading, 1), loop.time() - began
-    except ConnectionError:
-        return b"", loop.time() - began
+    began, num = loop.time(), 0
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.setblocking(False)
+        reading = asyncio.create_task(_said(connection))
+        await loop.sock_sendall(connection, head)
+        while not reading.done() and num < MOST_TICKS:
+            with contextlib.suppress(ConnectionError):
+                await loop.sock_sendall(connection, byte)
+            num += 1
+            await asyncio.wait({reading}, timeout=TICK_S)
+        return await asyncio.wait_for(reading, WAIT_S), loop.time() - began, num
+
+
+async def _said(connection: socket.socket) -> bytes:
+    said = bytearray()
+    with contextlib.suppress(ConnectionError):
+        while piece := await asyncio.get_running_loop().sock_recv(connection, 1 << 16):
+            said += piece
+    return bytes(said)
 
 
 BODY = b"POST /echo HTTP/1.1\r\nHost: hub\r\nContent-Length: 1000\r\n\r\n"
 
 
 async def test_a_body_that_trickles_is_ended():
-    async with served(free(patience_s=0.4, bytes_per_s=1000), Serving()) as port:
-        said, after_s = await trickled(port, BODY, b"x", 0.05)
+    async with served(free(patience_s=0.4, bytes_per_s=1000), Serving()) as (port, _):
+        said, after_s, num = await trickled(port, BODY, b"x")
     assert said.startswith(b"HTTP/1.1 408 ")
     assert b"connection: close" in said.lower()
-    assert 0.3 < after_s < 3
-
-
-async def test_a_body_that_is_quick_enough_is_not():
-    async with served(free(patience_s=0.4, bytes_per_s=1000), Serving()) as port:
-        said, _ = await trickled(port, BODY.replace(b"Host", b"Connection: close\r\nHost"), b"x" * 100, 0.06)
-    assert said.endswith(b"1000")
+    assert after_s > 0.3
+    assert num < MOST_TICKS
 
 
 @pytest.mark.parametrize("head", [b"", b"POST /echo HTTP/1.1\r\nX-Slow: "])
 async def test_a_head_that_trickles_is_ended(head: bytes):
-    async with served(free(), Serving(head_s=0.4)) as port:
-        said, after_s = await trickled(port, head, b"T" if head else b"", 0.05)
+    async with served(free(), Serving(head_s=0.4)) as (port, _):
+        said, after_s, num = await trickled(port, head, b"T" if head else b"")
     assert said == b""
-    assert 0.3 < after_s < 3
+    assert after_s > 0.3
+    assert num < MOST_TICKS
 
 
 async def test_an_answer_that_nobody_reads_is_ended():
-    async with served(free(), Serving(stalled_s=0.4)) as port:
-        with socket.create_connection(("127.0.0.1", port)) as deaf:
+    async with served(free(), Serving(stalled_s=0.4)) as (port, server):
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as deaf:
             deaf.sendall(b"GET /flood HTTP/1.1\r\nHost: hub\r\n\r\n")
-            await asyncio.sleep(1.2)
-            deaf.settimeout(WAIT_S)
+            await until(lambda: server.config.app.state.num_floods == 1 and not server.server_state.connections)
             num = await asyncio.to_thread(_rest_of, deaf)
     assert num < 4000 << 16
 
 
 async def test_an_answer_that_is_read_is_whole():
-    async with served(free(), Serving(stalled_s=0.4)) as port:
+    async with served(free(), Serving(stalled_s=30)) as (port, _):
         with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as reading:
             reading.sendall(b"GET /flood HTTP/1.1\r\nHost: hub\r\nConnection: close\r\n\r\n")
             assert await asyncio.to_thread(_rest_of, reading) > 4000 << 16
@@ -212,10 +323,12 @@ def _rest_of(connection: socket.socket) -> int:
 
 
 async def test_others_are_served_while_many_are_slow():
-    async with served(free(patience_s=5), Serving(connections=500)) as port:
+    async with served(free(patience_s=60), Serving(connections=500)) as (port, server):
         with contextlib.ExitStack() as stack:
-            for _ in range(100):
-                slow = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-                slow.sendall(BODY + b"x")
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as asking:
-                assert (await asyncio.wait_for(asking.post("/echo", content=b"abc"), 2)).text == "3"
+            slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(100)]
+            for one in slow:
+                one.sendall(BODY + b"x")
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as asking:
+                assert (await asyncio.wait_for(asking.post("/echo", content=b"abc"), 30)).text == "3"
+            assert select.select(slow, [], [], 0)[0] == [], "none of them was answered before it, or ended"
+            assert len(server.server_state.connections) >= 100

@@ -83,12 +83,15 @@ async def test_ready_says_which_part_does_not_answer(operation: Operation):
 
 
 async def test_a_part_that_hangs_is_not_waited_for(operation: Operation, monkeypatch: pytest.MonkeyPatch):
-    let = threading.Event()
+    let, ended = threading.Event(), threading.Event()
     monkeypatch.setattr("palestra.hub.operation.ready._DEADLINE_S", 0.1)
-    operation.readiness._parts["blobs"] = lambda: let.wait(5)
-    async with client(operation) as asking:
-        answer = await asyncio.wait_for(asking.get("/ready"), 2)
-    let.set()
+    operation.readiness._parts["blobs"] = lambda: (let.wait(60), ended.set())
+    try:
+        async with client(operation) as asking:
+            answer = await asyncio.wait_for(asking.get("/ready"), 30)
+        assert not ended.is_set()
+    finally:
+        let.set()
     assert (answer.status_code, answer.json()["blobs"]) == (503, "failing")
 
 

@@ -1,6 +1,10 @@
 """Transactions and migrations, of SQLite and of PostgreSQL."""
 
+import sqlite3
 import threading
+import time
+from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -47,6 +51,26 @@ def test_processes_that_start_at_once_migrate_once(request, tmp_path):
             assert connection.execute(text("SELECT version_num FROM alembic_version")).scalars().all() == ["0001"]
         for one in databases:
             one.close()
+
+
+def test_a_new_file_that_another_writes_to_is_waited_for(tmp_path, monkeypatch):
+    """SQLite itself waits for nobody where a file turns to a log of what is written."""
+    file, has_waited = tmp_path / "new.db", threading.Event()
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        def wait(_: float) -> None:
+            if not has_waited.is_set():
+                has_waited.set()
+                other.execute("COMMIT")
+
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=wait)
+        monkeypatch.setattr("palestra.hub.registry.database.time", clock)
+        opened = Database(sqlite_url(file))
+        with opened.read() as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        opened.close()
+    assert has_waited.is_set()
 
 
 def test_a_transaction_is_all_or_nothing(database):

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -15,8 +15,13 @@ pytestmark = pytest.mark.slow
 START = b'--x\r\ncontent-disposition: form-data; name="content"; filename="palestra_slow-1.0-py3-none-any.whl"\r\n\r\n'
 
 
-async def upload(app, token: str, pieces: Iterable[bytes | None], headers: dict[str, str] | None = None):
-    """Status and text. A None among the pieces: nothing more comes. At the end the client goes away."""
+async def upload(
+    app, token: str, pieces: Iterable[bytes | asyncio.Event | None], headers: dict[str, str] | None = None
+):
+    """Status and text. Among the pieces an event: the next comes after it; a None: nothing more comes.
+
+    At the end the client goes away.
+    """
     given = {
         "host": "localhost",
         "authorization": f"Bearer {token}",
@@ -43,6 +48,9 @@ async def upload(app, token: str, pieces: Iterable[bytes | None], headers: dict[
         piece = next(left, b"")
         if piece is None:
             await asyncio.sleep(60)
+        if isinstance(piece, asyncio.Event):
+            await piece.wait()
+            return await next_piece()
         return {"type": "http.request", "body": piece, "more_body": True} if piece else {"type": "http.disconnect"}
 
     async def send(message):
@@ -69,13 +77,23 @@ async def test_a_client_that_goes_away_leaves_nothing(served):
 
 async def test_more_uploads_than_there_are_places_are_told_to_come_again(served, monkeypatch):
     monkeypatch.setattr(uploads, "_LINGER_S", 0.1)
-    monkeypatch.setattr(receive, "_SILENCE_S", 2.0)
     app, token = application(served.hub), served.tokens["alice"]
     most = served.hub.settings.max_pushes
-    held = [asyncio.create_task(upload(app, token, [START, None])) for _ in range(most)]
-    await asyncio.sleep(0.5)
+    num_held, are_held, let = 0, asyncio.Event(), asyncio.Event()
+
+    def pieces() -> Iterator[bytes | asyncio.Event]:
+        nonlocal num_held
+        yield START
+        num_held += 1
+        if num_held == most:
+            are_held.set()
+        yield let
+
+    held = [asyncio.create_task(upload(app, token, pieces())) for _ in range(most)]
+    await asyncio.wait_for(are_held.wait(), timeout=30)
     status, text = await upload(app, token, [START])
     assert (status, "come again" in text) == (503, True)
+    let.set()  # they go away
     assert {status for status, _ in await asyncio.gather(*held)} == {408}
     assert served.push(wheel()).status_code == 200  # there are places again
 

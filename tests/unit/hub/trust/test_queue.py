@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -151,22 +152,37 @@ async def test_a_worker_that_is_told_to_end_gives_back_what_it_had(hub: Hub):
         return PASSED
 
     async with Worker(hub, long).at_work():
-        await asyncio.wait_for(began.wait(), 10)
+        await asyncio.wait_for(began.wait(), 60)
         assert statuses(hub.database) == {1: "running"}
     assert statuses(hub.database) == {1: "waiting"}
 
 
-async def test_a_push_wakes_the_worker(hub: Hub):
+class Noting(Worker):
+    """Notes that it has looked and found nothing to do."""
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.is_idle = asyncio.Event()
+
+    async def do_one(self) -> bool:
+        found = await super().do_one()
+        if not found:
+            self.is_idle.set()
+        return found
+
+
+async def test_a_push_wakes_the_worker(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("palestra.hub.trust.worker.LOOK_S", 1000)
     ended = asyncio.Event()
 
     async def examined(_: list[Path]) -> Verdict:
         ended.set()
         return PASSED
 
-    worker = Worker(hub, examined)
+    worker = Noting(hub, examined)
     async with worker.at_work():
-        await asyncio.sleep(0.2)
+        await asyncio.wait_for(worker.is_idle.wait(), 60)
         with hub.database.write() as connection:
             queue.enqueue(connection, 1, __version__)
         await asyncio.to_thread(worker.wake)
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 60)
