@@ -81,6 +81,22 @@ class Faulty(Environment):
         return [float(rollout.reply == max(r.reply for r in rollouts)) for rollout in rollouts]
 '''
 
+SLOW = """
+import time
+
+from palestra.env import Environment, Task, reward
+
+time.sleep(4)
+
+class Slow(Environment):
+    def tasks(self):
+        yield Task(prompt="word")
+
+    @reward
+    def nothing(self, task, rollout):
+        return 0.0
+"""
+
 
 @dataclass
 class Bench:
@@ -161,10 +177,10 @@ async def start(run: RunDir, index: int = 0) -> asyncio.subprocess.Process:
 
 
 @asynccontextmanager
-async def bench(directory: Path) -> AsyncIterator[Bench]:
+async def bench(directory: Path, mix: list[dict] | None = None) -> AsyncIterator[Bench]:
     file = directory / "faulty.py"
     file.write_text(FAULTY)
-    mix = [
+    mix = mix or [
         {"id": "reverse-text"},
         {"id": f"{file}:Faulty", "name": "faulty"},
         {"id": f"{file}:Faulty", "name": "no-tasks", "args": {"fault": "tasks"}},
@@ -221,6 +237,20 @@ async def test_plays_reverse_text_end_to_end(tmp_path):
     assert len(spans) == len(worker.entries)
     assert sum(span["rollouts"] for span in spans) == 20
     assert all(0 < span["p99_s"] <= span["longest_s"] for span in spans)
+
+
+async def test_what_a_worker_takes_to_start_is_no_lag_of_its_loop(tmp_path):
+    """The environment takes four seconds to be imported, and none opens sandboxes, which would wait in between."""
+    (file := tmp_path / "slow.py").write_text(SLOW)
+    async with bench(tmp_path, [{"id": f"{file}:Slow", "name": "slow"}]) as worker:
+        await worker.send(Stop())
+        while not (await worker.receive_a(LedgerClosed)).is_last:
+            pass
+        await asyncio.wait_for(worker.process.wait(), DEADLINE_S)
+    assert total(worker.entries).parts_s["start"] > 4.0
+    spans = [json.loads(line) for line in (tmp_path / "run/spans/env-0.jsonl").read_text().splitlines()]
+    assert all(span["longest_s"] < 4.0 for span in spans if "longest_s" in span)
+    assert all(0 <= span["cpu_s"] < 4.0 for span in spans)
 
 
 async def test_faults_of_an_environment_never_become_rewards_or_end_the_worker(tmp_path):

@@ -23,7 +23,8 @@ async def within(seconds: float, awaited: Awaitable[T], *, waiting_for: str, hin
 
 
 class Unhurried:
-    """`asyncio.timeout` that counts no time in which the event loop was blocked: others' work ends nobody's wait.
+    """`asyncio.timeout` that counts no time in which the event loop was blocked for long, for more than a twentieth of
+    `seconds` at once: others' work ends nobody's wait.
 
     Use: `async with Unhurried(seconds) as limit: ...`. Errors: TimeoutError; `limit.expired` tells it from others.
     """

@@ -179,7 +179,8 @@ class Worker:
         """Errors: an ExceptionGroup of what our own code raised, or of the UserError that an environment sends what the
         policy cannot be given; nothing else that environment code does can end a worker."""
         self._selector.ledger.switch("work")
-        self._selector.take_lag()  # starting up is one long turn, in which nobody waits
+        await asyncio.sleep(0)  # starting up is one long turn, in which nobody waits: it is booked when it ends
+        self._selector.take_lag()
         self._cpu_before_s = time.process_time()
         await self._say_ready()
         async with asyncio.TaskGroup() as jobs:

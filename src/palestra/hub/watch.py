@@ -5,7 +5,8 @@ subscriber the runs and kinds of files that changed since it last took them. Wai
 Ends when: it is closed; then every subscription ends.
 
 Nothing that changes once it has begun is lost: where there are new directories, the next watch is set up before the one
-until then is read for the last time, and what new directories hold by then is told.
+until then is read for the last time, and what new directories hold by then is told. Where the kernel refuses a watch,
+all that there is counts as changed once it grants one.
 """
 
 import asyncio
@@ -119,12 +120,18 @@ class Watch:
                 asyncio.get_running_loop().call_soon(self.begun.set)
                 try:
                     await self._until_new(directories)
-                except OSError as error:  # one of them is gone, or there are more than the kernel watches
+                except (OSError, RuntimeError) as error:  # one of them is gone, or the kernel watches no more
                     print(f"pages are not told of changes for a moment: {error}", file=sys.stderr, flush=True)
+                    await self._forget()
                     await asyncio.sleep(_AGAIN_S)
         finally:
-            if self._notices is not None:
-                await self._notices.aclose()
+            await self._forget()
+
+    async def _forget(self) -> None:
+        """What is watched: it may be what fills the kernel's tables."""
+        earlier, self._notices, self._known = self._notices, None, set()
+        if earlier is not None:
+            await earlier.aclose()
 
     async def _until_new(self, directories: set[Path]) -> None:
         """Until there is a directory that is not watched, be it since before these were."""

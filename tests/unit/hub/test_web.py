@@ -374,6 +374,34 @@ async def test_what_is_written_while_the_next_watch_is_set_up_is_heard_of(output
     assert heard == {"demo": {"metrics"}, "later": {"state", "rollouts"}}
 
 
+@pytest.mark.parametrize("refusal", [OSError("OS file watch limit reached"), RuntimeError("Error creating watcher")])
+async def test_where_the_kernel_takes_one_watch_it_has_the_newest(outputs: Path, monkeypatch, refusal: Exception):
+    """What there is when it takes that one counts as changed, of all runs."""
+    held, awatch = [], watchfiles.awatch
+
+    async def watching(*given: Any, **named: Any):
+        if held:
+            raise refusal
+        held.append(given)
+        try:
+            async for changes in awatch(*given, **named):
+                yield changes
+        finally:
+            held.clear()
+
+    monkeypatch.setattr(watchfiles, "awatch", watching)
+    monkeypatch.setattr(watch, "_AGAIN_S", 0.01)
+    later = RunDir(outputs / "later")
+    async with Site(outputs) as site:
+        subscription = site.watch.subscribe("")
+        await asyncio.wait_for(site.watch.begun.wait(), WAIT_S)
+        later.rollouts.mkdir(parents=True)
+        later.config.write_text("{}")
+        heard = await heard_of(subscription, {"demo": {"metrics", "rollouts"}, "later": {"state"}})
+        assert any(str(later.path) in str(place) for place in held[0])
+    assert heard.keys() == {"demo", "later", "other"}
+
+
 async def test_a_watcher_that_fails_begins_again(tmp_path: Path, monkeypatch, capsys):
     calls, has_begun_again = [], asyncio.Event()
 

@@ -6,7 +6,7 @@
 
   let isLeft = false; // then what is still asked for fails, and nobody waits for it
   addEventListener("pagehide", () => { isLeft = true; });
-  addEventListener("pageshow", () => { isLeft = false; });
+  addEventListener("pageshow", (event) => { isLeft = false; if (event.persisted) location.reload(); }); // from a cache
   const report = (error) => { if (!isLeft) console.warn(error); };
 
   // --- small things that need a script
@@ -174,6 +174,13 @@
     await Promise.all([Charts.update(), Charts.ledger()]);
   };
 
+  const seeMissed = async () => { // of a list, which is left as it is
+    const answer = $("#fresh") && await fetch(location.href);
+    if (!answer || !answer.ok) return;
+    const there = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if ($(".pager .count", there)?.textContent !== $(".pager .count").textContent) $("#fresh").hidden = false;
+  };
+
   const listen = () => {
     const source = new EventSource(`/events?run=${encodeURIComponent(run)}`);
     let waiting = false;
@@ -188,6 +195,7 @@
       live.classList.remove("off");
       live.textContent = "live";
       later(); // what changed while nobody listened
+      seeMissed().catch(report);
     };
     source.onerror = () => { const live = $("#live"); live.classList.add("off"); live.textContent = "not connected"; };
     source.onmessage = (event) => {

@@ -1,7 +1,8 @@
 """An interpreter that waits in a sandbox of its own for one program, whose end is the sandbox's.
 
-Consumes: a program. Produces: what its agent would say of it. Waits for: its output, and its end, of which the zygote
-tells; at most its time. Ends when: the program has ended, and with it all that it started.
+Consumes: a program. Produces: what its agent would say of it. Waits for: that it takes its program and is ready, each
+with a deadline; then its output, and its end, of which the zygote tells, at most its time. Ends when: the program has
+ended, and with it all that it started.
 """
 
 import asyncio
