@@ -92,8 +92,9 @@ class _Mould:
         return [conversion for conversion in self._mapping if conversion.was_used()]
 
     def convert(self, layer: dict[str, Any]) -> dict[str, Tensor]:
-        """The layer's tensors as the model names and lays them out, whole, in host memory. Errors: UserError."""
-        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=self._mapping)
+        """The layer's tensors as the model names and lays them out, whole, in host memory, in the checkpoint's
+        precision: experts are there twice while they are put together. Errors: UserError."""
+        config = LoadStateDictConfig(dtype_plan={"*": None}, weight_mapping=self._mapping)
         where = f"model.path={self._path}"
         try:
             report, _ = convert_and_load_state_dict_in_model(model=self._model, state_dict=layer, load_config=config)
