@@ -114,7 +114,7 @@ class WarmUp(Section):
     steps: int = Field(default=0, ge=0)  # 0: none
     samples_per_step: PositiveInt = 64  # rows of a step
     lr: PositiveFloat = 1e-3  # learning rate at its highest
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"  # of the learning rate
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # of the learning rate
     lr_warmup_steps: int = Field(default=10, ge=0)  # over which it rises
 
 
@@ -288,7 +288,7 @@ class Train(Section):
     max_grad_norm: PositiveFloat = 1.0  # longer gradients are clipped to it
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"  # of the learning rate
     lr_warmup_steps: int = Field(default=0, ge=0)  # over which it rises
-    lr_decay_steps: int = Field(default=0, ge=0)  # wsd: length of the decay at the end
+    lr_decay_steps: int = Field(default=0, ge=0)  # wsd, which needs it: length of the decay at the end
     lr_ess_power: float = Field(default=0.0, ge=0)  # lr x (effective sample share)^this; 0.5 suits Adam, 0 is off
     samples_per_step: PositiveInt = 64  # supervised runs; in RL a step trains groups_per_step x group_size rollouts
     max_pack_tokens: PositiveInt = 4096  # tokens of one forward
@@ -315,6 +315,15 @@ class Train(Section):
                 f"train.max_pack_tokens={self.max_pack_tokens} cannot be cut into {pieces} equal pieces for "
                 f"train.context_parallel={self.context_parallel} ({self.context_kind}); set it to "
                 f"{' or '.join(str(tokens) for tokens in (lower, lower + pieces) if tokens)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.schedule == "wsd" and not self.lr_decay_steps:
+            raise ValueError(
+                "train.schedule=wsd needs train.lr_decay_steps >= 1: with 0 the learning rate never falls; set it, "
+                "or train.schedule=constant"
             )
         return self
 

@@ -85,15 +85,18 @@ def budget_of(
     *,
     node_ranks: int = 8,
     keeps_published: bool = False,
+    copies_bytes: int = 0,
 ) -> Budget:
     """`node_ranks` are the ranks of one node, which its links join. `keeps_published`: all ranks together have what was
-    published last in their hosts' memory, as `sync.kind=sparse_nccl` has it."""
+    published last in their hosts' memory, as `sync.kind=sparse_nccl` has it. `copies_bytes`: of copies that engines on
+    the same device read, as `sync.kind=ipc` has them."""
     state, moved_state = _state(train, anatomy)
     passing, moved_activations = _passing(train, anatomy)
     packs = -(-work.tokens // (train.max_pack_tokens * train.num_data_ranks))
     if packs == 1:  # gradients come as activations go
         state["gradients (float32)"] = max(state["gradients (float32)"] - passing["activations"], 0.0)
-    parts = {"runtime": hardware.reserved_bytes, **state, **passing}
+    copies = {"copies for engines": copies_bytes} if copies_bytes else {}
+    parts = {"runtime": hardware.reserved_bytes, **state, **copies, **passing}
     return Budget(
         parts=tuple((name, round(size)) for name, size in parts.items()),
         limit_bytes=hardware.memory_bytes,
@@ -308,26 +311,33 @@ class Change:
 
 
 def changes(
-    train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int, keeps_published: bool = False
+    train: Train,
+    anatomy: Anatomy,
+    hardware: Hardware,
+    work: Work,
+    *,
+    node_ranks: int,
+    keeps_published: bool = False,
+    copies_bytes: int = 0,
 ) -> list[Change]:
     """What each setting of memory would do alone, one step away from what it is; those that a recipe may not have are
     left out."""
+    settings_of_all = {"node_ranks": node_ranks, "keeps_published": keeps_published, "copies_bytes": copies_bytes}
     found = []
     for settings in _variants(train):
         try:
             changed = Train.model_validate(train.model_dump() | settings)
         except ValidationError:
             continue
-        if not _divides(changed, anatomy):
+        moves_no_expert = "expert_parallel" in settings and not anatomy.num_experts
+        if not _divides(changed, anatomy) or moves_no_expert or (copies_bytes and changed.num_ranks > 1):
             continue
         told = {name: getattr(changed, name) for name in settings}
         found.append(
             Change(
                 settings=told,
                 num_ranks=changed.num_ranks,
-                budget=budget_of(
-                    changed, anatomy, hardware, work, node_ranks=node_ranks, keeps_published=keeps_published
-                ),
+                budget=budget_of(changed, anatomy, hardware, work, **settings_of_all),
             )
         )
     return found
@@ -335,7 +345,7 @@ def changes(
 
 def _divides(train: Train, anatomy: Anatomy) -> bool:
     """As `layout` will want it."""
-    if anatomy.num_experts % train.expert_parallel or (train.expert_parallel > 1 and not anatomy.num_experts):
+    if anatomy.num_experts % train.expert_parallel:
         return False
     if anatomy.tensor_divisor % train.tensor_parallel:
         return False
@@ -360,14 +370,22 @@ def _variants(train: Train) -> list[dict[str, Any]]:
 
 
 def longest_pack(
-    train: Train, anatomy: Anatomy, hardware: Hardware, work: Work, *, node_ranks: int, keeps_published: bool = False
+    train: Train,
+    anatomy: Anatomy,
+    hardware: Hardware,
+    work: Work,
+    *,
+    node_ranks: int,
+    keeps_published: bool = False,
+    copies_bytes: int = 0,
 ) -> int:
     """The largest `train.max_pack_tokens` that fits, in whole thousands of 1,024; 0 if none does."""
+    settings = {"node_ranks": node_ranks, "keeps_published": keeps_published, "copies_bytes": copies_bytes}
     low, high = 0, 1 << 14
     while low < high:
         middle = (low + high + 1) // 2
         some = train.model_copy(update={"max_pack_tokens": middle * 1024})
-        if budget_of(some, anatomy, hardware, work, node_ranks=node_ranks, keeps_published=keeps_published).fits:
+        if budget_of(some, anatomy, hardware, work, **settings).fits:
             low = middle
         else:
             high = middle - 1

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from palestra.config import RunConfig
-from palestra.config.model_fields import experts_field
+from palestra.config.model_fields import experts_field, model_fields
 from palestra.config.schema import Build
-from palestra.launch.budget import CHANGED, PLACE_BYTES
+from palestra.launch.budget import CHANGED, GRADIENT_BYTES, MASTER_BYTES, MOMENT_BYTES, PLACE_BYTES
 from palestra.wire.weights.manifest import KEPT_VERSIONS, MAX_CHAIN
 
 GIB = 1024**3
 _BYTES = {"float32": 4, "bfloat16": 2}
-_TRAINED_BYTES = 4 + 4 + 8  # float32 master, gradient, two AdamW moments
+KEPT_COPIES = 2  # on a GPU that trainer and engine share: as `train.publish`, which imports torch
 _PYTHON_BYTES, _TORCH_BYTES, _VLLM_BYTES = GIB // 8, GIB // 2, 3 * GIB  # of a process before it has a model
 _SPECIAL_TOKENS = 4  # pad, bos, eos and unk of a built tokenizer
 _MAX_HEADER_BYTES = 100 * 1024**2
@@ -97,19 +97,38 @@ def of_engine(config: RunConfig, parameters: int | None) -> Memory:
     return Memory(parts, unknown=parameters is None)
 
 
-def of_trainer(config: RunConfig, parameters: int | None) -> Memory:
-    """All ranks together: each copy of the weights is spread over its shard ranks."""
-    copies = config.train.replicate
+def of_trainer(config: RunConfig, parameters: int | None, *, on_gpu: bool) -> Memory:
+    """All ranks together: each copy of the weights is spread over its shard ranks. Never more than `budget` counts, so
+    that what `palestra plan` says fits is not refused."""
+    train, copies = config.train, config.train.replicate
     known = parameters or 0
     trained, what = (known, "weights") if config.model.lora is None else (adapter_parameters(config) or 0, "adapters")
     frozen = 0 if config.model.lora is None else known * _BYTES[config.model.dtype]
+    moments = train.moment_bytes if on_gpu else MOMENT_BYTES[train.optimizer]  # the host's memory is no other there
     parts = (
-        ("ranks", config.train.num_ranks * _TORCH_BYTES),
+        ("ranks", train.num_ranks * _TORCH_BYTES),
         ("frozen weights", frozen * copies),
-        (f"{what}, gradients, AdamW", trained * _TRAINED_BYTES * copies),
-        ("weights in use", known * _BYTES[config.model.dtype] * copies if config.model.dtype != "float32" else 0),
+        (f"{what}, gradients, optimizer", trained * (MASTER_BYTES + GRADIENT_BYTES + moments) * copies),
+        ("weights in use", train.num_ranks * _gathered_bytes(config, known)),
     )
     return Memory(parts, unknown=parameters is None)
+
+
+def _gathered_bytes(config: RunConfig, parameters: int) -> int:
+    """At least so many are gathered on each rank at once: of two layers, only what the rank computes with."""
+    model = config.model
+    fields = model.build.config if model.build is not None else model_fields(Path(model.path or "").expanduser())
+    layers = (fields or {}).get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1 or model.dtype == "float32":
+        return 0
+    others = config.train.tensor_parallel * config.train.expert_parallel
+    return parameters * _BYTES[model.dtype] * min(2, layers) // (layers * others)
+
+
+def of_copies(config: RunConfig, parameters: int) -> int:
+    """What a trainer keeps on its GPU for an engine there: a version that it holds, and one on its way."""
+    is_kept = config.is_rl and config.sync.kind == "ipc"
+    return KEPT_COPIES * parameters * _BYTES[config.engine_dtype] if is_kept else 0
 
 
 def of_state(config: RunConfig, parameters: int) -> int:

@@ -6,6 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from palestra.config import RunConfig
+from palestra.config.schema import Train
 from palestra.core.errors import UserError
 from palestra.launch import memory
 from palestra.launch.machine import Machine
@@ -132,11 +133,13 @@ def _deal_gpus(config: RunConfig, machine: Machine) -> tuple[list[tuple[int, ...
         return [()] * replicas, (), ()
     on_gpu = config.engine.device != "cpu"
     needed = replicas * width if on_gpu else 0
-    if max(width if on_gpu and replicas else 0, ranks) > len(gpus):
+    if on_gpu and replicas and width > len(gpus):
         raise UserError(
-            f"engine.tensor_parallel={width} and train.shard x train.replicate={ranks} need as many GPUs, this machine "
-            f"has {len(gpus)}; lower them"
+            f"engine.tensor_parallel={width} needs as many GPUs, this machine has {len(gpus)}; set it to {len(gpus)} "
+            "or less"
         )
+    if ranks > len(gpus):
+        raise UserError(_too_many_ranks(config.train, len(gpus)))
     if config.takes_turns and on_gpu:
         return [(gpus[0],)], (gpus[0],), (_turns_note(config, machine),)
     dealt = [gpus[place % len(gpus)] for place in range(needed + ranks)]
@@ -150,17 +153,30 @@ def _deal_gpus(config: RunConfig, machine: Machine) -> tuple[list[tuple[int, ...
     return engines, tuple(dealt[needed:]), notes
 
 
+def _too_many_ranks(train: Train, num_gpus: int) -> str:
+    factors = ("shard", "replicate", "context_parallel", "tensor_parallel")
+    product = " x ".join(f"train.{name}={getattr(train, name)}" for name in factors)
+    beside, sharing = train.num_ranks // train.shard, train.num_sharing // train.shard
+    fitting = [n for n in range(1, num_gpus // beside + 1) if n * sharing % train.expert_parallel == 0]
+    owned = f" with train.expert_parallel={train.expert_parallel}" if train.expert_parallel > 1 else ""
+    cure = f"set train.shard to {fitting[-1]}" if fitting else f"no train.shard fits{owned}: lower the others, too"
+    return f"{product} need {train.num_ranks} GPUs, this machine has {num_gpus}; {cure}"
+
+
 def _turns_note(config: RunConfig, machine: Machine) -> str:
     """What turns come to on the first GPU. The trainer decides by what it really has (`train/belongings.py`)."""
     gpu, parameters = machine.gpus[0], memory.count_parameters(config)
     room = (1 - config.engine.gpu_share) * gpu.memory_bytes
     state = None if parameters is None else memory.of_state(config, parameters)
-    where = "where there is room" if state is None else "there" if state <= room else "in host memory"
+    copies = memory.of_copies(config, parameters or 0)
+    where = "where there is room" if state is None else "there" if state + copies <= room else "in host memory"
     size = "" if state is None else f"about {state / GIB:.1f} GiB, "
+    kept = f"; copies for the engine ({copies / GIB:.1f} GiB) stay there" if copies else ""
+    kept += ", for which engine.args.gpu-memory-utilization has to be lower" if copies > room else ""
     others = f"; the other {len(machine.gpus) - 1} GPUs are left alone" if len(machine.gpus) > 1 else ""
     return (
         f"engine and trainer take turns on GPU {gpu.index}: in the engine's turn the trainer's weights and moments "
-        f"({size}with {room / GIB:.1f} GiB beside the engine) are kept {where}{others}"
+        f"({size}with {room / GIB:.1f} GiB beside the engine) are kept {where}{kept}{others}"
     )
 
 
@@ -226,7 +242,7 @@ def _trainer(config: RunConfig, parameters: int | None, devices: tuple[int, ...]
         start_s=config.train.batch_deadline_s + (config.engine.healthy_s if config.takes_turns else 0),
         threads=config.train.threads * ranks,
         devices=devices,
-        memory=memory.of_trainer(config, parameters),
+        memory=memory.of_trainer(config, parameters, on_gpu=bool(devices)),
     )
 
 

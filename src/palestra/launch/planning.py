@@ -32,7 +32,7 @@ from palestra.launch.budget import (
 from palestra.launch.hardware import Hardware, hardware_of
 from palestra.launch.layout import require_layout
 from palestra.launch.machine import this_machine
-from palestra.launch.memory import GIB
+from palestra.launch.memory import GIB, of_copies
 from palestra.model.anatomy import Anatomy
 
 
@@ -91,7 +91,11 @@ def plan(wish: Wish) -> Planned:
     if wish.mfu is not None:
         hardware = replace(hardware, mfu=wish.mfu)
     work = _work(config, wish.mean_tokens)
-    settings = {"node_ranks": wish.gpus_per_node, "keeps_published": _sends_changes(config)}
+    settings = {
+        "node_ranks": wish.gpus_per_node,
+        "keeps_published": _sends_changes(config),
+        "copies_bytes": of_copies(config, anatomy.parameters),
+    }
     return Planned(
         config=config,
         origin=origin,

@@ -86,6 +86,8 @@ def test_override_values_are_toml(recipe: Path):
         ("train.max_pack_tokens=100", "raise train.max_pack_tokens"),
         ("algo.group_size=1", "use at least 2"),
         ("train.seed=-1", "train.seed"),
+        ("train.schedule=wsd", "train.schedule=wsd needs train.lr_decay_steps >= 1"),
+        ("data.warmup.schedule=wsd", "data.warmup.schedule"),  # it has no length of a decay
         ("sync.probe_tokens=1", "sync.probe_tokens"),
         ("sync.full_every=1", "sync.full_every"),
         ("sync={kind='nccl_m2n', local='/tmp/x'}", "sync.kind=nccl_m2n writes no files"),
@@ -196,6 +198,10 @@ def test_adapters_go_by_files(recipe: Path, override: str):
 def test_biases_of_routers_are_no_part_of_an_adapter(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"train.balance.bias_rate=0.1 changes what is no part of an adapter"):
         load(recipe, ["model.lora.rank=8", "train.balance.bias_rate=0.1"])
+
+
+def test_a_schedule_with_a_decay_at_the_end_has_one(recipe: Path):
+    assert load(recipe, ["train.schedule=wsd", "train.lr_decay_steps=1"]).config.train.lr_decay_steps == 1
 
 
 def test_every_mistake_is_named_at_once(recipe: Path):

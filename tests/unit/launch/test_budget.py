@@ -166,6 +166,26 @@ def test_what_was_published_last_is_kept_by_all_ranks_together():
     assert doubled.budget.host_bytes == 4600
 
 
+def test_copies_for_engines_on_the_same_gpu_are_on_it():
+    copies = 2 * published_bytes(MODEL)
+    assert copies == 18_400
+    told = budget_of(train(), MODEL, DEVICE, WORK, copies_bytes=copies)
+    assert dict(told.parts) == {**parts(), "copies for engines": 18_400}
+    assert told.host_bytes == 0
+    needed = told.device_bytes
+    assert budget_of(train(), MODEL, sized(memory_bytes=needed), WORK, copies_bytes=copies).fits
+    assert not budget_of(train(), MODEL, sized(memory_bytes=needed - 1), WORK, copies_bytes=copies).fits
+    found = changes(train(), MODEL, DEVICE, WORK, node_ranks=8, copies_bytes=copies)
+    assert {change.num_ranks for change in found} == {1}, "the engine reads those of one rank"
+    assert all(dict(change.budget.parts)["copies for engines"] == 18_400 for change in found)
+
+
+def test_the_longest_pack_leaves_room_for_copies():
+    whole, half = (longest_pack(train(), MODEL, sized(memory_bytes=x), WORK, node_ranks=8) for x in (10**8, 10**8 // 2))
+    assert 0 < half < whole
+    assert longest_pack(train(), MODEL, sized(memory_bytes=10**8), WORK, node_ranks=8, copies_bytes=10**8 // 2) == half
+
+
 def test_seconds_of_a_step():
     flops = 3 * (2 * 400 * (4 * 300 + 300) + 8 * 4 * 2 * 2 * 8 * (50 * 51 // 2))
     assert step_flops(MODEL, WORK) == pytest.approx(flops)
@@ -264,6 +284,9 @@ def test_no_change_is_one_that_the_recipe_may_not_have():
     for model, wanted in ((MODEL, True), (dense, False)):
         found = changes(train(shard=4), model, DEVICE, WORK, node_ranks=8)
         assert any("expert_parallel" in change.settings for change in found) is wanted
+    unknown = changes(train(shard=4, expert_parallel=2), dense, DEVICE, WORK, node_ranks=8)  # FSDP shards its experts
+    assert {"recompute": "full"} in [change.settings for change in unknown]
+    assert not any("expert_parallel" in change.settings for change in unknown)
     assert all(change.settings.get("shard", 1) >= 1 for change in changes(train(), MODEL, DEVICE, WORK, node_ranks=8))
 
 

@@ -11,9 +11,14 @@ import pytest
 from palestra.config import RunConfig
 from palestra.config.schema import Build
 from palestra.core.errors import UserError
+from palestra.launch import memory
+from palestra.launch.budget import Work, budget_of
+from palestra.launch.hardware import HARDWARE
 from palestra.launch.machine import Gpu, Machine
 from palestra.launch.memory import GIB, built_parameters, count_parameters, stored_parameters
 from palestra.launch.plan import Role, make_plan, require_fit
+from palestra.model.anatomy import Anatomy, Attention, Layer
+from palestra.train import publish
 from palestra.train.publish import Differences
 from palestra.wire.weights.manifest import KEPT_VERSIONS, WeightsManifest
 
@@ -66,8 +71,30 @@ def test_turns_put_engine_and_trainer_on_one_gpu_and_say_what_stays_there(tmp_pa
     assert "kept in host memory" in note, "16 GiB beside an engine that takes 0.92 of 80"
     half = {**wanted, "engine": {"args": {"gpu-memory-utilization": 0.5}}}
     assert "kept there" in make_plan(config(**half), gpus(1)).notes[0]
+    assert "copies" not in note
     assert "the other 7 GPUs are left alone" in make_plan(config(**wanted), gpus(8)).notes[0]
     assert not make_plan(config(**wanted), LAPTOP).notes
+
+
+def test_copies_for_an_engine_on_the_same_gpu_stay_there_in_its_turn(tmp_path: Path):
+    store(tmp_path, {"w": [50_000, 20_000]})  # 1 billion: 11.2 GiB of masters and moments, 3.7 GiB of copies
+    wanted: dict[str, Any] = {"model": {"path": str(tmp_path)}, "launch": {"turns": True}}
+
+    def note(gib: int, sync: str, **engine: Any) -> str:
+        engine["args"] = {"gpu-memory-utilization": 0.5}
+        [said] = make_plan(config(**wanted, sync={"kind": sync}, engine=engine), gpus(1, gib=gib)).notes
+        return said
+
+    assert "11.2 GiB, with 13.0 GiB beside the engine) are kept there" in note(26, "files")
+    assert "are kept in host memory; copies for the engine (3.7 GiB) stay there" in note(26, "ipc")
+    assert "are kept there; copies for the engine (3.7 GiB) stay there" in note(32, "ipc")
+    assert "copies for the engine (7.5 GiB)" in note(32, "ipc", dtype="float32")
+    assert "has to be lower" not in note(26, "ipc")
+    assert "stay there, for which engine.args.gpu-memory-utilization has to be lower" in note(6, "ipc")
+
+
+def test_so_many_copies_are_kept_as_the_publisher_says():
+    assert memory.KEPT_COPIES == publish.KEPT_COPIES
 
 
 def test_who_waits_for_a_turn_has_the_time_of_the_one_before():
@@ -210,8 +237,29 @@ def test_engines_on_the_cpu_leave_the_gpus_to_the_trainer():
     ("sections", "machine", "words"),
     [
         ({"engine": {"device": "cuda"}}, LAPTOP, "no GPU"),
-        ({"engine": {"tensor_parallel": 4}}, gpus(2), "this machine has 2"),
-        ({"train": {"shard": 4}}, gpus(2), "this machine has 2"),
+        (
+            {"engine": {"tensor_parallel": 4}},
+            gpus(2),
+            r"engine\.tensor_parallel=4 needs as many GPUs, this machine has 2; set it to 2 or less",
+        ),
+        (
+            {"train": {"shard": 4}},
+            gpus(2),
+            r"train\.shard=4 x train\.replicate=1 x train\.context_parallel=1 x train\.tensor_parallel=1 need 4 GPUs, "
+            r"this machine has 2; set train\.shard to 2$",
+        ),
+        (
+            {"train": {"shard": 2, "replicate": 2, "context_parallel": 2, "tensor_parallel": 2}},
+            gpus(11),
+            r"x train\.context_parallel=2 x train\.tensor_parallel=2 need 16 GPUs, .* 11; set train\.shard to 1$",
+        ),
+        ({"train": {"shard": 8, "expert_parallel": 4}}, gpus(7), r"need 8 GPUs, .* 7; set train\.shard to 4$"),
+        (
+            {"train": {"shard": 8, "expert_parallel": 8}},
+            gpus(7),
+            r"no train\.shard fits with train\.expert_parallel=8: lower the others, too$",
+        ),
+        ({"train": {"replicate": 8}}, gpus(7), r"no train\.shard fits: lower the others, too$"),
         ({"train": {"router_replay": True}}, gpus(0), "router_replay=true needs engines on GPUs.*shows no GPU"),
         ({"env": {}}, LAPTOP, "nothing to train on"),
     ],
@@ -221,8 +269,11 @@ def test_what_cannot_be_planned_is_refused(sections: dict, machine: Machine, wor
         make_plan(config(**sections), machine)
 
 
+BILLION = {"model.layers.0.mlp.up_proj.weight": [50_000, 20_000]}
+
+
 def test_a_model_that_does_not_fit_is_refused_with_the_numbers(tmp_path: Path):
-    store(tmp_path, {"w": [50_000, 20_000]})  # 1 billion: 14.9 GiB for weights, gradients and AdamW
+    store(tmp_path, BILLION, layers=4)  # 14.9 GiB for weights, gradients and AdamW
     wanted = config(model={"path": str(tmp_path)})
     large = Machine(cpus=2, memory_bytes=40 * GIB)
     require_fit(make_plan(wanted, large), large)
@@ -230,8 +281,97 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(tmp_path: Path):
     with pytest.raises(UserError, match=r"16\.0; the largest process is trainer .* 14\.9"):
         require_fit(make_plan(wanted, small), small)
     require_fit(make_plan(wanted, gpus(2)), gpus(2))
-    with pytest.raises(UserError, match=r"trainer needs about 17\.3 GiB on GPU 1, which has 8\.0"):
-        require_fit(make_plan(wanted, gpus(2, gib=8)), gpus(2, gib=8))
+
+
+@pytest.mark.parametrize(
+    ("train", "lora", "needed"),  # half a GiB each for torch, two of four layers in bfloat16 make 0.93
+    [
+        ({}, None, 14.90 + 0.5 + 0.93),
+        ({"optimizer": "muon"}, None, 11.18 + 0.5 + 0.93),
+        ({"offload_optimizer": True}, None, 7.45 + 0.5 + 0.93),
+        ({"replicate": 2, "shard": 2}, None, 14.90 / 2 + 0.5 + 0.93),
+        ({"shard": 2, "expert_parallel": 2}, None, 14.90 / 2 + 0.5 + 0.93 / 2),
+        ({}, {"rank": 100}, 1.86 + 16 * 100 * 70_000 / GIB + 0.5 + 0.93),  # frozen in bfloat16, once
+    ],
+)
+def test_a_trainer_that_does_not_fit_on_a_gpu_is_refused_with_the_numbers(tmp_path: Path, train, lora, needed: float):
+    store(tmp_path, BILLION, layers=4)
+    wanted = config(model={"path": str(tmp_path), "lora": lora}, train=train, engine={"device": "cpu"})
+
+    def machine(gib: float) -> Machine:
+        return Machine(16, 128 * GIB, gpus=tuple(Gpu(i, "H", int(gib * GIB)) for i in range(4)))
+
+    require_fit(make_plan(wanted, machine(needed + 0.02)), machine(needed + 0.02))
+    with pytest.raises(UserError, match=rf"trainer needs about {needed:.1f} GiB on GPU 0") as refused:
+        require_fit(make_plan(wanted, machine(needed - 0.02)), machine(needed - 0.02))
+    assert "raise train.shard" in str(refused.value)
+
+
+def test_moments_on_the_host_are_in_the_same_memory_where_there_is_no_gpu(tmp_path: Path):
+    store(tmp_path, BILLION)
+    plans = [
+        make_plan(config(model={"path": str(tmp_path)}, train={"offload_optimizer": moved}), LAPTOP)
+        for moved in (False, True)
+    ]
+    assert plans[0].host_bytes == plans[1].host_bytes
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"offload_optimizer": True},
+        {"offload_optimizer": True, "optimizer": "muon"},
+        {"optimizer": "muon", "shard": 2},
+        {"shard": 4},
+        {"shard": 4, "reshard_after": "step"},
+        {"shard": 4, "expert_parallel": 4},
+        {"shard": 2, "tensor_parallel": 2},
+        {"shard": 2, "replicate": 2},
+    ],
+)
+def test_what_fits_by_palestra_plan_is_not_refused(tmp_path: Path, train: dict[str, Any]):
+    """8 billion parameters on GPUs of 141 GB: never is more needed than the plan says."""
+    store(tmp_path, {"w": [80_000, 100_000]}, layers=32)
+    wanted = config(model={"path": str(tmp_path)}, train={"recompute": "full", **train}, engine={"device": "cpu"})
+    hardware = HARDWARE["H200"]
+    budget = budget_of(wanted.train, EIGHT_BILLION, hardware, Work(tokens=4096 * 8, document_tokens=1024))
+    assert budget.fits
+    machine = Machine(16, 512 * GIB, gpus=tuple(Gpu(i, "H200", hardware.memory_bytes) for i in range(4)))
+    plan = make_plan(wanted, machine)
+    assert plan.parameters == EIGHT_BILLION.parameters
+    require_fit(plan, machine)
+    trainer = plan.programs[-1]
+    assert trainer.memory.total <= len(trainer.devices) * budget.device_bytes
+
+
+EIGHT_BILLION = Anatomy(
+    architecture="HandMade",
+    layers=(
+        Layer(
+            parameters=215_000_000,
+            experts=100_000_000,
+            matrices=214_000_000,
+            met=120_000_000,
+            products=119_000_000,
+            attention=Attention(heads=32, qk_width=128, v_width=128),
+            input_bytes=8192,
+            saved_bytes=200_000,
+            product_bytes=80_000,
+            routed_bytes=16_384,
+            split=100_000_000,
+        ),
+    )
+    * 32,
+    root=8_000_000_000 - 32 * 215_000_000,
+    head=500_000_000,
+    vocab_size=128_000,
+    width=4096,
+    num_experts=8,
+    num_experts_per_token=2,
+    is_tied=False,
+    itemsize=2,
+    tensor_divisor=2,
+)
 
 
 def test_an_unknown_model_counts_as_unknown():
@@ -246,7 +386,9 @@ def test_parameters_are_read_from_the_header_alone(tmp_path: Path):
     assert count_parameters(config(model={"path": str(tmp_path)})) == 18
 
 
-def store(directory: Path, shapes: dict[str, list[int]]) -> None:
+def store(directory: Path, shapes: dict[str, list[int]], *, layers: int | None = None) -> None:
+    if layers is not None:
+        (directory / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
     header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
     text = json.dumps({**header, "__metadata__": {"format": "pt"}}).encode()
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)

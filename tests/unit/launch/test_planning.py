@@ -89,6 +89,15 @@ def test_a_layout_that_does_not_divide_a_model_of_the_hub_is_refused(overrides, 
 
 
 @pytest.mark.usefixtures("without_torch")
+def test_copies_for_an_engine_on_the_same_gpu_are_planned(anatomy):
+    one = [f"{name}=1" for name in ("train.shard", "train.replicate", "engine.replicas", "engine.tensor_parallel")]
+    for settings, itemsize in ((["sync.kind=ipc"], 2), (["sync.kind=ipc", "engine.dtype=float32"], 4)):
+        told = dict(planned("rl.toml", *one, *settings).budget.parts)
+        assert told["copies for engines"] == 2 * itemsize * anatomy.parameters
+    assert "copies for engines" not in dict(planned("rl.toml", *one).budget.parts)
+
+
+@pytest.mark.usefixtures("without_torch")
 def test_unknown_hardware_is_refused():
     with pytest.raises(UserError, match="A100, H100, H200, B200, cpu"):
         planning.plan(planning.Wish(recipe=REPORT / "rl.toml", overrides=[], gpu="Z80"))
