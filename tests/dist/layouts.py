@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
@@ -69,6 +71,11 @@ class Layout:
     adapted: tuple[str, ...] = ()  # families whose adapters are trained here, too
     is_known: bool = True  # else experts do not go through transformers' registry
 
+    @property
+    def is_given(self) -> bool:
+        """Whether routers are given experts: `Train` refuses it for compiled layers."""
+        return not self.activations.compile
+
     def suits(self, family: str) -> bool:
         return "experts" not in self.axes or is_split(family)
 
@@ -85,11 +92,13 @@ class Layout:
 LAYOUTS = [
     Layout("1", 1),
     Layout("fsdp2", 2, {"shard": 2}, optimizer="adamw"),
-    Layout("fsdp4", 4, {"shard": 4}),
+    Layout("fsdp4", 4, {"shard": 4}, singles=ALL),
     Layout("replicate2-shard2", 4, {"replicate": 2, "shard": 2}, reshard_after="step", adapted=ALL[:1]),
     Layout("ep2", 2, {"shard": 2, "experts": 2}, optimizer="adamw"),
     Layout("ep4", 4, {"shard": 4, "experts": 4}, adapted=NORMED[1:]),
-    Layout("ep2-unknown", 2, {"shard": 2, "experts": 2}, NORMED[1:], (), is_known=False),
+    Layout("ep2-unknown", 4, {"shard": 2, "context": 2, "experts": 2}, NORMED[1:], (), is_known=False),
+    Layout("replicate2-ep2", 4, {"replicate": 2, "shard": 2, "experts": 2}, NORMED[1:], ()),
+    Layout("replicate2-ring2", 4, {"replicate": 2, "context": 2, "context_kind": "ring"}, NORMED[1:], ()),
     Layout("ulysses2", 2, {"context": 2}),
     Layout("ring2", 2, {"context": 2, "context_kind": "ring"}),
     Layout(
@@ -112,6 +121,7 @@ LAYOUTS = [
         4,
         {"shard": 2, "context": 2, "context_kind": "ring", "experts": 2},
         (*ALL, LATENT),
+        singles=ALL,
         adapted=NORMED[1:],
     ),
     Layout(
@@ -134,11 +144,20 @@ LAYOUTS = [
         reshard_after="backward",
         adapted=("GptOssForCausalLM",),
     ),
+    Layout(
+        "ep2-ring2-compiled",  # of which ranks of the context share weights
+        2,
+        {"context": 2, "context_kind": "ring", "experts": 2},
+        families=(),
+        singles=NORMED[1:],
+        activations=Activations(compile=True),
+    ),
 ]
 FAULTS = {  # the layout that has it, and what shows it
     "experts swapped": ("ep2", "gradients"),
     "boundary ignored": ("ring2", "gradients"),
     "wrong divisor": ("ep2", "gradients"),
+    "replicas not summed": ("replicate2-ring2", "gradients"),
     "routes of another rank": ("ring2", "weights"),
     "experts counted in a part": ("ring2", "gradients"),
     "orthogonalised in pieces": ("fsdp4", "weights"),
@@ -181,28 +200,32 @@ def make_policy(
     *,
     adapted: bool = False,
     is_known: bool = True,
+    is_given: bool = True,
 ) -> Policy:
-    """Without meshes: one process, nothing sharded. An adapter is one of some steps: neither of its halves is zero."""
+    """Without meshes: one process, nothing sharded. An adapter is one of some steps: neither of its halves is zero.
+    `is_given`: routers take the experts of a batch that has them."""
     compute = "batched_mm" if dtype == torch.float64 else "grouped_mm"  # which has no float64
     model = empty_model(read_config(str(path)), experts=compute if is_split(path.name) else "grouped_mm").to(dtype)
     policy = Policy(model, head_chunk_tokens=5)
-    if is_split(path.name):
+    if is_split(path.name) and is_given:
         policy.routers.accept_routes(policy.decoder_layers)
     if adapted:
         policy.adapter = add_adapter(model, Lora(rank=8, targets=_targets(path.name)), dtype=dtype)
         model.to(dtype)
-    for layer in policy.decoder_layers:
-        layer.forward = never_narrower(layer.forward)
-    keep_activations(policy.decoder_layers, activations, torch.device("cpu"))
+    if dtype == torch.float64:
+        for layer in policy.decoder_layers:
+            layer.forward = never_narrower(layer.forward)
+    with patch.object(torch, "compile", partial(torch.compile, backend="eager")):  # no compiler is needed
+        keep_activations(policy.decoder_layers, activations, torch.device("cpu"))
     if meshes is not None:
         unknown = patch.object(load, "expert_modules", lambda model: iter(()))
         with nullcontext() if is_known else unknown:
             load.shard(policy, dtype=dtype, experts=compute, meshes=meshes)
     begin_adapter(model, seed=0, device=torch.device("cpu"))
     fill(model, path, device=torch.device("cpu"))
-    if is_split(path.name):
+    if policy.routers.replay:
         check_replay(policy)
-    _move_adapter(policy)
+    move_adapter(policy)
     return policy
 
 
@@ -213,7 +236,7 @@ def _targets(family: str) -> Any:
 
 
 @torch.no_grad()
-def _move_adapter(policy: Policy) -> None:
+def move_adapter(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
@@ -226,22 +249,15 @@ def measure(
     policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str, reshard_after: ReshardAfter = "forward"
 ) -> dict[str, Any]:
     """Gradients at version 0, then metrics and weights of three steps. A collective of the layout."""
-    with NeverNarrower():
+    is_wide = next(policy.parameters()).dtype == torch.float64
+    with NeverNarrower() if is_wide else nullcontext():
         return _measure(policy, meshes, ranks, optimizer, reshard_after)
 
 
 def _measure(
     policy: Policy, meshes: Meshes | None, ranks: Ranks, optimizer: str, reshard_after: ReshardAfter
 ) -> dict[str, Any]:
-    plan = _plan(meshes, 0)
-    readings = Readings()
-    policy.routers.forget(for_loss=True)
-    for pack in passes(policy, plan.packs, reshard_after):
-        loss = pack_loss(policy, pack, plan.counts, _loss(), readings)
-        if len(policy.routers):
-            loss = loss + AUX_LOSS / plan.num_tokens * policy.routers.balance_loss(policy.context)
-        loss.backward()
-    found: dict[str, Any] = {"gradients": {name: _whole(parameter.grad) for name, parameter in _trained(policy)}}
+    found: dict[str, Any] = {"gradients": gradients(policy, meshes, reshard_after)}
     policy.zero_grad()
     stepped = make_optimizer(policy, policy.decoder_layers, Train(optimizer=optimizer, weight_decay=0.1))
     found["metrics"] = [
@@ -250,6 +266,19 @@ def _measure(
     ]
     found["weights"] = {name: _whole(parameter) for name, parameter in _trained(policy)}
     return found
+
+
+def gradients(policy: Policy, meshes: Meshes | None, reshard_after: ReshardAfter = "forward") -> dict[str, Tensor]:
+    """Of all that is trained, whole. A collective of the layout."""
+    plan = _plan(meshes, 0)
+    readings = Readings()
+    policy.routers.forget(for_loss=True)
+    for pack in passes(policy, plan.packs, reshard_after):
+        loss = pack_loss(policy, pack, plan.counts, _loss(), readings)
+        if len(policy.routers):
+            loss = loss + AUX_LOSS / plan.num_tokens * policy.routers.balance_loss(policy.context)
+        loss.backward()
+    return {name: _whole(parameter.grad) for name, parameter in _trained(policy)}
 
 
 def in_parts(policy: Policy, ranks: Ranks) -> set[str]:
@@ -383,7 +412,7 @@ _CHANGED: dict[str, Callable[[Policy, Meshes], None]] = {
 }
 
 
-_given, _routed = Replay.given, experts._routed
+_given, _routed, _set_all_reduce = Replay.given, experts._routed, FSDPModule.set_requires_all_reduce
 
 _PATCHED: dict[str, Callable[[Policy], tuple[Any, str, Callable[..., Any]]]] = {
     "boundary ignored": lambda _: (packs, "documents_of", lambda lengths, *more: documents_of([sum(lengths)], *more)),
@@ -392,6 +421,10 @@ _PATCHED: dict[str, Callable[[Policy], tuple[Any, str, Callable[..., Any]]]] = {
     "frozen experts end gradients": lambda _: (
         *(experts, "_routed"),
         lambda module, hidden, *more: _routed(module, hidden.detach(), *more),
+    ),
+    "replicas not summed": lambda _: (
+        *(FSDPModule, "set_requires_all_reduce"),
+        lambda module, is_last, **more: _set_all_reduce(module, not is_last, **more),
     ),
     "orthogonalised in pieces": lambda _: (muon, "_is_whole_here", lambda parameter: True),
 }

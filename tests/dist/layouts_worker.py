@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from transformers.utils.logging import disable_progress_bar
 
 from palestra.config.schema import Train
@@ -42,8 +43,15 @@ def main(models: Path, out: Path) -> None:
 def _run(model: Path, layout: Layout, kind: str, meshes: Meshes, out: Path) -> None:
     rank, is_adapted = dist.get_rank(), kind == ADAPTED
     ranks = Ranks(rank=rank, num=meshes.ranks.size(), device=torch.device("cpu"), meshes=meshes)
-    policy = make_policy(model, DTYPES[kind], meshes, layout.activations, adapted=is_adapted, is_known=layout.is_known)
+    policy = make_policy(
+        *(model, DTYPES[kind], meshes, layout.activations),
+        adapted=is_adapted,
+        is_known=layout.is_known,
+        is_given=layout.is_given,
+    )
+    counters.clear()
     found = measure(policy, meshes, ranks, layout.optimizer, layout.reshard_after)
+    found["graphs"] = counters["stats"]["unique_graphs"]  # that were compiled
     found["fallbacks"] = policy.fallbacks
     if kind == "float64" and model.name in SHARDED and layout.num_ranks == 4:  # the others: `test_ranks.py`
         found["in_parts"] = in_parts(policy, ranks)

@@ -52,8 +52,8 @@ def alone(models):
     ranks = ranks_of_one()
 
     @cache
-    def found(family: str, kind: str, optimizer: str) -> dict[str, Any]:
-        policy = make_policy(models / family, DTYPES[kind], None, adapted=kind == ADAPTED)
+    def found(family: str, kind: str, optimizer: str, is_given: bool = True) -> dict[str, Any]:
+        policy = make_policy(models / family, DTYPES[kind], None, adapted=kind == ADAPTED, is_given=is_given)
         return measure(policy, None, ranks, optimizer)
 
     return found
@@ -79,8 +79,9 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, st
 
 @pytest.mark.parametrize(("family", "layout", "kind"), cases())
 def test_a_layout_equals_one_process(family, layout: Layout, kind, alone, found, record_layout):
-    reference = alone(family, kind, layout.optimizer)
+    reference = alone(family, kind, layout.optimizer, layout.is_given)
     ours = torch.load(found / f"{family}-{layout.name}-{kind}.pt")
+    assert (ours["graphs"] > 0) is layout.activations.compile
     assert bool(ours["fallbacks"]) is not layout.is_known
     gaps = {
         "gradient": worst(ours["gradients"], reference["gradients"]),

@@ -5,8 +5,10 @@ what else is in its pack. Weights, their gradients' sums and what is published k
 Experts are grouped products, and stay as they are, as do routers.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from torch import nn
 from palestra.core.errors import UserError
 
 _NEEDED = (9, 0)  # compute capability; before it torch has no scales by row
+_KIND = "Float8Linear"  # torchao's, a linear module
 _MULTIPLE = 16  # of both widths of a matrix, as the hardware takes it
 
 
@@ -48,6 +51,20 @@ def use_float8(layers: Iterable[nn.Module], *, keep: Collection[nn.Module] = (),
         )
         num += len(fitting)
     return num
+
+
+@contextmanager
+def unrounded(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, what `use_float8` changed multiplies as before: for a comparison of two ways to compute the same. A hair
+    between them becomes a step of float8, and with it a router chooses other experts."""
+    modules = [module for layer in layers for module in layer.modules() if type(module).__name__ == _KIND]
+    for module in modules:
+        module.forward = partial(nn.Linear.forward, module)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def _is_fitting(module: nn.Module) -> bool:

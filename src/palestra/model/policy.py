@@ -157,6 +157,8 @@ def check_replay(policy: Policy) -> None:
 
     A collective. Errors: UserError naming the router.
     """
+    for why in policy.routers.not_heard:
+        raise UserError(f"train.router_replay: {why}; set it to false")
     replay, device = policy.routers.replay, next(policy.parameters()).device
     heard: list[tuple[str, Tensor, Tensor]] = []
 

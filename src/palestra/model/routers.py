@@ -3,7 +3,7 @@
 Legend: T tokens of this rank, K experts of a token, E experts, L layers with experts.
 
 Routers are the modules that transformers itself names as those with `router_logits`; they return logits [T, E], weights
-[T, K] and chosen experts [T, K], in an order of their own.
+[T, K] and chosen experts [T, K], in an order of their own. A family whose routers return something else has none here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,10 @@ _BIAS = "e_score_correction_bias"  # what a family adds to the scores for the ch
 
 
 class Routers:
-    """Listens to all routers of a model; of a dense one there are none, and nothing is heard."""
+    """Listens to all routers of a model; of a dense one there are none, and nothing is heard. `not_heard` says in words
+    that there are some which the first forward did not understand."""
+
+    not_heard: tuple[str, ...] = ()
 
     def __init__(self, model: PreTrainedModel):
         recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
@@ -67,27 +70,41 @@ class Routers:
     @contextmanager
     def listening(self, is_real_T: Tensor, routes_TLK: Tensor = NOT_KNOWN) -> Iterator[None]:
         """Around one forward; what a backward computes again is not heard twice, nor padding."""
-        self._heard, self._real_T, self._is_listening = [], is_real_T.double(), True
+        self._heard, self._real_T, self._is_listening = [], is_real_T.double(), not self.not_heard
         try:
             with self.replay.giving(routes_TLK, is_real_T):
                 yield
         finally:
             self._is_listening = False
 
-    def _hear(self, router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _hear(self, router: nn.Module, inputs: Any, outputs: Any) -> None:
         if not self._is_listening:
             return
-        heard = self.in_order(outputs)
+        try:
+            heard = self.in_order(outputs)
+        except ValueError as error:
+            self._give_up(router, str(error))
+            return
         self._count(router, *heard)
         if self._for_loss:
             self._heard.append(heard)
 
-    def in_order(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, weights, experts; families have orders of their own."""
-        logits_TE = outputs[self._logits_at]
-        (index_TK,) = (found for found in outputs if not found.is_floating_point())
-        (weights_TK,) = (found for found in outputs if found is not logits_TE and found is not index_TK)
-        return logits_TE, weights_TK, index_TK
+    def in_order(self, outputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, weights, experts; families have orders of their own. Errors: ValueError for anything else."""
+        found = [out for out in outputs if isinstance(out, Tensor)] if isinstance(outputs, tuple) else []
+        if len(found) == 3 and all(out.dim() == 2 for out in found):
+            logits_TE = outputs[self._logits_at]
+            chosen = [out for out in found if not out.is_floating_point()]
+            weights = [out for out in found if out is not logits_TE and out.is_floating_point()]
+            if len(chosen) == len(weights) == 1:
+                return logits_TE, weights[0], chosen[0]
+        raise ValueError("does not return logits [T, E], weights [T, K] and chosen experts [T, K]")
+
+    def _give_up(self, router: nn.Module, why: str) -> None:
+        """All ranks do at the same router: their collectives stay the same."""
+        self.not_heard = (f"there are no metrics of routers (train/experts/...): {type(router).__name__} {why}",)
+        self._routers, self._biased, self._heard, self._is_listening = [], [], [], False
+        self.forget(for_loss=self._for_loss)
 
     @torch.no_grad()
     def _count(self, router: nn.Module, logits_TE: Tensor, weights_TK: Tensor, index_TK: Tensor) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from palestra.core.errors import UserError
 from palestra.model.documents import documents_of
-from palestra.model.policy import Policy
+from palestra.model.policy import Policy, check_against_own_forward, check_replay
 from palestra.model.routers import Routers, max_violation
 from tests.unit.model import tiny
 
@@ -57,6 +58,47 @@ def test_a_router_with_its_logits_at_the_end_is_understood(tmp_path, group, monk
         assert (index.sort().values == best.indices.sort().values).all()
         assert torch.allclose(weights, best.values.softmax(-1).to(weights))
         assert load.tolist() == index.flatten().bincount(minlength=4).tolist()
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        pytest.param(lambda logits, weights, index: logits, id="logits alone"),
+        pytest.param(lambda logits, weights, index: (logits, weights), id="no experts"),
+        pytest.param(lambda logits, weights, index: (logits, weights, None), id="None"),
+        pytest.param(lambda logits, weights, index: (logits, weights, weights.clone()), id="three of floats"),
+        pytest.param(lambda logits, weights, index: (logits[None], weights, index), id="a batch"),
+    ],
+)
+def test_routers_that_return_something_else_are_said_once_and_not_heard(tmp_path, returned):
+    """As of a family to come. All else is as it was."""
+    path = tiny.build(tmp_path, "Glm4MoeForCausalLM")
+    heard, unheard = tiny.unsharded(path), tiny.unsharded(path)
+    in_order = unheard.routers.in_order
+    unheard.routers.in_order = lambda outputs: in_order(returned(*outputs))  # type: ignore[method-assign]
+    unheard.routers.forget(for_loss=True)
+    check_against_own_forward(unheard)
+    forward(unheard)
+    (said,) = unheard.routers.not_heard
+    assert "no metrics of routers" in said
+    assert "TopkRouter does not return logits [T, E], weights [T, K] and chosen experts" in said
+    assert len(unheard.routers) == 0
+    assert unheard.routers.biases == []
+    with pytest.raises(UserError, match=r"train\.router_replay: there are no metrics .*; set it to false"):
+        check_replay(unheard)
+    forward(heard)
+    assert len(heard.routers) == 2
+    assert heard.routers.not_heard == ()
+
+
+def test_loading_says_what_is_not_heard(tmp_path, load, monkeypatch):
+    """Among what does not hold for a family."""
+    path, in_order = tiny.build(tmp_path, "Glm4MoeForCausalLM"), Routers.in_order
+    assert load(path).fallbacks == ()
+    monkeypatch.setattr(Routers, "in_order", lambda routers, outputs: in_order(routers, outputs[:2]))
+    policy = load(path)
+    assert policy.fallbacks == policy.routers.not_heard
+    assert len(policy.fallbacks) == 1
 
 
 def test_a_bias_that_is_a_parameter_is_not_ours_to_move(tmp_path):
