@@ -26,7 +26,7 @@ from palestra.wire.rundir import RunDir
 from tests.fault.witness import Witness, faults_directory
 
 NAME = "PALESTRA_FAULTY_NAME"
-AFTER_S = 60.0
+AFTER_S = 240.0
 
 
 class Fault(Struct, frozen=True, kw_only=True):
@@ -34,7 +34,7 @@ class Fault(Struct, frozen=True, kw_only=True):
 
     kill, stop: SIGKILL, SIGSTOP to `victims`, one after the other. fill: the disk under `path`. clock: `time.time` of
     the process jumps by `seconds`. refuse: kill the victims and hold the first engine's port for `seconds`.
-    skip: the function is not called. fail: it raises a broken connection. It happens `times` in all.
+    skip: the function is not called. fail: it raises a broken connection. wait: nothing. It happens `times` in all.
     `after`: a file that is waited for at that call, before it happens.
     """
 
@@ -183,6 +183,7 @@ _ACTIONS: dict[str, Callable[[Fault, Witness], None]] = {
     "refuse": _refuse,
     "fail": _fail,
     "skip": lambda fault, witness: None,
+    "wait": lambda fault, witness: None,
 }
 
 

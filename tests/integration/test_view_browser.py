@@ -5,23 +5,19 @@ Needs Debian's chromium, and axe-core for one of them (`npm ci` in tests/integra
 
 import contextlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 from benchmarks.viewer import NAME, make
 
 from palestra.core.records import Task
 from tests.fault.doomed import Fault
 from tests.fault.whole_run import FaultyRun, config_of, save_table
-from tests.integration.runs import wait_until
 from tests.integration.test_view import viewer
 from tests.unit.hub.test_web import ATTACK
 from tests.unit.hub.written import record, write
@@ -188,7 +184,7 @@ def test_it_is_live(page, url: str, outputs: Path):
 
 
 class PacedRun(FaultyRun):
-    """Its trainer stops before every step until it is let go on; whoever waits for it has time."""
+    """Its trainer waits before every step until it may train it; its threads go on, and tell what was done."""
 
     def __init__(self, directory: Path, *, steps: int):
         (outputs := directory / "outputs").mkdir()
@@ -199,19 +195,16 @@ class PacedRun(FaultyRun):
             "env": {"stall_s": 300, "answer_s": 60},
         }
         config = config_of(outputs, save_table(directory / "model"), **patient)
-        stop = Fault(process="trainer", at="tests.fault.table_trainer:TableTrainer.train", do="stop", times=steps)
-        super().__init__(config, [stop], directory, step_s=0.0)
+        self._permits = [directory / f"step-{step}" for step in range(steps)]
+        at = "tests.fault.table_trainer:TableTrainer.train"
+        waits = [
+            Fault(process="trainer", at=at, nth=step + 1, do="wait", after=str(permit))
+            for step, permit in enumerate(self._permits)
+        ]
+        super().__init__(config, waits, directory, step_s=0.0)
 
     def train_one(self, step: int) -> None:
-        wait_until(
-            lambda: self._stands_before(step), deadline_s=WAIT_S, what=f"the trainer to stand before step {step}"
-        )
-        os.kill(self.witness.pid("trainer"), signal.SIGCONT)
-
-    def _stands_before(self, step: int) -> bool:
-        if self.witness.num_fired(0) != step + 1:
-            return False
-        return psutil.Process(self.witness.pid("trainer")).status() == psutil.STATUS_STOPPED
+        self._permits[step].touch()
 
 
 @pytest.mark.timeout(400)

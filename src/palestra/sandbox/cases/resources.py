@@ -36,6 +36,7 @@ def eat(slot, megabytes, pause_s):
         time.sleep(pause_s)
     time.sleep(2)
 """
+_SLOW = 20  # processes of a bomb start and end beside each other
 _PAUSE_S = 0.004  # for each megabyte: a watchdog that stands still for half a second misses 125 of them
 _READINGS = 10
 _TOTAL = "import struct; n = struct.unpack('<9I', open('progress', 'rb').read(36)); print(n[8] or sum(n))"
@@ -43,7 +44,9 @@ _TOTAL = "import struct; n = struct.unpack('<9I', open('progress', 'rb').read(36
 
 @case(Isolation.PROCESS)
 async def fork_bomb(bench: Bench) -> str:
-    """Its processes are bounded, and all gone with its time."""
+    """Its processes are bounded, and all gone soon after its time: on a machine that is slow, by how slow it is."""
+    ordinary = await bench.python("pass")
+    most = 4.0 + _SLOW * ordinary.wall_s
 
     async def attempt() -> float:
         async with bench.afresh() as fresh:
@@ -54,7 +57,7 @@ async def fork_bomb(bench: Bench) -> str:
         require(done.timed_out or is_own_end, f"{done} after {took:.1f} s")
         return took
 
-    return f"ended after {await at_best(4.0, attempt):.2f} s"
+    return f"ended after {await at_best(most, attempt):.2f} s, at most {most:.2f}"
 
 
 @case(Isolation.PROCESS)
