@@ -72,7 +72,7 @@ class KeptBackend:
     home = "/home/user"
     has_users = has_cgroups = True
     ends_by_programs = False
-    grace_s = 20.0
+    grace_s = 5.0
 
     def __init__(self):
         self._kept: dict[int, Kept] = {}

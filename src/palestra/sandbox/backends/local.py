@@ -37,7 +37,7 @@ class Local:
     """`without` takes walls away, by their names in `LAYERS`: for tests that prove that each is needed."""
 
     name, isolation, home, ends_by_programs = "local", Isolation.NAMESPACES, HOME, False
-    grace_s = 20.0
+    grace_s = 5.0
 
     def __init__(self, root: Root, *, preload: Sequence[str] = (), without: Sequence[str] = ()):
         self._root, self._preload, self._without = root, tuple(preload), frozenset(without)
